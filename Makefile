@@ -1,0 +1,57 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, from Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The root folder must not be on sys.path: its `adapters/` and `fusionserve/` would shadow installed packages.
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-eval serve test check format-check lint types proto-lint verify-proto layers proto
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Create .venv and install the project with everything it is tested with
+
+# Runs again only when the dependencies may have changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "setup: $(PYTHON) is not Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+		|| { echo "setup: $(PYTHON) has no venv module (on Debian: apt install python3-venv)"; exit 1; }
+	@echo "setup: installing fusionserve and its dependencies into $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Serve the embedded model and show base, adapters and a blend over gRPC
+	@$(BIN)/python -P examples/demo.py
+
+demo-eval: $(INSTALLED) ## Recompute the model card's perplexity table from the shipped weights
+	@$(BIN)/python -P -m fusionserve.training.perplexity
+
+serve: $(INSTALLED) ## Serve the embedded model on the default ports
+	@$(BIN)/fusionserve serve
+
+test: $(INSTALLED) ## Run the tests
+	@$(BIN)/pytest -q
+
+check: format-check lint types proto-lint verify-proto layers ## Format, lint, types, protos, layers
+
+format-check: $(INSTALLED)
+	@$(BIN)/ruff format --check .
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+
+types: $(INSTALLED)
+	@$(BIN)/python -P tools/link_tree.py
+	@$(BIN)/mypy
+
+proto-lint: $(INSTALLED)
+	@$(BIN)/buf lint proto
+
+verify-proto: $(INSTALLED) ## Regenerate the code in proto/fusionserve/v1
+	@$(BIN)/python -P tools/verify_proto.py --write

@@ -1,0 +1,49 @@
+"""One loaded version of an adapter: its identity and its weights on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fusionserve.adapters.lora_weights import LoRAWeights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterContent:
+    """What a load from disk gives: the checked weights, and DoRA's column scales, computed from them and the base."""
+
+    weights: LoRAWeights
+    column_scales: Mapping[str, Tensor] = field(default_factory=dict)  # by module path, [d_out], float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.weights.nbytes + sum(scale.nbytes for scale in self.column_scales.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Immutable; `uid` is minted per load and never reused, so it may key caches. `version` grows per name."""
+
+    uid: int
+    name: str
+    version: int
+    content: AdapterContent
+    load_time_s: float  # seconds since the epoch
+
+    @property
+    def weights(self) -> LoRAWeights:
+        """Rank rows and replacements by module path."""
+        return self.content.weights
+
+    @property
+    def num_rows(self) -> int:
+        """Rank rows it takes in the pool, the same range in every module."""
+        return self.weights.max_rank
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the weights file, in hex."""
+        return self.weights.digest

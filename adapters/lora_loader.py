@@ -1,0 +1,172 @@
+"""From an adapter directory to weights that may be served, or to the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.artifact_errors import bad_tensor, quoted, unsupported
+from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.adapters.lora_config import check_base_model, read_lora_config
+from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, plan_lora
+from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
+from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec
+from fusionserve.errors import ArtifactError, CapacityError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+# No trained value comes near it, and two such factors times an activation are still finite in float32.
+MAX_MAGNITUDE = 1e6
+
+_COMPARED_ROWS = 4096  # rows of a vocabulary compared at a time, which bounds the copies made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPolicy:
+    """What the server asks of every adapter it loads."""
+
+    dtype: torch.dtype  # the one the adapter pool computes in
+    max_rank: int  # rank rows in one module
+    allow_base_mismatch: bool = False
+
+
+def load_lora_weights(
+    directory: ArtifactDirectory,
+    base: BaseModules,
+    *,
+    policy: LoadPolicy,
+    budget_bytes: int,
+    base_weight: Callable[[str], Tensor],
+) -> LoRAWeights:
+    """Reads, checks and converts the adapter in `directory`; nothing of it is executed or trusted.
+
+    `base_weight(path)` gives the base's own weight of the embedding or the LM head, to compare copies with.
+    Names, shapes, ranks and sizes are checked before data is read; then one tensor at a time is held beside
+    what is kept.
+
+    Raises ArtifactError with the reason and, where one is at fault, the tensor's name; CapacityError
+    (ADAPTER_TOO_BIG) if it takes more than `budget_bytes`; UnavailableError if the storage fails.
+    """
+    config = read_lora_config(directory)
+    if not policy.allow_base_mismatch:
+        check_base_model(config, (base.model_name, base.checkpoint_name))
+    _refuse_pickle(directory)
+    with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
+        file = SafetensorsFile(opened)
+        plan = plan_lora(file.tensors.values(), config, base)
+        _check_size(plan, policy, budget_bytes)
+        return _Assembly(plan, policy.dtype, base_weight).run(file)
+
+
+def _refuse_pickle(directory: ArtifactDirectory) -> None:
+    if directory.has_file(WEIGHTS_FILE):
+        return
+    for name in PICKLE_FILES:
+        if directory.has_file(name):
+            raise ArtifactError(
+                f"{name} is a pickle, which can run code when it is read; save the adapter as {WEIGHTS_FILE}",
+                reason="PICKLE_REFUSED",
+            )
+
+
+def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
+    if plan.max_rows > policy.max_rank:
+        raise ArtifactError(
+            f"the adapter takes {plan.max_rows} rank rows in a module, the server allows {policy.max_rank}",
+            reason="RANK_TOO_LARGE",
+            metadata={"rank": str(plan.max_rows), "max_rank": str(policy.max_rank)},
+        )
+    needed = plan.count_bytes(policy.dtype)
+    if needed > budget_bytes:
+        raise CapacityError(
+            f"the adapter takes {needed} bytes, the server's budget for adapters is {budget_bytes}",
+            reason="ADAPTER_TOO_BIG",
+            metadata={"bytes": str(needed), "budget_bytes": str(budget_bytes)},
+        )
+
+
+class _Assembly:
+    """Takes tensors in file order and turns a module into its served form as soon as its parts are there."""
+
+    def __init__(self, plan: LoRAPlan, dtype: torch.dtype, base_weight: Callable[[str], Tensor]) -> None:
+        self._dtype = dtype
+        self._base_weight = base_weight
+        self._plan = plan
+        self._waiting: dict[str, dict[TensorRole, Tensor]] = {path: {} for path in plan.modules}
+        self._parts = {
+            spec.name: (path, role)
+            for path, module in plan.modules.items()
+            for role, spec in module.parts.items()
+        }
+        self._replaced = {spec.name: path for path, spec in plan.replacements.items()}
+        self._copied = {spec.name: path for path, spec in plan.base_copies.items()}
+        self._modules: dict[str, ModuleLoRA] = {}
+        self._replacements: dict[str, Tensor] = {}
+
+    def run(self, file: SafetensorsFile) -> LoRAWeights:
+        for spec, tensor in file.read_tensors():
+            if spec.name in self._copied:
+                _check_copy(spec, tensor, self._base_weight(self._copied[spec.name]))
+            elif spec.name in self._replaced:
+                self._replacements[self._replaced[spec.name]] = _checked(spec, tensor.to(self._dtype))
+            else:
+                self._add_part(spec, tensor)
+        return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
+
+    def _add_part(self, spec: TensorSpec, tensor: Tensor) -> None:
+        path, role = self._parts[spec.name]
+        module, parts = self._plan.modules[path], self._waiting[path]
+        parts[role] = _checked(spec, _to_served(tensor, role, module.scaling, self._dtype))
+        if len(parts) == len(module.parts):
+            self._modules[path] = _to_module(module, self._waiting.pop(path))
+
+
+def _to_served(tensor: Tensor, role: TensorRole, scaling: float, dtype: torch.dtype) -> Tensor:
+    """The tensor is in a private buffer, so it may be changed in place."""
+    if role is TensorRole.MAGNITUDE:
+        return tensor.float()
+    if role is TensorRole.SHRINK:
+        return tensor.to(dtype)
+    scaled = tensor.float().mul_(scaling).to(dtype)
+    return scaled.T.contiguous() if role is TensorRole.EXPAND else scaled
+
+
+def _to_module(module: ModulePlan, parts: dict[TensorRole, Tensor]) -> ModuleLoRA:
+    shrink, expand = parts[TensorRole.SHRINK], parts[TensorRole.EXPAND]
+    bias = parts.get(TensorRole.BIAS)
+    if bias is None:
+        return ModuleLoRA(shrink=shrink, expand=expand, magnitude=parts.get(TensorRole.MAGNITUDE))
+    shrink_bias = shrink.new_zeros(module.num_rows)
+    shrink_bias[-1] = 1
+    return ModuleLoRA(
+        shrink=torch.cat([shrink, shrink.new_zeros(1, module.module.d_in)]),
+        expand=torch.cat([expand, bias.unsqueeze(0)]),
+        shrink_bias=shrink_bias,
+    )
+
+
+def _checked(spec: TensorSpec, served: Tensor) -> Tensor:
+    """`served`, if its values are finite and sane in the dtype they are served in."""
+    if not served.abs().max().item() <= MAX_MAGNITUDE:  # NaN fails this too
+        raise bad_tensor(
+            "NOT_FINITE", spec.name, f"it has values that are not finite or over {MAX_MAGNITUDE:g}"
+        )
+    return served
+
+
+def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor) -> None:
+    """PEFT writes the base's weights beside an adapted embedding; others would change the base for all.
+
+    Both may have been rounded from one original, so they may differ by a rounding step of the coarser dtype.
+    """
+    step = 0.0 if copy.dtype == base.dtype else max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
+    for start in range(0, copy.shape[0], _COMPARED_ROWS):
+        ours = base[start : start + _COMPARED_ROWS].detach().float().cpu()
+        theirs = copy[start : start + _COMPARED_ROWS].float()
+        if not torch.allclose(theirs, ours, rtol=step, atol=step * 1e-4):
+            raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")

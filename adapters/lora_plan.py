@@ -1,0 +1,262 @@
+"""What each tensor of a LoRA weights file is for, decided from the header alone.
+
+The tensors are trusted for which modules are adapted, the base model for which modules exist and how large
+they are, the configuration for rank and scaling. Anything that does not fit all three is refused before data
+is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from fusionserve.adapters.artifact_errors import bad_tensor, quoted, unsupported
+from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
+from fusionserve.adapters.lora_config import LoRAConfig
+from fusionserve.adapters.safetensors_file import TensorSpec
+from fusionserve.errors import ArtifactError
+
+_PREFIX = "base_model.model."
+
+
+class TensorRole(Enum):
+    """The part a tensor plays in its module."""
+
+    SHRINK = "A"
+    EXPAND = "B"
+    BIAS = "the bias of B"
+    MAGNITUDE = "the DoRA magnitude"
+    BASE_COPY = "a copy of the base weight"  # PEFT adds it when an embedding or head is adapted
+    REPLACEMENT = "a replacement of the base weight"
+
+
+# The ends of tensor names. ".weight" comes last: others end in it too.
+_SHARED_SUFFIXES = (
+    (".lora_magnitude_vector", TensorRole.MAGNITUDE),
+    (".lora_magnitude_vector.weight", TensorRole.MAGNITUDE),
+    (".base_layer.weight", TensorRole.BASE_COPY),
+    (".modules_to_save.weight", TensorRole.REPLACEMENT),
+    (".weight", TensorRole.REPLACEMENT),
+)
+_LINEAR_SUFFIXES = (
+    (".lora_A.weight", TensorRole.SHRINK),
+    (".lora_B.weight", TensorRole.EXPAND),
+    (".lora_B.bias", TensorRole.BIAS),
+    *_SHARED_SUFFIXES,
+)
+_EMBEDDING_SUFFIXES = (
+    (".lora_embedding_A", TensorRole.SHRINK),
+    (".lora_embedding_B", TensorRole.EXPAND),
+    *_SHARED_SUFFIXES,
+)
+_WHOLE_WEIGHTS = (TensorRole.BASE_COPY, TensorRole.REPLACEMENT)
+
+_Parts = dict[TensorRole, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePlan:
+    """A module with low-rank tensors: `parts` are SHRINK and EXPAND, and BIAS or MAGNITUDE if there."""
+
+    module: BaseModule
+    rank: int
+    scaling: float
+    parts: Mapping[TensorRole, TensorSpec]
+
+    @property
+    def num_rows(self) -> int:
+        """Rank rows: a bias of B is one more."""
+        return self.rank + (TensorRole.BIAS in self.parts)
+
+    def count_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the module's tensors as they are served."""
+        values = self.num_rows * (self.module.d_in + self.module.d_out)
+        bias = self.num_rows * dtype.itemsize if TensorRole.BIAS in self.parts else 0
+        magnitude = self.module.d_out * 4 if TensorRole.MAGNITUDE in self.parts else 0
+        return values * dtype.itemsize + bias + magnitude
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRAPlan:
+    """Every tensor of the file in its place: a part of a module, or in one of two maps of whole weights."""
+
+    modules: Mapping[str, ModulePlan]  # by module path
+    replacements: Mapping[str, TensorSpec]  # by module path
+    base_copies: Mapping[str, TensorSpec]  # by module path; they must equal the base
+
+    @property
+    def max_rows(self) -> int:
+        """The most rank rows in one module."""
+        return max((module.num_rows for module in self.modules.values()), default=0)
+
+    def count_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the adapter in memory once it is loaded."""
+        whole = sum(spec.shape[0] * spec.shape[1] for spec in self.replacements.values())
+        return whole * dtype.itemsize + sum(module.count_bytes(dtype) for module in self.modules.values())
+
+
+def plan_lora(tensors: Iterable[TensorSpec], config: LoRAConfig, base: BaseModules) -> LoRAPlan:
+    """Finds the place of every tensor and checks names, pairs, ranks and shapes.
+
+    Raises ArtifactError: ADAPTER_UNSUPPORTED, NO_EFFECTIVE_MODULES, UNEXPECTED_TENSOR, PAIR_MISSING,
+    TENSOR_MISSING, RANK_MISMATCH, SHAPE_MISMATCH.
+    """
+    declared = _find_modules_to_save(config, base)
+    parts = _sort_by_module(tensors, base)
+    replaceable = _with_tied(declared, config, base)
+    replacements: dict[str, TensorSpec] = {}
+    base_copies: dict[str, TensorSpec] = {}
+    for path, roles in parts.items():
+        for role in [role for role in _WHOLE_WEIGHTS if role in roles]:
+            spec = roles.pop(role)
+            _check_whole_weight(base.by_path[path], spec)
+            # One that modules_to_save does not name is what PEFT adds after a resize: it must equal the base.
+            is_replacement = role is TensorRole.REPLACEMENT and path in replaceable
+            (replacements if is_replacement else base_copies)[path] = spec
+    _check_declared(declared, replacements)
+    low_rank = {path: roles for path, roles in parts.items() if roles}
+    _check_adapted_once(low_rank, replacements)
+    modules = _plan_modules(low_rank, config, base)
+    if not modules and not replacements:
+        raise _no_effect("the adapter changes no module of the base model")
+    return LoRAPlan(modules=modules, replacements=replacements, base_copies=base_copies)
+
+
+def _find_modules_to_save(config: LoRAConfig, base: BaseModules) -> dict[str, str]:
+    """The names in modules_to_save by the path each stands for; PEFT compares the end of the path."""
+    whole = [module.path for module in (base.embedding, base.lm_head) if module is not None]
+    found: dict[str, str] = {}
+    for name in config.modules_to_save:
+        paths = [path for path in whole if path.endswith(name)]
+        if not paths:
+            raise unsupported(f"modules_to_save {quoted(name)}; only the LM head and the input embedding are")
+        found |= dict.fromkeys(paths, name)
+    return found
+
+
+def _with_tied(declared: Mapping[str, str], config: LoRAConfig, base: BaseModules) -> set[str]:
+    """With ensure_weight_tying PEFT saves embedding and head though only one of them is named."""
+    if declared and config.ensure_weight_tying and base.is_tied:
+        return {module.path for module in (base.embedding, base.lm_head) if module is not None}
+    return set(declared)
+
+
+def _sort_by_module(tensors: Iterable[TensorSpec], base: BaseModules) -> dict[str, _Parts]:
+    by_path: dict[str, _Parts] = {}
+    strangers: list[TensorSpec] = []
+    for spec in tensors:
+        place = _find_place(spec.name, base)
+        if place is None:
+            strangers.append(spec)
+            continue
+        module, role = place
+        _check_role(module, role, spec)
+        parts = by_path.setdefault(module.path, {})
+        if role in parts or (role in _WHOLE_WEIGHTS and not parts.keys().isdisjoint(_WHOLE_WEIGHTS)):
+            raise bad_tensor("UNEXPECTED_TENSOR", spec.name, f"its module already has {role.value}")
+        parts[role] = spec
+    if strangers and not by_path:
+        raise _no_effect("no tensor of the adapter belongs to a module that this base model can adapt")
+    if strangers:
+        problem = "it does not belong to a module that this base model can adapt"
+        raise bad_tensor("UNEXPECTED_TENSOR", strangers[0].name, problem)
+    return by_path
+
+
+def _find_place(name: str, base: BaseModules) -> tuple[BaseModule, TensorRole] | None:
+    if not name.startswith(_PREFIX):
+        return None
+    for suffixes, is_embedding in ((_LINEAR_SUFFIXES, False), (_EMBEDDING_SUFFIXES, True)):
+        for suffix, role in suffixes:
+            module = base.by_path.get(name[len(_PREFIX) : -len(suffix)]) if name.endswith(suffix) else None
+            if module is not None and (module.kind is ModuleKind.EMBEDDING) is is_embedding:
+                return module, role
+    return None
+
+
+def _check_role(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None:
+    if role in _WHOLE_WEIGHTS and not module.is_vocabulary:
+        raise unsupported(f"tensor {quoted(spec.name)} replaces a whole weight inside the layers")
+    if role is TensorRole.MAGNITUDE and module.kind is ModuleKind.EMBEDDING:
+        raise unsupported("DoRA on the input embedding")
+
+
+def _check_whole_weight(module: BaseModule, spec: TensorSpec) -> None:
+    if spec.shape == module.weight_shape:
+        return
+    if len(spec.shape) == 2 and spec.shape[1] == module.weight_shape[1]:
+        raise unsupported(
+            f"a resized vocabulary of {spec.shape[0]} tokens; the base model's has {module.weight_shape[0]}"
+        )
+    raise _wrong_shape(spec, module.weight_shape)
+
+
+def _check_declared(declared: Mapping[str, str], replacements: Mapping[str, TensorSpec]) -> None:
+    for path, name in declared.items():
+        if path not in replacements:
+            raise ArtifactError(
+                f"modules_to_save names {quoted(name)}, but the weights file does not have it",
+                reason="TENSOR_MISSING",
+            )
+
+
+def _check_adapted_once(low_rank: Mapping[str, _Parts], replacements: Mapping[str, TensorSpec]) -> None:
+    for path in low_rank.keys() & replacements.keys():
+        raise unsupported(f"{quoted(path)} is both replaced and adapted")
+
+
+def _plan_modules(
+    parts: Mapping[str, _Parts], config: LoRAConfig, base: BaseModules
+) -> dict[str, ModulePlan]:
+    ranks, scalings = config.ranks(parts), config.scalings(parts)
+    plans: dict[str, ModulePlan] = {}
+    for path, roles in parts.items():
+        module = base.by_path[path]
+        _check_complete(path, roles, config)
+        _check_shapes(module, roles, ranks[path])
+        plans[path] = ModulePlan(module=module, rank=ranks[path], scaling=scalings[path], parts=roles)
+    return plans
+
+
+def _check_complete(path: str, roles: _Parts, config: LoRAConfig) -> None:
+    """The module has A, B and exactly what use_dora and lora_bias promise; PEFT would invent what lacks."""
+    wanted = {TensorRole.SHRINK, TensorRole.EXPAND}
+    if config.use_dora:
+        wanted.add(TensorRole.MAGNITUDE)
+    if config.lora_bias:
+        wanted.add(TensorRole.BIAS)
+    for role in sorted(wanted - roles.keys(), key=lambda role: role.value):
+        raise ArtifactError(
+            f"module {quoted(path)} has no {role.value}", reason="PAIR_MISSING", metadata={"module": path}
+        )
+    for role in sorted(roles.keys() - wanted, key=lambda role: role.value):
+        problem = f"the configuration says nothing of {role.value}"
+        raise bad_tensor("UNEXPECTED_TENSOR", roles[role].name, problem)
+
+
+def _check_shapes(module: BaseModule, roles: _Parts, rank: int) -> None:
+    shrink, expand = roles[TensorRole.SHRINK], roles[TensorRole.EXPAND]
+    found = shrink.shape[0] if shrink.shape else 0
+    if found != rank and (shrink.shape, expand.shape) == ((found, module.d_in), (module.d_out, found)):
+        problem = f"its rank is {found}, the configuration's is {rank}"
+        raise bad_tensor("RANK_MISMATCH", shrink.name, problem)
+    wanted = {
+        TensorRole.SHRINK: (rank, module.d_in),
+        TensorRole.EXPAND: (module.d_out, rank),
+        TensorRole.BIAS: (module.d_out,),
+        TensorRole.MAGNITUDE: (module.d_out,),
+    }
+    for role, spec in roles.items():
+        if spec.shape != wanted[role]:
+            raise _wrong_shape(spec, wanted[role])
+
+
+def _wrong_shape(spec: TensorSpec, wanted: tuple[int, ...]) -> ArtifactError:
+    return bad_tensor("SHAPE_MISMATCH", spec.name, f"its shape is {list(spec.shape)}, not {list(wanted)}")
+
+
+def _no_effect(problem: str) -> ArtifactError:
+    return ArtifactError(problem, reason="NO_EFFECTIVE_MODULES")

@@ -1,0 +1,97 @@
+"""The adapter pool: rank rows of A and B for every adapted module, on the device that computes.
+
+An adapter has the same row range in every module, so a batch's rows are planned once per step and not once per module.
+A module gets its tensors when the first adapter that touches it is activated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.base_modules import BaseModule, BaseModules
+from fusionserve.adapters.lora_weights import ModuleLoRA
+from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
+
+
+class ModuleRows:
+    """The pool's rows for one module. Empty (`is_empty`) until an adapter that touches the module arrives."""
+
+    def __init__(self, module: BaseModule, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._module = module
+        self._capacity = capacity
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self.shrink_rows = self._like  # [capacity, d_in]
+        self.shrink_bias = self._like  # [capacity]
+        self.expand_rows = self._like  # [capacity, d_out]
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no adapter has touched this module so far."""
+        return self.shrink_bias.numel() == 0
+
+    def write(self, start: int, num_rows: int, lora: ModuleLoRA | None) -> None:
+        """Sets rows [start, start + num_rows) to the adapter's, zeros where its rank here is smaller or None."""
+        if self.is_empty:
+            if lora is None:
+                return
+            self._allocate()
+        rank = 0 if lora is None else lora.shrink.shape[0]
+        rows, rest = slice(start, start + rank), slice(start + rank, start + num_rows)
+        if lora is not None:
+            self.shrink_rows[rows] = lora.shrink
+            self.expand_rows[rows] = lora.expand
+            self.shrink_bias[rows] = 0 if lora.shrink_bias is None else lora.shrink_bias.to(self._like)
+        for tensor in self._tensors:
+            tensor[rest] = 0
+
+    def move(self, source: int, target: int, num_rows: int) -> None:
+        """Copies rows down; the ranges may overlap."""
+        if self.is_empty:
+            return
+        for tensor in self._tensors:
+            tensor[target : target + num_rows] = tensor[source : source + num_rows].clone()
+
+    @property
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.shrink_rows, self.shrink_bias, self.expand_rows
+
+    def _allocate(self) -> None:
+        self.shrink_rows = self._like.new_zeros(self._capacity, self._module.d_in)
+        self.shrink_bias = self._like.new_zeros(self._capacity)
+        self.expand_rows = self._like.new_zeros(self._capacity, self._module.d_out)
+
+
+class AdapterPool:
+    """The rows of all modules; changes come from the ledger and are applied between forward passes."""
+
+    def __init__(
+        self, modules: BaseModules, capacity: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._rows = {
+            path: ModuleRows(module, capacity, dtype, device) for path, module in modules.by_path.items()
+        }
+
+    def rows(self, path: str) -> ModuleRows:
+        """The rows of the module at `path`; the object stays the same for the pool's life."""
+        return self._rows[path]
+
+    def apply(self, changes: tuple[PoolChange, ...]) -> None:
+        """Carries out the ledger's changes in order."""
+        for change in changes:
+            if isinstance(change, MoveRows):
+                for rows in self._rows.values():
+                    rows.move(change.source, change.target, change.num_rows)
+            else:
+                self._write(change.adapter, change.start)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows that are allocated."""
+        tensors = [t for r in self._rows.values() for t in (r.shrink_rows, r.shrink_bias, r.expand_rows)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def _write(self, adapter: Adapter, start: int) -> None:
+        for path, rows in self._rows.items():
+            rows.write(start, adapter.num_rows, adapter.weights.modules.get(path))

@@ -1,0 +1,237 @@
+"""Getting adapters from disk to the host registry and back out: on demand, by command, one load per name at a time.
+
+Runs on the event loop; files are read on worker threads, so neither the loop nor the engine's thread ever waits for a
+disk, and the streams of other adapters go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fusionserve import metrics
+from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
+from fusionserve.adapters.adapter import Adapter, AdapterContent
+from fusionserve.adapters.artifact_directory import (
+    ArtifactDirectory,
+    list_adapter_names,
+    open_artifact_directory,
+    open_directory,
+)
+from fusionserve.adapters.registry import AdapterRegistry, RegistryEntry
+from fusionserve.errors import CapacityError, FusionServeError, NotFoundError
+
+_MAX_CONCURRENT_LOADS = 2
+_MAX_LEASE_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """Where a name's files are: `relative` under `root`, or `root` itself if the operator named it."""
+
+    root: Path
+    relative: str | None
+
+
+class AdapterStore:
+    """Names to adapters. `load_content` reads and checks an open directory; it is called on a worker thread."""
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        roots: tuple[Path, ...],
+        load_content: Callable[[ArtifactDirectory], AdapterContent],
+    ) -> None:
+        self.registry = registry
+        self._roots = roots
+        self._load_content = load_content
+        self._sources: dict[str, AdapterSource] = {}  # of loaded names, so that an evicted one can come back
+        self._loads: dict[str, asyncio.Task[Adapter]] = {}
+        self._load_slots = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
+
+    async def lease(self, name: str) -> Adapter:
+        """Leases the adapter `name`, loading it first if it is on disk; the caller gives it back to the registry.
+
+        Raises NotFoundError, and whatever loading raises.
+        """
+        for _ in range(_MAX_LEASE_ATTEMPTS):
+            adapter = self.registry.lease(name)
+            if adapter is not None:
+                return adapter
+            await self._load_once(name, None, pin=False, replace=True)
+        raise CapacityError(
+            f"adapter {name} is evicted as often as it is loaded",
+            reason="ADAPTER_HOST_FULL",
+            retry_after_s=1.0,
+        )
+
+    async def load(self, name: str, path: str | None, *, pin: bool, replace: bool) -> Adapter:
+        """Loads `name` from the relative `path` (default: the name) under a root, or joins a load under way.
+
+        Raises AlreadyExistsError if it is loaded and not `replace`; NotFoundError, ArtifactError, CapacityError.
+        """
+        source = None if path is None else AdapterSource(await self._find_root(name, path), path)
+        return await self._load_once(name, source, pin=pin, replace=replace)
+
+    async def load_from(self, name: str, directory: Path) -> Adapter:
+        """Loads `name` from a directory the operator chose, which need not lie under a root."""
+        return await self._load_once(name, AdapterSource(directory, None), pin=False, replace=True)
+
+    async def unload(self, name: str, on_retired: Callable[[Adapter], None]) -> AdapterStatus:
+        """Withdraws `name` at once and waits until its last lease ends; `on_retired` is called in between.
+
+        Raises NotFoundError if it is not loaded.
+        """
+        if name in self._loads:
+            await asyncio.wait([self._loads[name]])
+        loop = asyncio.get_running_loop()
+        gone: asyncio.Future[None] = loop.create_future()
+        entry = self.registry.retire(name, partial(_resolve_soon, loop, gone))
+        if entry is None:
+            raise NotFoundError(
+                f"adapter {name} is not loaded",
+                resource_type="adapter",
+                resource_name=name,
+                reason="ADAPTER_NOT_LOADED",
+            )
+        self._sources.pop(name, None)
+        on_retired(entry.adapter)
+        await gone
+        return _withdrawn(entry, on_disk=name in await asyncio.to_thread(self._names_on_disk))
+
+    async def status(self, name: str, device_uids: frozenset[int]) -> AdapterStatus:
+        """What is known of one name. Raises NotFoundError."""
+        entry = self.registry.get(name)
+        if entry is not None:
+            return _loaded(entry, device_uids)
+        if (
+            name in self._loads
+            or name in self._sources
+            or name in await asyncio.to_thread(self._names_on_disk)
+        ):
+            return self._on_disk(name)
+        raise _unknown(name)
+
+    async def statuses(self, device_uids: frozenset[int]) -> list[AdapterStatus]:
+        """All names, loaded and on disk, sorted by name."""
+        loaded = {entry.adapter.name: _loaded(entry, device_uids) for entry in self.registry.entries()}
+        names = {*loaded, *self._loads, *self._sources, *await asyncio.to_thread(self._names_on_disk)}
+        return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
+
+    async def _load_once(
+        self, name: str, source: AdapterSource | None, *, pin: bool, replace: bool
+    ) -> Adapter:
+        """Single flight: whoever asks for a name that is being loaded waits for that load."""
+        task = self._loads.get(name)
+        if task is None:
+            task = asyncio.create_task(self._load(name, source, pin=pin, replace=replace))
+            self._loads[name] = task
+            task.add_done_callback(lambda done: self._end_load(name, done))
+        return await asyncio.shield(task)  # one caller's cancellation must not end the others' load
+
+    async def _load(self, name: str, source: AdapterSource | None, *, pin: bool, replace: bool) -> Adapter:
+        if not replace:
+            self.registry.refuse_if_loaded(name)
+        started_s = time.monotonic()
+        try:
+            async with self._load_slots:
+                found = (
+                    source
+                    or self._sources.get(name)
+                    or AdapterSource(await self._find_root(name, name), name)
+                )
+                content = await asyncio.to_thread(self._read, found)
+            adapter = self.registry.publish(name, content, pin=pin, replace=replace)
+        except FusionServeError as error:
+            metrics.ADAPTER_LOAD_FAILURES.labels(error.reason).inc()
+            raise
+        self._sources[name] = found
+        metrics.ADAPTER_LOADS.inc()
+        metrics.ADAPTER_LOAD_SECONDS.observe(time.monotonic() - started_s)
+        return adapter
+
+    def _end_load(self, name: str, task: asyncio.Task[Adapter]) -> None:
+        del self._loads[name]
+        if not task.cancelled():
+            task.exception()  # seen, even if every caller has gone
+
+    def _read(self, source: AdapterSource) -> AdapterContent:
+        if source.relative is None:
+            directory = open_directory(source.root)
+        else:
+            directory = open_artifact_directory(source.root, source.relative)
+        with directory:
+            return self._load_content(directory)
+
+    async def _find_root(self, name: str, path: str) -> Path:
+        return await asyncio.to_thread(self._root_of, name, path)
+
+    def _root_of(self, name: str, path: str) -> Path:
+        """The first root that has a directory at the relative `path`."""
+        for root in self._roots:
+            try:
+                open_artifact_directory(root, path).close()
+            except NotFoundError:
+                continue
+            return root
+        raise _unknown(name)
+
+    def _names_on_disk(self) -> set[str]:
+        names: set[str] = set()
+        for root in self._roots:
+            try:
+                names.update(list_adapter_names(root))
+            except NotFoundError:  # a root that was removed has no adapters
+                continue
+        return names
+
+    def _on_disk(self, name: str) -> AdapterStatus:
+        state = AdapterState.LOADING if name in self._loads else AdapterState.AVAILABLE
+        return AdapterStatus(name=name, state=state, residency=Residency.DISK)
+
+
+def _loaded(entry: RegistryEntry, device_uids: frozenset[int]) -> AdapterStatus:
+    adapter = entry.adapter
+    return AdapterStatus(
+        name=adapter.name,
+        version=adapter.version,
+        digest=adapter.digest,
+        state=entry.state,
+        residency=Residency.DEVICE if adapter.uid in device_uids else Residency.HOST,
+        max_rank=adapter.num_rows,
+        target_modules=adapter.weights.target_modules,
+        host_bytes=adapter.content.nbytes,
+        pinned=entry.pinned,
+        active_requests=entry.num_leases,
+        load_time_s=adapter.load_time_s,
+    )
+
+
+def _withdrawn(entry: RegistryEntry, *, on_disk: bool) -> AdapterStatus:
+    """The last status of an unloaded version: AVAILABLE if its name would load again on demand, else DRAINING's end."""
+    return AdapterStatus(
+        name=entry.adapter.name,
+        version=entry.adapter.version,
+        digest=entry.adapter.digest,
+        state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
+        residency=Residency.DISK,
+    )
+
+
+def _resolve_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    loop.call_soon_threadsafe(_resolve, future)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError(
+        f"no adapter is named {name}", resource_type="adapter", resource_name=name, reason="ADAPTER_NOT_FOUND"
+    )

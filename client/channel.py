@@ -1,0 +1,46 @@
+"""How the client's channels are set up, and the readiness check that both clients share."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+MAX_MESSAGE_BYTES = 64 << 20  # log-probabilities of a long prompt exceed grpc's default of 4 MiB
+POLL_INTERVAL_S = 0.1
+
+# grpc.health.v1 in bytes: an empty request asks for the whole server, and SERVING is the number 1 in field 1.
+# The stock stubs are a package that nothing else here needs.
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_REQUEST = b""
+HEALTH_SERVING = b"\x08\x01"
+
+
+def channel_options(max_attempts: int) -> list[tuple[str, Any]]:
+    """Options for a channel that tries a generation at most `max_attempts` times if it is refused for load.
+
+    The retries are grpc's own, at most 5: a call is retried only while nothing of its answer was seen, and
+    the server's `grpc-retry-pushback-ms` decides when, or that it must not be.
+    """
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is starting is found soon
+        ("grpc.max_reconnect_backoff_ms", 5000),
+    ]
+    if max_attempts > 1:
+        options.append(("grpc.service_config", json.dumps(_service_config(max_attempts))))
+    return options
+
+
+def _service_config(max_attempts: int) -> dict[str, Any]:
+    policy = {
+        "maxAttempts": max_attempts,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "5s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    }
+    # A lost answer does not say whether a load or unload happened, so those are never repeated.
+    return {
+        "methodConfig": [{"name": [{"service": "fusionserve.v1.InferenceService"}], "retryPolicy": policy}]
+    }

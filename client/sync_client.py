@@ -1,0 +1,202 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, Self, TypeVar, Unpack
+
+import grpc
+
+from fusionserve.client import channel, requests, responses
+from fusionserve.client.errors import CancelledError, UnavailableError, typed_errors
+from fusionserve.client.results import Adapter, Generation, GenerationEvent, Model
+from fusionserve.v1 import adapter_pb2, inference_pb2
+from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
+from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
+
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
+
+
+class Client:
+    """Talks to the server at `target`; every failed call raises a subclass of ClientError.
+
+    `timeout_s` is the default for calls that bring none; None waits as long as it takes. `max_attempts` above
+    1 retries generations that were refused for load or found no server. Close the client, or use it in a
+    `with`; threads may share it.
+    """
+
+    def __init__(
+        self,
+        target: str = channel.DEFAULT_TARGET,
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float | None = None,
+        max_attempts: int = 1,
+    ) -> None:
+        options = channel.channel_options(max_attempts)
+        self._channel = (
+            grpc.insecure_channel(target, options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options)
+        )
+        self._timeout_s = timeout_s
+        self._inference = InferenceServiceStub(self._channel)
+        self.adapters = Adapters(self._channel, timeout_s)
+
+    def generate(
+        self,
+        prompt: requests.Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[requests.GenerateOptions],
+    ) -> Generation:
+        """The whole result for a text, a sequence of token ids, or chat messages."""
+        request = requests.to_generate_request(prompt, options)
+        return responses.to_generation(_call(self._inference.Generate, request, timeout_s or self._timeout_s))
+
+    def stream(
+        self,
+        prompt: requests.Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[requests.GenerateOptions],
+    ) -> GenerationStream:
+        """The events of a generation as they happen: GenerationStarted, GenerationChunks, Generation."""
+        request = inference_pb2.StreamGenerateRequest(request=requests.to_generate_request(prompt, options))
+        return GenerationStream(self._inference.StreamGenerate(request, timeout=timeout_s or self._timeout_s))
+
+    def tokenize(
+        self, text: str | requests.ChatMessages, *, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """The token ids the model would see for a text or for chat messages."""
+        request = requests.to_tokenize_request(text, add_special_tokens)
+        return tuple(_call(self._inference.Tokenize, request, self._timeout_s).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        request = inference_pb2.DetokenizeRequest(
+            token_ids=token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return _call(self._inference.Detokenize, request, self._timeout_s).text
+
+    def model(self) -> Model:
+        """The base model and the server's limits."""
+        return responses.to_model(
+            _call(self._inference.GetModel, inference_pb2.GetModelRequest(), self._timeout_s)
+        )
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the server takes requests; raises UnavailableError if it does not in `timeout_s`."""
+        check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(channel.HEALTH_CHECK)
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(grpc.RpcError):  # not there yet
+                answer = check(channel.HEALTH_REQUEST, timeout=left_s)
+                if answer == channel.HEALTH_SERVING:
+                    return
+            time.sleep(channel.POLL_INTERVAL_S)
+        raise UnavailableError("UNAVAILABLE", f"the server is not ready after {timeout_s:g} s")
+
+    def close(self) -> None:
+        """Closes the connection; running calls are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ResponseCall(Protocol):
+    """The part of grpc's streaming call that is used here; its own type is private."""
+
+    def __next__(self) -> inference_pb2.StreamGenerateResponse: ...
+
+    def cancel(self) -> bool: ...
+
+
+class GenerationStream:
+    """An iterator over the events of one generation; closing or dropping it cancels the generation."""
+
+    def __init__(self, call: _ResponseCall) -> None:
+        self._call = call
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[GenerationEvent]:
+        return self
+
+    def __next__(self) -> GenerationEvent:
+        try:
+            with typed_errors():
+                while not self._is_closed:
+                    if event := responses.to_event(next(self._call)):
+                        return event
+        except CancelledError:
+            if not self._is_closed:
+                raise
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancels the generation unless it has ended; the iteration ends."""
+        self._is_closed = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Adapters:
+    """The life of adapters on the server."""
+
+    def __init__(self, channel: grpc.Channel, timeout_s: float | None) -> None:
+        self._service = AdapterServiceStub(channel)
+        self._timeout_s = timeout_s
+
+    def load(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
+        """Loads an adapter from `path` under the server's adapter folders; without a path, from its name."""
+        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin)
+        return responses.to_adapter(_call(self._service.LoadAdapter, request, self._timeout_s).adapter)
+
+    def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
+        """Publishes a new version of an adapter; requests that run finish on the old one."""
+        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin, replace=True)
+        return responses.to_adapter(_call(self._service.LoadAdapter, request, self._timeout_s).adapter)
+
+    def unload(self, name: str, *, force: bool = False) -> Adapter:
+        """Withdraws an adapter and waits for its requests; with `force` they end with AbortedError."""
+        request = adapter_pb2.UnloadAdapterRequest(name=name, force=force)
+        return responses.to_adapter(_call(self._service.UnloadAdapter, request, self._timeout_s).adapter)
+
+    def get(self, name: str) -> Adapter:
+        """A snapshot of one adapter, loaded or available on disk."""
+        request = adapter_pb2.GetAdapterRequest(name=name)
+        return responses.to_adapter(_call(self._service.GetAdapter, request, self._timeout_s).adapter)
+
+    def list(self) -> Iterator[Adapter]:
+        """All adapters by name, loaded or available on disk, fetched page by page."""
+        request = adapter_pb2.ListAdaptersRequest()
+        while True:
+            page = _call(self._service.ListAdapters, request, self._timeout_s)
+            yield from map(responses.to_adapter, page.adapters)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+
+def _call(
+    method: grpc.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, timeout_s: float | None
+) -> ResponseT:
+    with typed_errors():
+        return method(request, timeout=timeout_s)

@@ -1,0 +1,167 @@
+"""Turns a client's parameters into a generation: tokens, checks that need the model, and leases on its adapters."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.store import AdapterStore
+from fusionserve.engine.request import Generation, Request
+from fusionserve.engine.text_output import TextOutput
+from fusionserve.engine.tokenizer import Tokenizer
+from fusionserve.errors import CapacityError, InvalidRequestError, PreconditionError
+from fusionserve.generation import GenerateParams, Prompt
+
+
+class Admission:
+    """Admits requests to the engine; everything wrong with one is found here, before anything is allocated for it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        store: AdapterStore,
+        *,
+        vocab_size: int,
+        max_context_tokens: int,
+        default_max_new_tokens: int,
+        pool_ranks: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._store = store
+        self._vocab_size = vocab_size
+        self._max_context_tokens = max_context_tokens
+        self._default_max_new_tokens = default_max_new_tokens
+        self._pool_ranks = pool_ranks
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def admit(self, params: GenerateParams) -> Generation:
+        """Tokenizes, checks, and leases the adapters, loading them if need be.
+
+        Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, and what loading an adapter raises.
+        """
+        arrival_s = time.monotonic()
+        prompt_ids = await self.encode(params.prompt, add_special_tokens=True)
+        self._check_prompt(prompt_ids)
+        self._check_tokens(params)
+        if params.stopping.stop and not self._tokenizer.is_present:
+            raise PreconditionError(
+                "stop strings need a tokenizer, and this model has none", reason="NO_TOKENIZER"
+            )
+        max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
+        adapters = await self._lease(params)
+        generation = Generation(
+            params=params,
+            prompt_token_ids=prompt_ids,
+            adapters=adapters,
+            max_new_tokens=max_new_tokens,
+            seed=secrets.randbits(63) if params.sampling.seed is None else params.sampling.seed,
+            arrival_s=arrival_s,
+        )
+        generation.requests += [
+            self._make_request(generation, index) for index in range(params.num_candidates)
+        ]
+        return generation
+
+    async def encode(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a prompt, found on a worker thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._encoder, lambda: self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        )
+
+    def check_token_ids(self, token_ids: tuple[int, ...], field: str) -> None:
+        """Raises InvalidRequestError if an id is outside the vocabulary."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}",
+                    field=field,
+                    reason="TOKEN_OUT_OF_RANGE",
+                    metadata={"vocab_size": str(self._vocab_size)},
+                )
+
+    def close(self) -> None:
+        """Ends the tokenizer's thread."""
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def _check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt has no tokens", field="prompt", reason="PROMPT_EMPTY")
+        self.check_token_ids(prompt_ids, "token_ids")
+        if len(prompt_ids) >= self._max_context_tokens:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {self._max_context_tokens} with the new ones",
+                field="prompt",
+                reason="PROMPT_TOO_LONG",
+                metadata={"max_prompt_tokens": str(self._max_context_tokens - 1)},
+            )
+
+    def _check_tokens(self, params: GenerateParams) -> None:
+        self.check_token_ids(params.stopping.stop_token_ids, "stopping.stop_token_ids")
+        self.check_token_ids(tuple(params.sampling.logit_bias), "sampling.logit_bias")
+
+    def _max_new_tokens(self, params: GenerateParams, prompt_length: int) -> int:
+        room = self._max_context_tokens - prompt_length
+        wanted = params.stopping.max_new_tokens
+        if wanted is not None and wanted > room:
+            raise InvalidRequestError(
+                f"{wanted} new tokens do not fit: the context of {self._max_context_tokens} has room for {room}",
+                field="stopping.max_new_tokens",
+                reason="CONTEXT_EXCEEDED",
+                metadata={"max_new_tokens": str(room)},
+            )
+        granted = min(self._default_max_new_tokens, room) if wanted is None else wanted
+        if params.stopping.min_new_tokens > granted:
+            raise InvalidRequestError(
+                f"min_new_tokens is more than the {granted} tokens the request may generate",
+                field="stopping.min_new_tokens",
+                reason="OUT_OF_RANGE",
+            )
+        return granted
+
+    async def _lease(self, params: GenerateParams) -> tuple[Adapter, ...]:
+        """Leases every adapter of the request, or none of them."""
+        leased: list[Adapter] = []
+        try:
+            for term in params.adaptation.terms:
+                leased.append(await self._store.lease(term.name))
+            self._check_adaptation(params, leased)
+        except BaseException:
+            self._store.registry.release(leased)
+            raise
+        return tuple(leased)
+
+    def _check_adaptation(self, params: GenerateParams, adapters: list[Adapter]) -> None:
+        adaptation = params.adaptation
+        for term, adapter in zip(adaptation.terms, adapters, strict=True):
+            if adaptation.kind == "blend" and not adapter.weights.is_low_rank_only:
+                raise PreconditionError(
+                    f"adapter {adapter.name} cannot take part in a blend: DoRA and whole saved modules do not add up",
+                    reason="BLEND_UNSUPPORTED",
+                    metadata={"adapter": adapter.name},
+                )
+            if adapter.weights.has_magnitudes and term.scale != 1.0:
+                raise PreconditionError(
+                    f"adapter {adapter.name} is a DoRA and has no scale but 1",
+                    reason="SCALE_UNSUPPORTED",
+                    metadata={"adapter": adapter.name},
+                )
+        num_rows = sum(adapter.num_rows for adapter in adapters)
+        if num_rows > self._pool_ranks:
+            raise CapacityError(
+                f"the adapters take {num_rows} rank rows together, the pool has {self._pool_ranks}",
+                reason="ADAPTER_TOO_BIG",
+            )
+
+    def _make_request(self, generation: Generation, index: int) -> Request:
+        stopping = generation.params.stopping
+        text = TextOutput(
+            self._tokenizer.decoder,
+            generation.prompt_token_ids,
+            stopping.stop,
+            include_stop=stopping.include_stop,
+        )
+        return Request(generation, index, text)

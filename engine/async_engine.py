@@ -1,0 +1,342 @@
+"""The engine as the server sees it: coroutines on the event loop in front of the engine thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager, suppress
+
+from fusionserve import metrics
+from fusionserve.adapter_status import AdapterState, AdapterStatus
+from fusionserve.adapters.adapter import Adapter, AdapterContent
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.dora import column_scales
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
+from fusionserve.adapters.pool_ledger import PoolLedger
+from fusionserve.adapters.registry import AdapterRegistry
+from fusionserve.adapters.store import AdapterStore
+from fusionserve.config import EngineConfig
+from fusionserve.engine.admission import Admission
+from fusionserve.engine.base_model import BaseModel, load_base_model
+from fusionserve.engine.block_pool import BlockPool
+from fusionserve.engine.engine import Engine, Output
+from fusionserve.engine.engine_thread import EngineThread
+from fusionserve.engine.generation_stream import GenerationStream
+from fusionserve.engine.model_runner import ModelRunner, num_cache_blocks
+from fusionserve.engine.request import Generation
+from fusionserve.engine.scheduler import Scheduler, SchedulerLimits
+from fusionserve.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    CapacityError,
+    DeadlineError,
+    FusionServeError,
+    InvalidRequestError,
+    StartupError,
+    UnavailableError,
+)
+from fusionserve.generation import (
+    GenerateParams,
+    GenerationEvent,
+    GenerationFinished,
+    Prompt,
+    SamplingParams,
+    StoppingCriteria,
+    TokenPrompt,
+)
+from fusionserve.metrics import AdapterLabels
+from fusionserve.model_info import ModelInfo
+
+_QUEUE_RETRY_S = 1.0
+_LAST_WORDS_S = 1.0
+
+
+class AsyncEngine:
+    """Generation and the life of adapters. Every method runs on one event loop, the one `start` was called on."""
+
+    def __init__(self, config: EngineConfig, base: BaseModel, adapter_labels: AdapterLabels) -> None:
+        self._config = config
+        self._base = base
+        self._adapter_labels = adapter_labels
+        self._streams: dict[Generation, GenerationStream] = {}
+        self._open_request_ids: set[str] = set()
+        self._num_open_candidates = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._failed = asyncio.Event()
+        self._load_policy = LoadPolicy(
+            dtype=base.dtype,
+            max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
+            allow_base_mismatch=config.allow_base_mismatch,
+        )
+        registry = AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone)
+        self._store = AdapterStore(registry, config.adapter_dirs, self._load_content)
+        self._admission = Admission(
+            base.tokenizer,
+            self._store,
+            vocab_size=base.vocab_size,
+            max_context_tokens=base.max_context_tokens,
+            default_max_new_tokens=config.default_max_new_tokens,
+            pool_ranks=config.adapter_pool_ranks,
+        )
+        self.engine = _build_engine(config, base, registry, adapter_labels)
+        self._thread = EngineThread(self.engine, self._deliver_soon, self._die_soon)
+
+    @classmethod
+    def load(cls, config: EngineConfig, adapter_labels: AdapterLabels) -> AsyncEngine:
+        """Loads the model and makes the caches; takes seconds and blocks. Raises StartupError."""
+        return cls(config, load_base_model(config), adapter_labels)
+
+    async def start(self) -> None:
+        """Starts the engine thread, loads the adapters named at start and runs one request to warm up.
+
+        Raises StartupError if an adapter cannot be loaded.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        for name, directory in self._config.adapters:
+            self._refuse_model_name(name)
+            try:
+                await self._store.load_from(name, directory)
+            except FusionServeError as error:
+                raise StartupError(f"adapter {name}: {error.message}", reason=error.reason) from error
+        await self._warm_up()
+        self._measure_adapters()
+
+    async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
+        """Yields started, chunks and finished; closing the generator aborts the request. Raises FusionServeErrors."""
+        with self._opened(params):
+            generation = await self._admit(params)
+            stream = self._streams[generation] = GenerationStream()
+            self._thread.post(lambda engine: engine.add(generation))
+            try:
+                async for event in stream.events():
+                    yield event
+            finally:
+                del self._streams[generation]
+                self._thread.post(lambda engine: engine.abort(generation))  # nothing to do if it has ended
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """The ids of a text or a rendered chat. Raises PreconditionError without a tokenizer."""
+        return await self._admission.encode(prompt, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
+        """The text of token ids. Raises PreconditionError without a tokenizer, InvalidRequestError for a bad id."""
+        self._admission.check_token_ids(token_ids, "token_ids")
+        return await asyncio.to_thread(
+            self._base.tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens
+        )
+
+    def model_info(self) -> ModelInfo:
+        """The base model and the engine's limits."""
+        config, base = self._config, self._base
+        return ModelInfo(
+            name=config.model_name,
+            architecture=type(base.model).__name__,
+            dtype=str(base.dtype).removeprefix("torch."),
+            max_context_tokens=base.max_context_tokens,
+            vocab_size=base.vocab_size,
+            has_tokenizer=base.tokenizer.is_present,
+            has_chat_template=base.tokenizer.has_chat_template,
+            eos_token_ids=tuple(sorted(base.eos_token_ids)),
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_requests=config.max_batch_requests,
+            adapter_pool_ranks=config.adapter_pool_ranks,
+            max_adapter_rank=config.max_adapter_rank,
+            adapter_host_bytes=config.adapter_host_bytes,
+        )
+
+    async def load_adapter(self, name: str, path: str | None, *, pin: bool, replace: bool) -> AdapterStatus:
+        """Loads from under the adapter folders; returns when requests may use the adapter."""
+        self._refuse_model_name(name)
+        await self._store.load(name, path, pin=pin, replace=replace)
+        self._measure_adapters()
+        return await self.get_adapter(name)
+
+    async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
+        """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
+        status = await self._store.unload(name, self._abort_users if force else _leave_alone)
+        self._adapter_labels.drop(name)
+        self._measure_adapters()
+        return status
+
+    async def get_adapter(self, name: str) -> AdapterStatus:
+        """The adapter, loaded or on disk. Raises NotFoundError."""
+        return await self._store.status(name, self.engine.scheduler.ledger.resident_uids)
+
+    async def list_adapters(self) -> list[AdapterStatus]:
+        """All adapters, loaded or on disk, by name."""
+        return await self._store.statuses(self.engine.scheduler.ledger.resident_uids)
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine thread has died, never otherwise."""
+        await self._failed.wait()
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no more requests, waits for the running ones, and ends those left after `grace_s`."""
+        self._is_draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            error = UnavailableError("the server is shutting down", reason="DRAINING")
+            self._thread.post(lambda engine: engine.abort_all(error))
+            with suppress(
+                TimeoutError
+            ):  # a client that does not read keeps its call open; the server ends that
+                await asyncio.wait_for(self._idle.wait(), _LAST_WORDS_S)
+
+    async def close(self) -> None:
+        """Stops the engine thread; requests still open end with UnavailableError."""
+        self._is_draining = True
+        await asyncio.to_thread(self._thread.stop)
+        self._end_streams(UnavailableError("the server is shutting down", reason="DRAINING"))
+        self._admission.close()
+
+    @contextmanager
+    def _opened(self, params: GenerateParams) -> Iterator[None]:
+        """Counts the request as open, so that limits, duplicate ids and draining see it."""
+        self._refuse_unless_open(params)
+        self._open_request_ids.add(params.request_id)
+        self._num_open_candidates += params.num_candidates
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._open_request_ids.remove(params.request_id)
+            self._num_open_candidates -= params.num_candidates
+            if not self._open_request_ids:
+                self._idle.set()
+
+    async def _admit(self, params: GenerateParams) -> Generation:
+        """Admits the request within its deadline."""
+        try:
+            async with asyncio.timeout_at(params.deadline_s):
+                return await self._admission.admit(params)
+        except TimeoutError:
+            raise DeadlineError("the deadline passed before the request was admitted") from None
+
+    def _refuse_unless_open(self, params: GenerateParams) -> None:
+        if self._failed.is_set():
+            raise UnavailableError("the engine has failed", reason="ENGINE_FAILED")
+        if self._is_draining:
+            raise UnavailableError("the server is shutting down", reason="DRAINING")
+        if params.request_id in self._open_request_ids:
+            raise AlreadyExistsError(
+                "a request with this id is in flight",
+                reason="REQUEST_ID_IN_USE",
+                metadata={"request_id": params.request_id},
+            )
+        for term in params.adaptation.terms:
+            self._refuse_model_name(term.name)
+        limit = self._config.max_batch_requests + self._config.max_queued_requests
+        if self._num_open_candidates + params.num_candidates > limit:
+            raise CapacityError(
+                "too many requests are waiting", reason="QUEUE_FULL", retry_after_s=_QUEUE_RETRY_S
+            )
+
+    def _refuse_model_name(self, name: str) -> None:
+        if name == self._config.model_name:
+            raise InvalidRequestError(
+                "this is the base model's name; leave the adaptation out to use the base",
+                field="adapter.name",
+                reason="ADAPTER_ID_INVALID",
+            )
+
+    def _load_content(self, directory: ArtifactDirectory) -> AdapterContent:
+        """Reads and checks an adapter; runs on a worker thread."""
+        config, base = self._config, self._base
+        weights = load_lora_weights(
+            directory,
+            base.modules,
+            policy=self._load_policy,
+            budget_bytes=config.adapter_host_bytes,
+            base_weight=base.base_weight,
+        )
+        return AdapterContent(weights, column_scales(weights, base.base_weight))
+
+    def _abort_users(self, adapter: Adapter) -> None:
+        error = AbortedError(
+            f"adapter {adapter.name} was unloaded",
+            reason="ADAPTER_UNLOADED",
+            metadata={"adapter": adapter.name},
+        )
+        self._thread.post(lambda engine: engine.abort_adapter(adapter, error))
+
+    def _on_adapter_gone(self, adapter: Adapter) -> None:
+        self._thread.post(lambda engine: engine.forget_adapter(adapter.uid))
+
+    def _deliver_soon(self, outputs: list[Output]) -> None:
+        self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.generation)
+            if stream is not None:
+                stream.push(output.event)
+
+    def _die_soon(self) -> None:
+        self._loop.call_soon_threadsafe(self._die)
+
+    def _die(self) -> None:
+        self._failed.set()
+        self._end_streams(UnavailableError("the engine has failed", reason="ENGINE_FAILED"))
+
+    def _end_streams(self, error: FusionServeError) -> None:
+        for stream in self._streams.values():
+            stream.push(error)
+
+    def _measure_adapters(self) -> None:
+        registry = self._store.registry
+        metrics.ADAPTER_HOST_BYTES.set(registry.used_bytes)
+        metrics.ADAPTER_HOST_LIMIT_BYTES.set(registry.budget_bytes)
+        states = [entry.state for entry in registry.entries()]
+        for state in (AdapterState.READY, AdapterState.DRAINING):
+            metrics.ADAPTERS.labels(state.value).set(states.count(state))
+
+    async def _warm_up(self) -> None:
+        """Runs one short base request, so that the first client does not pay for first-time work."""
+        params = GenerateParams(
+            request_id="warm-up",
+            prompt=TokenPrompt((0, 1, 2)),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingCriteria(max_new_tokens=2, ignore_eos=True),
+        )
+        async with aclosing(self.generate(params)) as events:
+            async for event in events:
+                if isinstance(event, GenerationFinished):
+                    return
+
+
+def _leave_alone(adapter: Adapter) -> None:
+    """What an unload without force does to the adapter's requests."""
+
+
+def _build_engine(
+    config: EngineConfig, base: BaseModel, registry: AdapterRegistry, adapter_labels: AdapterLabels
+) -> Engine:
+    num_blocks = num_cache_blocks(
+        base,
+        block_size=config.block_size,
+        budget_bytes=config.kv_cache_bytes,
+        max_requests=config.max_batch_requests,
+    )
+    metrics.KV_BLOCKS.set(num_blocks)
+    metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
+    limits = SchedulerLimits(
+        max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
+    )
+    scheduler = Scheduler(
+        BlockPool(num_blocks, config.block_size),
+        PoolLedger(config.adapter_pool_ranks),
+        limits,
+        enable_prefix_cache=config.enable_prefix_cache,
+    )
+    return Engine(
+        scheduler,
+        ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks),
+        eos_token_ids=base.eos_token_ids,
+        release_leases=registry.release,
+        token_text=base.tokenizer.text_of,
+        adapter_labels=adapter_labels,
+    )

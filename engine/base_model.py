@@ -1,0 +1,181 @@
+"""Loads the frozen base model and puts the adapted layers in place of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
+from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
+from fusionserve.adapters.pool import AdapterPool
+from fusionserve.adapters.row_plan import PlanCell
+from fusionserve.config import EngineConfig
+from fusionserve.engine.fit_check import CacheShape, check_fit
+from fusionserve.engine.tokenizer import Tokenizer
+from fusionserve.errors import StartupError
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_CONTEXT = 2048  # for a checkpoint that states no limit
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The model with adapted layers, and all that the engine needs to know of it. Weights are never written to."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    modules: BaseModules
+    pool: AdapterPool
+    token_rows: PlanCell  # read by every module that sees all tokens
+    logit_rows: PlanCell  # read by the LM head, which sees the tokens whose logits are wanted
+    cache_shapes: Mapping[nn.Module, CacheShape]
+    eos_token_ids: frozenset[int]
+    max_context_tokens: int
+    vocab_size: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of weights, activations and the KV cache."""
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the base's parameters, tied ones once."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def base_weight(self, path: str) -> Tensor:
+        """The frozen weight of the module at `path` as [d_out, d_in] ([vocab, hidden] for the embedding)."""
+        module = self.model.get_submodule(path)
+        base = module.base if isinstance(module, AdaptedLinear | AdaptedEmbedding) else module
+        weight: Tensor = base.weight
+        return weight.T if isinstance(base, Conv1D) else weight
+
+
+def load_base_model(config: EngineConfig) -> BaseModel:
+    """Loads, checks and adapts the model. Raises StartupError with one line that says what is wrong."""
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    model_config = _read_config(config.model)
+    model = _read_weights(config, model_config)
+    fit = check_fit(model, describe_base_modules(model, model_name=config.model_name))
+    pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
+    token_rows, logit_rows = PlanCell(), PlanCell()
+    _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
+    return BaseModel(
+        model=model,
+        tokenizer=Tokenizer(_read_tokenizer(config.model)),
+        modules=fit.modules,
+        pool=pool,
+        token_rows=token_rows,
+        logit_rows=logit_rows,
+        cache_shapes=fit.cache_shapes,
+        eos_token_ids=_eos_token_ids(model),
+        max_context_tokens=_max_context(model_config, config.max_context_tokens),
+        vocab_size=model_config.get_text_config().vocab_size,
+    )
+
+
+def _read_config(model: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        where = "the directory holds no model" if Path(model).is_dir() else _NOT_FOUND
+        raise StartupError(f"cannot load model {model}: {where}", reason="MODEL_NOT_FOUND") from error
+    if config.is_encoder_decoder:
+        raise StartupError(
+            f"model {model} cannot be served: it is an encoder-decoder", reason="ARCHITECTURE_UNSUPPORTED"
+        )
+    return config
+
+
+_NOT_FOUND = "there is no such directory, and no model hub could provide it (unknown architecture or id, or no network)"
+
+
+def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            config=model_config,
+            dtype=_DTYPES[config.dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise StartupError(
+            f"cannot load model {config.model}: {_first_line(error)}", reason="MODEL_UNUSABLE"
+        ) from error
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _read_tokenizer(model: str) -> object | None:
+    """The model's tokenizer, or None if the directory has none."""
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if Path(model).is_dir() and not _has_tokenizer_files(Path(model)):
+            return None
+        raise StartupError(
+            f"the tokenizer of model {model} cannot be read", reason="TOKENIZER_UNUSABLE"
+        ) from None
+
+
+def _has_tokenizer_files(directory: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")
+    return any((directory / name).exists() for name in names)
+
+
+def _install_adapted_layers(
+    model: PreTrainedModel,
+    modules: BaseModules,
+    pool: AdapterPool,
+    token_rows: PlanCell,
+    logit_rows: PlanCell,
+) -> None:
+    for path, module in modules.by_path.items():
+        parent_path, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        base = getattr(parent, name)
+        if module.kind is ModuleKind.EMBEDDING:
+            layer: nn.Module = AdaptedEmbedding(base, path, pool.rows(path), token_rows)
+        else:
+            cell = logit_rows if module.kind is ModuleKind.LM_HEAD else token_rows
+            layer = AdaptedLinear(base, path, pool.rows(path), cell)
+        setattr(parent, name, layer)
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    if eos is None:
+        return frozenset()
+    return frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    if wanted is not None and wanted > own:
+        raise StartupError(
+            f"a context of {wanted} tokens is more than the model's {own}", reason="CONTEXT_TOO_LONG"
+        )
+    return wanted or own
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,316 @@
+"""The engine proper: `step()` is schedule, execute, update. One thread runs it; it knows nothing of the event loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fusionserve import metrics
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.engine.model_runner import ChunkResult
+from fusionserve.engine.request import Generation, Request, RequestStatus
+from fusionserve.engine.sampler import Logprobs
+from fusionserve.engine.scheduler import ScheduledBatch, Scheduler
+from fusionserve.errors import ArtifactError, DeadlineError, FusionServeError, InternalError
+from fusionserve.generation import (
+    Candidate,
+    FinishReason,
+    GenerationChunk,
+    GenerationEvent,
+    GenerationFinished,
+    GenerationStarted,
+    Timings,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
+
+_log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Carries out a scheduled batch: the model runner, or a fake in tests."""
+
+    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
+        """One result per chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An event of a generation, or the error that ends it, on its way to the event loop."""
+
+    generation: Generation
+    event: GenerationEvent | FusionServeError
+
+
+class Engine:
+    """Holds every generation between its admission and its one terminal event.
+
+    `release_leases` gives adapters back to the host registry; `token_text` shows one token for log-probabilities.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        eos_token_ids: frozenset[int],
+        release_leases: Callable[[Sequence[Adapter]], None],
+        token_text: Callable[[int], str],
+        adapter_labels: metrics.AdapterLabels,
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._eos_token_ids = eos_token_ids
+        self._release_leases = release_leases
+        self._token_text = token_text
+        self._adapter_labels = adapter_labels
+        self._generations: set[Generation] = set()
+        self._outputs: list[Output] = []
+        self.is_stalled = False  # the last step computed nothing although requests wait
+
+    @property
+    def has_work(self) -> bool:
+        """True if a step would compute something or has something to say."""
+        return bool(self._generations or self._outputs)
+
+    def add(self, generation: Generation) -> None:
+        """Takes over a generation and its leases."""
+        self._generations.add(generation)
+        metrics.PROMPT_TOKENS.inc(len(generation.prompt_token_ids))
+        for adapter in generation.adapters:
+            metrics.ADAPTER_REQUESTS.labels(self._adapter_labels.label(adapter.name)).inc()
+        for request in generation.requests:
+            self.scheduler.add(request)
+
+    def abort(self, generation: Generation) -> None:
+        """Ends a generation whose client has gone; one that has ended is fine."""
+        if generation in self._generations:
+            self._finish(generation, None)
+
+    def abort_adapter(self, adapter: Adapter, error: FusionServeError) -> None:
+        """Ends every request that uses this version of an adapter with `error`."""
+        for generation in [g for g in self._generations if adapter in g.adapters]:
+            self._finish(generation, error)
+
+    def abort_all(self, error: FusionServeError) -> None:
+        """Ends every request with `error`."""
+        for generation in list(self._generations):
+            self._finish(generation, error)
+
+    def forget_adapter(self, uid: int) -> None:
+        """Frees the pool rows of a version that the host has let go; the last lease has ended before."""
+        self.scheduler.ledger.forget(uid)
+
+    def step(self) -> list[Output]:
+        """Schedules, executes and updates once; returns what the requests' clients are to be told."""
+        started_s = time.monotonic()
+        self._expire(started_s)
+        batch = self.scheduler.schedule()
+        self._note_scheduled(batch, started_s)
+        try:
+            results = self._runner.execute(batch)
+        except Exception:
+            _log.exception("a step failed; its %d requests end", len(batch.chunks))
+            self._fail({chunk.request.generation for chunk in batch.chunks})
+        else:
+            self._update(results, time.monotonic())
+        self.is_stalled = not batch.chunks and bool(self._generations)
+        self._measure(batch, time.monotonic() - started_s)
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[Output]:
+        """Hands over the events gathered so far."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def _expire(self, now_s: float) -> None:
+        for generation in list(self._generations):
+            deadline_s, time_limit_at_s = generation.params.deadline_s, generation.time_limit_at_s
+            if deadline_s is not None and now_s >= deadline_s:
+                self._finish(generation, DeadlineError("the deadline passed before the request finished"))
+            elif time_limit_at_s is not None and now_s >= time_limit_at_s:
+                for request in [r for r in generation.requests if not r.is_finished]:
+                    self._end_candidate(request, FinishReason.TIME_LIMIT, now_s)
+
+    def _note_scheduled(self, batch: ScheduledBatch, now_s: float) -> None:
+        for chunk in batch.chunks:
+            generation = chunk.request.generation
+            if generation.first_scheduled_s is None:
+                generation.first_scheduled_s = now_s
+                generation.num_cached_tokens = chunk.start
+                metrics.QUEUE_SECONDS.observe(now_s - generation.arrival_s)
+                metrics.PREFIX_QUERY_TOKENS.inc(len(generation.prompt_token_ids))
+                metrics.PREFIX_HIT_TOKENS.inc(chunk.start)
+
+    def _update(self, results: Iterable[ChunkResult], now_s: float) -> None:
+        for result in results:
+            request = result.chunk.request
+            if request.status is not RequestStatus.RUNNING:
+                continue  # its generation was ended by an earlier result of this step
+            self._emit_started_once(request.generation)
+            self.scheduler.advance(result.chunk)
+            self._record_prompt_logprobs(result)
+            if not result.is_finite:
+                self._finish(request.generation, _not_finite())
+            elif result.token_id is not None:
+                self._accept_token(request, result.token_id, result.logprobs, now_s)
+
+    def _emit_started_once(self, generation: Generation) -> None:
+        if generation.is_started:
+            return
+        generation.is_started = True
+        usage = Usage(
+            prompt_tokens=len(generation.prompt_token_ids), cached_tokens=generation.num_cached_tokens
+        )
+        self._emit(
+            generation,
+            GenerationStarted(
+                request_id=generation.request_id, usage=usage, adaptation=generation.resolved_adaptation
+            ),
+        )
+
+    def _record_prompt_logprobs(self, result: ChunkResult) -> None:
+        """Adds a chunk's prompt log-probabilities; after a preemption, only those not recorded before."""
+        recorded = result.chunk.request.generation.prompt_logprobs
+        num_known = max(0, len(recorded) - result.chunk.start)
+        recorded += [self._to_token_logprobs(logprobs) for logprobs in result.prompt_logprobs[num_known:]]
+
+    def _accept_token(self, request: Request, token_id: int, logprobs: Logprobs | None, now_s: float) -> None:
+        stopping = request.generation.params.stopping
+        request.token_ids.append(token_id)
+        if logprobs is not None:
+            request.logprobs.append(self._to_token_logprobs(logprobs))
+        self._measure_token(request, now_s)
+        is_stop_token = token_id in stopping.stop_token_ids
+        is_stop_token |= token_id in self._eos_token_ids and not stopping.ignore_eos
+        if is_stop_token and not stopping.include_stop:
+            self._end_candidate(request, FinishReason.STOP, now_s, stop_token_id=token_id)
+            return
+        text = request.text.push(token_id, may_stop=request.num_generated >= stopping.min_new_tokens)
+        if is_stop_token:
+            self._end_candidate(request, FinishReason.STOP, now_s, text, stop_token_id=token_id)
+        elif request.text.stop_string is not None:
+            self._end_candidate(request, FinishReason.STOP_STRING, now_s, text)
+        elif request.num_generated >= request.generation.max_new_tokens:
+            self._end_candidate(request, FinishReason.LENGTH, now_s, text)
+        else:
+            self._emit_chunk(request, text)
+
+    def _end_candidate(
+        self,
+        request: Request,
+        reason: FinishReason,
+        now_s: float,
+        text: str = "",
+        *,
+        stop_token_id: int | None = None,
+    ) -> None:
+        """Ends one candidate with its last chunk; ends the generation if it was the last candidate."""
+        self._emit_started_once(request.generation)
+        self.scheduler.remove(request)
+        self._emit_chunk(request, text + request.text.flush())
+        generation = request.generation
+        generation.candidates.append(
+            Candidate(
+                index=request.index,
+                text=request.text.text,
+                token_ids=tuple(request.generated_ids),
+                finish_reason=reason,
+                stop_string=request.text.stop_string,
+                stop_token_id=stop_token_id,
+                logprobs=tuple(request.logprobs),
+            )
+        )
+        if len(generation.candidates) == len(generation.requests):
+            self._finish(generation, _finished(generation, now_s))
+
+    def _finish(self, generation: Generation, last: GenerationFinished | FusionServeError | None) -> None:
+        """The one door out: frees blocks and pool rows, gives back the leases, says the last word if anyone listens."""
+        self._generations.remove(generation)
+        for request in generation.requests:
+            if not request.is_finished:
+                self.scheduler.remove(request)
+        self._release_leases(generation.adapters)
+        metrics.REQUEST_SECONDS.observe(time.monotonic() - generation.arrival_s)
+        if last is not None:
+            self._outputs.append(Output(generation, last))
+
+    def _fail(self, generations: Iterable[Generation]) -> None:
+        for generation in generations:
+            metadata = {"request_id": generation.request_id}
+            self._finish(generation, InternalError("the request failed inside the server", metadata=metadata))
+
+    def _emit_chunk(self, request: Request, text: str) -> None:
+        """Tells of the tokens generated since the last chunk; nothing if there are none."""
+        token_ids = tuple(request.generated_ids[request.num_told_tokens :])
+        if not token_ids and not text:
+            return
+        logprobs = tuple(request.logprobs[request.num_told_tokens :])
+        request.num_told_tokens += len(token_ids)
+        chunk = GenerationChunk(
+            candidate_index=request.index, text=text, token_ids=token_ids, logprobs=logprobs
+        )
+        self._emit(request.generation, chunk)
+
+    def _emit(self, generation: Generation, event: GenerationEvent) -> None:
+        self._outputs.append(Output(generation, event))
+
+    def _to_token_logprobs(self, logprobs: Logprobs) -> TokenLogprobs:
+        chosen, *top = (
+            TokenLogprob(token_id, self._token_text(token_id), logprob, rank)
+            for token_id, logprob, rank in (logprobs.chosen, *logprobs.top)
+        )
+        return TokenLogprobs(chosen, tuple(top))
+
+    def _measure_token(self, request: Request, now_s: float) -> None:
+        generation = request.generation
+        if generation.first_token_s is None:
+            generation.first_token_s = now_s
+            metrics.TIME_TO_FIRST_TOKEN_SECONDS.observe(now_s - generation.arrival_s)
+        if request.last_token_s is not None:
+            metrics.INTER_TOKEN_SECONDS.observe(now_s - request.last_token_s)
+        request.last_token_s = now_s
+        metrics.GENERATED_TOKENS.inc()
+        for adapter in generation.adapters:
+            metrics.ADAPTER_GENERATED_TOKENS.labels(self._adapter_labels.label(adapter.name)).inc()
+
+    def _measure(self, batch: ScheduledBatch, step_s: float) -> None:
+        scheduler = self.scheduler
+        metrics.REQUESTS_RUNNING.set(len(scheduler.running))
+        metrics.REQUESTS_QUEUED.set(len(scheduler.waiting))
+        metrics.KV_BLOCKS_USED.set(scheduler.blocks.num_used)
+        metrics.ADAPTER_POOL_RANKS_USED.set(scheduler.ledger.num_used)
+        if batch.chunks:
+            metrics.STEP_SECONDS.observe(step_s)
+            metrics.STEP_TOKENS.inc(batch.num_tokens)
+
+
+def _not_finite() -> ArtifactError:
+    return ArtifactError("the model's output under this adaptation is not finite", reason="OUTPUT_NOT_FINITE")
+
+
+def _finished(generation: Generation, now_s: float) -> GenerationFinished:
+    candidates = tuple(sorted(generation.candidates, key=lambda candidate: candidate.index))
+    usage = Usage(
+        prompt_tokens=len(generation.prompt_token_ids),
+        cached_tokens=generation.num_cached_tokens,
+        generated_tokens=sum(len(candidate.token_ids) for candidate in candidates),
+    )
+    first_scheduled_s = generation.first_scheduled_s or now_s
+    timings = Timings(
+        queue_s=first_scheduled_s - generation.arrival_s,
+        time_to_first_token_s=(generation.first_token_s or now_s) - generation.arrival_s,
+        total_s=now_s - generation.arrival_s,
+    )
+    return GenerationFinished(
+        request_id=generation.request_id,
+        candidates=candidates,
+        usage=usage,
+        adaptation=generation.resolved_adaptation,
+        timings=timings,
+        prompt_logprobs=tuple(generation.prompt_logprobs),
+    )

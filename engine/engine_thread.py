@@ -1,0 +1,73 @@
+"""The thread that owns the engine. Commands come in by one inbox; outputs leave by one call per step."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from fusionserve.engine.engine import Engine, Output
+
+_log = logging.getLogger(__name__)
+
+Command = Callable[[Engine], None]
+
+_STALLED_WAIT_S = 0.02  # between steps that had nothing to compute although requests wait
+
+
+class EngineThread:
+    """Runs `engine` until `stop`. `deliver` and `on_death` are called on this thread; they must not block."""
+
+    def __init__(
+        self, engine: Engine, deliver: Callable[[list[Output]], None], on_death: Callable[[], None]
+    ) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._on_death = on_death
+        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Has `command` run on the engine thread before its next step. Never blocks; may be called from any thread."""
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        """Ends the thread after the step at hand and waits for it."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            timeout_s: float | None = None
+            while self._run_commands(timeout_s):
+                timeout_s = self._step()
+        except BaseException:
+            _log.exception("the engine thread died")
+            self._on_death()
+
+    def _step(self) -> float | None:
+        """One step if there is work; returns how long to wait for commands before the next one, None for ever."""
+        engine = self._engine
+        if not engine.has_work:
+            return None
+        outputs = engine.step()
+        if outputs:
+            self._deliver(outputs)
+        return _STALLED_WAIT_S if engine.is_stalled else 0.0
+
+    def _run_commands(self, timeout_s: float | None) -> bool:
+        """Runs all commands in the inbox, waiting up to `timeout_s` for the first; False once told to stop."""
+        try:
+            command = self._inbox.get(block=timeout_s != 0.0, timeout=timeout_s or None)
+            while command is not None:
+                command(self._engine)
+                command = self._inbox.get_nowait()
+        except Empty:
+            return True
+        return False

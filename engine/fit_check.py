@@ -1,0 +1,145 @@
+"""Finds out, before serving, whether a model can be served packed and paged, instead of trusting a list of names.
+
+The model runs two short prompts twice: apart, with its own attention, and packed into one row with ours. If the logits
+differ, something besides attention looks across tokens (a state space, ALiBi biases outside the interface, ...).
+The same run shows the shapes of each attention layer's keys and values, and which linear modules see every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.engine.attention import ATTENTION_NAME, register_attention
+from fusionserve.errors import StartupError
+from fusionserve.kernels.paged_attention import AttentionOptions, causal_mask, chunk_attention
+
+_PROMPT_LENGTHS = (5, 7)
+_MIN_SIMILARITY = 0.99  # cosine of the logits; rounding in bfloat16 stays above it, a wrong context does not
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one attention layer stores per token."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFit:
+    """What the check found: the cache shape of each attention module, and the modules that adapters may touch."""
+
+    cache_shapes: dict[nn.Module, CacheShape]
+    modules: BaseModules
+
+
+class _RecordingBatch:
+    """Stands in for AttentionBatch: plain causal attention over each prompt, and notes of the shapes."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[nn.Module, CacheShape] = {}
+        self.is_repeated = False
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        self.is_repeated |= module in self.shapes
+        self.shapes[module] = CacheShape(key.shape[1], key.shape[2], value.shape[2])
+        outputs, start = [], 0
+        for length in _PROMPT_LENGTHS:
+            here = slice(start, start + length)
+            mask = causal_mask(0, length, length, options.sliding_window).to(query.device)
+            outputs.append(
+                chunk_attention(query[here], key[here], value[here], torch.arange(length), mask, options)
+            )
+            start += length
+        return torch.cat(outputs)
+
+
+@torch.inference_mode()
+def check_fit(model: PreTrainedModel, modules: BaseModules) -> ModelFit:
+    """Switches `model` to paged attention and describes how it fits. Raises StartupError if it does not."""
+    prompts = _make_prompts(model)
+    apart = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in prompts])
+    register_attention()
+    model.set_attn_implementation(ATTENTION_NAME)
+    batch = _RecordingBatch()
+    seen: dict[str, int] = {}
+    with _TokenCounter(model, modules, seen):
+        packed = _run_packed(model, prompts, batch)
+    if not batch.shapes:
+        raise _unsupported(model, "its attention does not go through the attention interface")
+    if batch.is_repeated:
+        raise _unsupported(model, "one attention module serves several layers")
+    similarity = functional.cosine_similarity(apart.float(), packed.float(), dim=-1).min().item()
+    if not similarity >= _MIN_SIMILARITY:
+        raise _unsupported(model, "its output depends on more than attention over the request's own tokens")
+    num_tokens = sum(_PROMPT_LENGTHS)
+    usable = {path: module for path, module in modules.by_path.items() if seen.get(path) == num_tokens}
+    return ModelFit(batch.shapes, replace(modules, by_path=MappingProxyType(usable)))
+
+
+def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    return [
+        torch.randint(vocab_size, (length,), generator=generator).to(model.device)
+        for length in _PROMPT_LENGTHS
+    ]
+
+
+def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _RecordingBatch) -> Tensor:
+    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
+    try:
+        output = model(
+            input_ids=torch.cat(prompts)[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(len(positions), device=positions.device),
+            attention_batch=batch,
+        )
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise _unsupported(model, "it cannot run packed requests") from error
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+class _TokenCounter:
+    """While entered, notes how many input rows each adaptable module saw; 0 for one called twice."""
+
+    def __init__(self, model: nn.Module, modules: BaseModules, seen: dict[str, int]) -> None:
+        self._handles = [
+            model.get_submodule(path).register_forward_pre_hook(self._note(path, module.kind.value, seen))
+            for path, module in modules.by_path.items()
+        ]
+
+    def _note(
+        self, path: str, kind: str, seen: dict[str, int]
+    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].numel() if kind == "embedding" else inputs[0].numel() // inputs[0].shape[-1]
+            seen[path] = 0 if path in seen else rows
+
+        return hook
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> StartupError:
+    return StartupError(
+        f"the architecture {type(model).__name__} cannot be served: {why}", reason="ARCHITECTURE_UNSUPPORTED"
+    )

@@ -1,0 +1,52 @@
+"""One client's events on the event loop: bounded by the response itself, whatever the client's speed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from fusionserve.errors import FusionServeError
+from fusionserve.generation import GenerationChunk, GenerationEvent, GenerationFinished
+
+
+class GenerationStream:
+    """Takes events from the engine and gives them to one reader; chunks that the reader was too slow for are joined."""
+
+    def __init__(self) -> None:
+        self._pending: deque[GenerationEvent | FusionServeError] = deque()
+        self._arrived = asyncio.Event()
+
+    def push(self, event: GenerationEvent | FusionServeError) -> None:
+        """Adds an event. Never blocks."""
+        if isinstance(event, GenerationChunk):
+            event = self._join_pending(event)
+        self._pending.append(event)
+        self._arrived.set()
+
+    async def events(self) -> AsyncIterator[GenerationEvent]:
+        """Yields events up to the finished one; raises the error that ended the request instead, if there is one."""
+        while True:
+            await self._arrived.wait()
+            event = self._pending.popleft()
+            if not self._pending:
+                self._arrived.clear()
+            if isinstance(event, FusionServeError):
+                raise event
+            yield event
+            if isinstance(event, GenerationFinished):
+                return
+
+    def _join_pending(self, chunk: GenerationChunk) -> GenerationChunk:
+        """Takes an unread chunk of the same candidate out of the queue and puts `chunk` behind it."""
+        for earlier in self._pending:
+            if isinstance(earlier, GenerationChunk) and earlier.candidate_index == chunk.candidate_index:
+                self._pending.remove(earlier)
+                return replace(
+                    chunk,
+                    text=earlier.text + chunk.text,
+                    token_ids=earlier.token_ids + chunk.token_ids,
+                    logprobs=earlier.logprobs + chunk.logprobs,
+                )
+        return chunk

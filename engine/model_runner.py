@@ -1,0 +1,256 @@
+"""Carries out a scheduled batch: copies adapters into the pool, makes the tensors, runs the model once, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from fusionserve import metrics
+from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
+from fusionserve.adapters.row_plan import (
+    EMPTY_PLAN,
+    AdaptedTokens,
+    PlanCell,
+    RowPlan,
+    RowRange,
+    WholeModuleTokens,
+    plan_spans,
+)
+from fusionserve.engine.attention import AttentionBatch, LayerCache, PackedSequence
+from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.fit_check import CacheShape
+from fusionserve.engine.request import Request
+from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
+from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.errors import StartupError
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a chunk gave: a token if it was the last one, and the log-probabilities asked for.
+
+    `is_finite` False means that the logits were not, so there is no token.
+    """
+
+    chunk: ScheduledChunk
+    token_id: int | None = None
+    is_finite: bool = True
+    logprobs: Logprobs | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _LogitRows:
+    """Logit rows [start, end) of the forward pass belong to `chunk`."""
+
+    chunk: ScheduledChunk
+    start: int
+    end: int
+
+
+class ModelRunner:
+    """Owns the model, the KV cache and the adapter pool's tensors. Used by one thread only."""
+
+    def __init__(self, base: BaseModel, *, block_size: int, num_blocks: int) -> None:
+        self._base = base
+        self._block_size = block_size
+        self._caches = allocate_cache(base.cache_shapes, block_size * num_blocks, base.dtype, base.device)
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
+        """Runs the batch; one result per chunk, in any order."""
+        self._apply(batch.pool_changes)
+        if not batch.chunks:
+            return []
+        chunks = sorted(batch.chunks, key=_batch_order)
+        starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
+        logit_rows = _plan_logits(chunks)
+        logits = self._forward(chunks, starts, logit_rows)
+        return _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
+
+    def _apply(self, changes: tuple[PoolChange, ...]) -> None:
+        self._base.pool.apply(changes)
+        metrics.ADAPTER_ACTIVATIONS.inc(sum(isinstance(change, WriteRows) for change in changes))
+
+    def _forward(
+        self, chunks: Sequence[ScheduledChunk], starts: Sequence[int], logit_rows: Sequence[_LogitRows]
+    ) -> Tensor:
+        """Logits [logit rows, vocab] of the packed chunks."""
+        base = self._base
+        sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
+        wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
+        _set_plan(base.token_rows, _ranges(chunks, starts), starts[-1], base)
+        _set_plan(
+            base.logit_rows, [(r.chunk, r.start, r.end) for r in logit_rows], sum(map(len, wanted)), base
+        )
+        try:
+            output = base.model(
+                input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
+                    None
+                ],
+                position_ids=self._tensor([p for c in chunks for p in range(c.start, c.end)])[None],
+                use_cache=False,
+                logits_to_keep=self._tensor([position for positions in wanted for position in positions]),
+                attention_batch=AttentionBatch(self._caches, sequences),
+            )
+        finally:
+            base.token_rows.plan = base.logit_rows.plan = EMPTY_PLAN
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _pack(self, chunk: ScheduledChunk, start: int) -> PackedSequence:
+        num_blocks = -(-chunk.end // self._block_size)
+        blocks = self._tensor(chunk.request.blocks[:num_blocks])
+        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()[: chunk.end]
+        return PackedSequence(start, start + chunk.num_tokens, chunk.start, slots)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._base.device)
+
+
+def cache_bytes_per_token(shapes: Mapping[nn.Module, CacheShape], dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes in all layers."""
+    return sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes.values()) * dtype.itemsize
+
+
+def num_cache_blocks(base: BaseModel, *, block_size: int, budget_bytes: int, max_requests: int) -> int:
+    """Blocks that fit the budget, and no more than `max_requests` full contexts could use.
+
+    Raises StartupError if not even one full context fits.
+    """
+    block_bytes = cache_bytes_per_token(base.cache_shapes, base.dtype) * block_size
+    per_context = -(-base.max_context_tokens // block_size)
+    if budget_bytes < block_bytes * per_context:
+        raise StartupError(
+            f"the KV cache needs {block_bytes * per_context >> 20} MiB for one context of {base.max_context_tokens} "
+            "tokens: give it more, or limit the context",
+            reason="KV_CACHE_TOO_SMALL",
+        )
+    return min(budget_bytes // block_bytes, per_context * max_requests)
+
+
+def allocate_cache(
+    shapes: Mapping[nn.Module, CacheShape], num_slots: int, dtype: torch.dtype, device: torch.device
+) -> dict[nn.Module, LayerCache]:
+    """Zeroed keys and values of every layer; zeros, because a slot may be read (and masked) before it is written."""
+    return {
+        module: LayerCache(
+            torch.zeros(num_slots, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device),
+            torch.zeros(num_slots, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device),
+        )
+        for module, shape in shapes.items()
+    }
+
+
+def _batch_order(chunk: ScheduledChunk) -> tuple[bool, bool, tuple[int, ...]]:
+    """Base tokens first, then short chunks by their place in the pool, so that they share spans, then long ones."""
+    return (bool(chunk.adapter_starts), chunk.num_tokens > 1, chunk.adapter_starts)
+
+
+def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[tuple[ScheduledChunk, int, int]]:
+    return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
+
+
+def _set_plan(
+    cell: PlanCell, ranges: Sequence[tuple[ScheduledChunk, int, int]], num_tokens: int, base: BaseModel
+) -> None:
+    adapted = [
+        AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
+    ]
+    whole = [
+        WholeModuleTokens(start, end, adapter)
+        for chunk, start, end in ranges
+        for adapter in chunk.request.generation.adapters
+        if not adapter.weights.is_low_rank_only
+    ]
+    cell.plan = RowPlan(num_tokens, plan_spans(adapted, dtype=base.dtype, device=base.device), tuple(whole))
+
+
+def _row_ranges(chunk: ScheduledChunk) -> tuple[RowRange, ...]:
+    generation = chunk.request.generation
+    terms = zip(chunk.adapter_starts, generation.adapters, generation.coefficients, strict=True)
+    return tuple(
+        RowRange(start, start + a.num_rows, coefficient) for start, a, coefficient in terms if a.num_rows
+    )
+
+
+def _plan_logits(chunks: Sequence[ScheduledChunk]) -> list[_LogitRows]:
+    """Which logit rows each chunk gets, in batch order; chunks that need none are left out."""
+    planned, start = [], 0
+    for chunk in chunks:
+        num_rows = len(_logit_positions(chunk, 0))
+        if num_rows:
+            planned.append(_LogitRows(chunk, start, start + num_rows))
+            start += num_rows
+    return planned
+
+
+def _logit_positions(chunk: ScheduledChunk, batch_start: int) -> range:
+    """Positions in the packed batch whose logits are needed: all of a prompt to be reported, else the last token."""
+    end = batch_start + chunk.num_tokens
+    if _reports_prompt(chunk):
+        return range(batch_start, end)
+    return range(end - 1, end) if chunk.is_last else range(0)
+
+
+def _reports_prompt(chunk: ScheduledChunk) -> bool:
+    return chunk.request.wants_prompt_logprobs and chunk.start < chunk.request.prompt_length
+
+
+def _to_results(
+    chunks: Sequence[ScheduledChunk],
+    logit_rows: Sequence[_LogitRows],
+    logits: Tensor,
+    eos_token_ids: frozenset[int],
+) -> list[ChunkResult]:
+    results = {chunk: ChunkResult(chunk) for chunk in chunks}
+    sampled = [rows for rows in logit_rows if rows.chunk.is_last]
+    tokens: list[int | None] = []
+    if sampled:
+        last = logits[[rows.end - 1 for rows in sampled]]
+        tokens = sample(last, [_sampler_row(rows.chunk.request, eos_token_ids) for rows in sampled])
+    for rows, token in zip(sampled, tokens, strict=True):
+        results[rows.chunk] = _sampled_result(rows.chunk, token, logits[rows.end - 1])
+    for rows in logit_rows:
+        if _reports_prompt(rows.chunk):
+            prompt = _prompt_logprobs(rows.chunk, logits[rows.start : rows.end])
+            result = results[rows.chunk]
+            results[rows.chunk] = ChunkResult(
+                rows.chunk, result.token_id, result.is_finite, result.logprobs, prompt
+            )
+    return list(results.values())
+
+
+def _sampler_row(request: Request, eos_token_ids: frozenset[int]) -> SamplerRow:
+    generation = request.generation
+    stopping = generation.params.stopping
+    banned: tuple[int, ...] = ()
+    if request.num_generated < stopping.min_new_tokens:
+        banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids))
+    return SamplerRow(
+        generation.params.sampling,
+        generation.prompt_token_ids,
+        request.generated_ids,
+        banned,
+        request.uniform(),
+    )
+
+
+def _sampled_result(chunk: ScheduledChunk, token: int | None, logits: Tensor) -> ChunkResult:
+    num_top = chunk.request.generation.params.output.logprobs
+    if token is None or num_top is None:
+        return ChunkResult(chunk, token, is_finite=token is not None)
+    return ChunkResult(chunk, token, logprobs=logprobs_of(logits[None], [token], num_top)[0])
+
+
+def _prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> tuple[Logprobs, ...]:
+    """Log-probabilities of the prompt tokens that follow the chunk's positions; the last position may have none."""
+    request = chunk.request
+    num_top = request.generation.params.output.prompt_logprobs
+    assert num_top is not None
+    following = request.generation.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
+    return tuple(logprobs_of(logits[: len(following)], following, num_top)) if following else ()

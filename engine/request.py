@@ -1,0 +1,138 @@
+"""Requests as the engine sees them: a generation asked for by a client, and one request per candidate of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from hashlib import blake2b
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.engine.block_pool import BlockHash
+from fusionserve.engine.text_output import TextOutput
+from fusionserve.generation import (
+    Candidate,
+    GenerateParams,
+    ResolvedAdaptation,
+    ResolvedMember,
+    TokenLogprobs,
+)
+
+
+class RequestStatus(Enum):
+    """WAITING for admission (also after preemption), RUNNING in the batch, FINISHED for good."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One client request: the prompt its candidates share, its leased adapters, and what has come of it so far."""
+
+    params: GenerateParams
+    prompt_token_ids: tuple[int, ...]
+    adapters: tuple[Adapter, ...]
+    max_new_tokens: int
+    seed: int
+    arrival_s: float
+    requests: list[Request] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    is_started: bool = False  # its first step has run and was told of
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The client's id, unique among the requests in flight."""
+        return self.params.request_id
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The coefficient of each adapter's delta."""
+        return tuple(term.scale for term in self.params.adaptation.terms)
+
+    @property
+    def resolved_adaptation(self) -> ResolvedAdaptation:
+        """The adaptation with the versions and digests it was admitted with."""
+        members = tuple(
+            ResolvedMember(adapter.name, adapter.version, adapter.digest, coefficient)
+            for adapter, coefficient in zip(self.adapters, self.coefficients, strict=True)
+        )
+        return ResolvedAdaptation(self.params.adaptation.kind, members)
+
+    @property
+    def cache_seed(self) -> bytes:
+        """Everything besides the tokens that shapes the keys and values: adapter uids, coefficients and the salt."""
+        terms = zip((adapter.uid for adapter in self.adapters), self.coefficients, strict=True)
+        return repr((self.params.cache_salt, sorted(terms))).encode()
+
+    @property
+    def time_limit_at_s(self) -> float | None:
+        """When the request's own time limit passes, on the monotonic clock."""
+        limit_s = self.params.stopping.time_limit_s
+        return None if limit_s is None else self.arrival_s + limit_s
+
+
+class Request:
+    """One candidate: its tokens, how many of them are computed, and the blocks that hold their keys and values."""
+
+    def __init__(self, generation: Generation, index: int, text: TextOutput) -> None:
+        self.generation = generation
+        self.index = index
+        self.text = text
+        self.token_ids = list(generation.prompt_token_ids)
+        self.logprobs: list[TokenLogprobs] = []
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.blocks: list[int] = []
+        self.block_hashes: list[BlockHash] = []
+        self.num_published_blocks = 0
+        self.num_told_tokens = 0  # generated tokens that have left in chunks
+        self.last_token_s: float | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.generation.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Number of tokens generated so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def generated_ids(self) -> Sequence[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def is_finished(self) -> bool:
+        """True once the request has left the engine."""
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True if this candidate reports the prompt's log-probabilities, which needs every prompt position's logits."""
+        return self.index == 0 and self.generation.params.output.prompt_logprobs is not None
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Sort key of the queue: higher priority first, then first come, first served."""
+        return (-self.generation.params.priority, self.generation.arrival_s, self.index)
+
+    def uniform(self) -> float:
+        """A number in [0, 1) for the next token, from the seed, the candidate and the position alone.
+
+        No generator state: the same seed gives the same draws whatever else runs, and after preemption.
+        """
+        key = f"{self.generation.seed}:{self.index}:{self.num_generated}".encode()
+        return (int.from_bytes(blake2b(key, digest_size=8).digest()) >> 11) * 2.0**-53

@@ -1,0 +1,155 @@
+"""Draws the next token of each request from its logits.
+
+Every request is a row of its own: nothing here depends on what else is in the batch, and the random number of a row
+comes from the request (`Request.uniform`), so the same seed gives the same token in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionserve.generation import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerRow:
+    """What shapes one row: its parameters, the tokens so far, the tokens it may not take, and its random number."""
+
+    params: SamplingParams
+    prompt_ids: Sequence[int]
+    generated_ids: Sequence[int]
+    banned_ids: Sequence[int]
+    uniform: float
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities at one position under the unmodified distribution: (token, logprob, rank) each."""
+
+    chosen: tuple[int, float, int]
+    top: tuple[tuple[int, float, int], ...]
+
+
+def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
+    """The next token of each row of logits [rows, vocab]; None where the logits are not finite."""
+    logits = logits.float()
+    if any(_changes_logits(row) for row in rows):
+        logits = logits.clone()
+        for index, row in enumerate(rows):
+            _apply_penalties_(logits[index], row)
+    best_values, best_ids = logits.max(dim=-1)
+    tokens = best_ids.tolist()
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        sampled = _draw(logits[drawn], [rows[index] for index in drawn])
+        for index, token in zip(drawn, sampled, strict=True):
+            tokens[index] = token
+    return [
+        token if ok else None for token, ok in zip(tokens, torch.isfinite(best_values).tolist(), strict=True)
+    ]
+
+
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
+    """Log-probabilities of `token_ids` [rows] under logits [rows, vocab], with the `num_top` most likely tokens."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
+    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    values, indices = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    return [
+        Logprobs(
+            (token, value, rank),
+            tuple(
+                (top_id, top_value, place)
+                for place, (top_id, top_value) in enumerate(zip(*top, strict=True), 1)
+            ),
+        )
+        for token, value, rank, *top in zip(
+            token_ids, chosen[:, 0].tolist(), ranks.tolist(), indices.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _changes_logits(row: SamplerRow) -> bool:
+    params = row.params
+    penalties = (params.repetition_penalty - 1.0, params.presence_penalty, params.frequency_penalty)
+    return bool(params.logit_bias or row.banned_ids or any(penalties))
+
+
+def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
+    """Logit bias, repetition (prompt and output), presence and frequency (output only), bans; on logits [vocab]."""
+    params = row.params
+    if params.logit_bias:
+        logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
+    if params.repetition_penalty != 1.0:
+        seen = list({*row.prompt_ids, *row.generated_ids})
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
+    if row.generated_ids and (params.presence_penalty or params.frequency_penalty):
+        ids, counts = torch.tensor(row.generated_ids, device=logits.device).unique(return_counts=True)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    if row.banned_ids:
+        logits[list(row.banned_ids)] = float("-inf")
+
+
+def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
+    """Inverse-CDF sampling of logits [rows, vocab] in the order of token ids, after top-k, top-p and min-p.
+
+    Only thresholds come from sorting, so two tokens whose probabilities differ by rounding never swap places.
+    """
+    params = [row.params for row in rows]
+    shifted = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature overflows
+    scaled = shifted / logits.new_tensor([p.temperature for p in params])[:, None]
+    scaled = _keep_top_k(scaled, params)
+    probabilities = torch.softmax(scaled, dim=-1)
+    probabilities = _keep_top_p(probabilities, params)
+    probabilities = _keep_min_p(probabilities, params)
+    cumulative = probabilities.double().cumsum(dim=-1)
+    uniforms = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits.device)
+    targets = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    last_possible = logits.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(dim=-1)
+    chosen: list[int] = torch.minimum(tokens, last_possible).tolist()
+    return chosen
+
+
+def _keep_top_k(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Drops logits below the k-th largest of their row; ties with it stay."""
+    vocab = scaled.shape[-1]
+    limits = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
+    largest = max((limit for limit in limits if limit < vocab), default=0)
+    if not largest:
+        return scaled
+    top = scaled.topk(largest, dim=-1).values
+    lowest = scaled.new_full((len(params), 1), float("-inf"))
+    for index, limit in enumerate(limits):
+        if limit < vocab:
+            lowest[index] = top[index, limit - 1]
+    return scaled.masked_fill(scaled < lowest, float("-inf"))
+
+
+def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Keeps the smallest set of most likely tokens whose probability reaches top_p; ties with the last one stay."""
+    if all(p.top_p >= 1.0 for p in params):
+        return probabilities
+    ordered = probabilities.sort(dim=-1, descending=True).values
+    before = ordered.double().cumsum(dim=-1) - ordered
+    limits = before.new_tensor([p.top_p for p in params])[:, None]
+    num_kept = (before < limits).sum(dim=-1, keepdim=True).clamp(min=1)
+    lowest = ordered.gather(1, num_kept - 1)
+    unlimited = limits >= 1.0
+    return probabilities.masked_fill((probabilities < lowest) & ~unlimited, 0.0)
+
+
+def _keep_min_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Drops tokens less likely than min_p times the most likely one."""
+    if all(p.min_p == 0.0 for p in params):
+        return probabilities
+    limits = probabilities.new_tensor([p.min_p for p in params])[:, None]
+    lowest = limits * probabilities.max(dim=-1, keepdim=True).values
+    return probabilities.masked_fill(probabilities < lowest, 0.0)

@@ -1,0 +1,55 @@
+"""Frozen configuration: what the command line, the environment and the YAML file resolve to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_MODEL = EMBEDDED / "base"
+EMBEDDED_ADAPTERS = EMBEDDED / "adapters"
+EMBEDDED_MODEL_NAME = "fusionserve-tiny"
+
+MEBIBYTE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine needs to know before it loads the model.
+
+    `model` is a directory or a hub id. `dtype` "auto" takes the checkpoint's. Adapters are found as NAME under any of
+    `adapter_dirs` (loaded on demand) and as the named `adapters` (loaded at start).
+    """
+
+    model: str
+    model_name: str
+    dtype: str = "auto"
+    adapter_dirs: tuple[Path, ...] = ()
+    adapters: tuple[tuple[str, Path], ...] = ()
+    max_context_tokens: int | None = None  # None: the model's own limit
+    max_batch_tokens: int = 512  # tokens computed per step
+    max_batch_requests: int = 64  # requests running at once
+    max_queued_requests: int = 256  # requests waiting for admission before RESOURCE_EXHAUSTED
+    default_max_new_tokens: int = 128
+    block_size: int = 16  # tokens per KV block
+    kv_cache_bytes: int = 512 * MEBIBYTE
+    adapter_pool_ranks: int = 256  # rank rows on the device
+    adapter_host_bytes: int = 1024 * MEBIBYTE
+    max_adapter_rank: int = 256
+    allow_base_mismatch: bool = False
+    enable_prefix_cache: bool = True
+    num_threads: int | None = None  # torch threads; None: the cores at hand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Where the server listens and how it behaves towards clients."""
+
+    listen: str = "127.0.0.1:50051"
+    metrics_listen: str = "127.0.0.1:9464"
+    enable_reflection: bool = True
+    enable_channelz: bool = False
+    max_message_bytes: int = 4 * MEBIBYTE
+    max_request_s: float = 600.0  # deadline of a request that brings none
+    drain_grace_s: float = 30.0
+    adapter_label_limit: int = 32  # adapters with a metric label of their own; the rest are "other"

@@ -1,0 +1,134 @@
+"""The server's life: bind, load, serve, drain, stop. Everything is wired here."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+
+from fusionserve.config import EngineConfig, ServerConfig
+from fusionserve.metrics import AdapterLabels
+from fusionserve.server.daemon_thread import in_daemon_thread, is_thread_alive
+from fusionserve.server.engine_facade import EngineFacade
+from fusionserve.server.grpc_server import GrpcServer
+from fusionserve.server.listen_address import ListenAddress
+from fusionserve.server.metrics_endpoint import MetricsEndpoint
+from fusionserve.server.stop_signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+LoadEngine = Callable[[EngineConfig, AdapterLabels], EngineFacade]
+
+EXIT_OK = 0
+EXIT_ENGINE_FAILED = 1
+# After the drain every request has its answer; this is for the answers on their way to slow clients.
+STOP_GRACE_S = 2.0
+_LOADER = "load-engine"
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
+    """Serves until SIGTERM or SIGINT and returns the exit code: 0, or 1 if the engine died.
+
+    Raises StartupError if a port or the model cannot be had.
+    """
+    code = asyncio.run(_run(engine_config, server_config, load_engine))
+    if is_thread_alive(_LOADER):
+        # Told to stop while loading: native code cannot be interrupted, and crashes if Python ends around it.
+        sys.stdout.flush()
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
+async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
+    with StopSignals() as signals:
+        app = App(server_config)
+        try:
+            await app.start()
+            loading = app.load(functools.partial(load_engine, engine_config))
+            if not await _finishes_before(loading, signals.asked):
+                return EXIT_OK
+            print(f"ready grpc={app.grpc_address} metrics={app.metrics_address}", flush=True)
+            if await _finishes_before(app.wait_failed(), signals.asked):
+                return EXIT_ENGINE_FAILED
+            await _finishes_before(app.drain(), signals.asked_again)
+            return EXIT_OK
+        finally:
+            await app.close(0 if signals.asked_again.is_set() else STOP_GRACE_S)
+
+
+class App:
+    """Both listeners and the engine behind them. Making it binds the ports; `close` releases everything.
+
+    Raises StartupError if a port cannot be bound.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._engine: EngineFacade | None = None
+        metrics_address = ListenAddress.parse(config.metrics_listen)
+        self._grpc = GrpcServer(config)
+        self._metrics = MetricsEndpoint(metrics_address)
+
+    @property
+    def grpc_address(self) -> ListenAddress:
+        """Where the gRPC listener is bound."""
+        return self._grpc.address
+
+    @property
+    def metrics_address(self) -> ListenAddress:
+        """Where the metrics listener is bound."""
+        return self._metrics.address
+
+    async def start(self) -> None:
+        """Answers calls: health says NOT_SERVING, generation is refused with STARTING."""
+        await self._grpc.start()
+
+    async def load(self, load_engine: Callable[[AdapterLabels], EngineFacade]) -> None:
+        """Loads and starts the engine off the event loop, then serves requests."""
+        labels = AdapterLabels(self._config.adapter_label_limit)
+        self._engine = await in_daemon_thread(_LOADER, lambda: load_engine(labels))
+        await self._engine.start()
+        self._grpc.gate.open(self._engine)
+        self._grpc.health.serve()
+
+    async def wait_failed(self) -> None:
+        """Returns when the engine has died; health then says NOT_SERVING and every request is refused."""
+        assert self._engine is not None, "load comes first"
+        await self._engine.wait_failed()
+        logger.error("the engine has failed; the server stops")
+        self._grpc.gate.fail()
+        self._grpc.health.drain()
+
+    async def drain(self) -> None:
+        """Refuses new requests with DRAINING and returns when the running ones have ended."""
+        assert self._engine is not None, "load comes first"
+        self._grpc.health.drain()
+        self._grpc.gate.drain()
+        await self._engine.drain(self._config.drain_grace_s)
+
+    async def close(self, grace_s: float) -> None:
+        """Closes the listeners, giving calls `grace_s` to end, and then the engine."""
+        await self._grpc.stop(grace_s)
+        if self._engine is not None:
+            await self._engine.close()
+        self._metrics.close()
+
+
+async def _finishes_before(work: Coroutine[None, None, None], event: asyncio.Event) -> bool:
+    """True if `work` finishes first, with its exception if it has one; else it is cancelled."""
+    task = asyncio.ensure_future(work)
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiting), return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    return False

@@ -1,0 +1,104 @@
+"""Range checks of single values; a failure is an InvalidRequestError that names the field and the range."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sized
+
+from fusionserve.errors import InvalidRequestError
+from fusionserve.limits import is_name
+
+MAX_ADAPTER_PATH_LENGTH = 1024
+
+
+def check_between(field: str, value: float, low: float, high: float) -> None:
+    """Raises NOT_FINITE or OUT_OF_RANGE unless low <= value <= high."""
+    _check_finite(field, value)
+    if not low <= value <= high:
+        raise _out_of_range(field, f"must be between {low:g} and {high:g}", low, high)
+
+
+def check_above(field: str, value: float, low: float, high: float) -> None:
+    """Raises NOT_FINITE or OUT_OF_RANGE unless low < value <= high."""
+    _check_finite(field, value)
+    if not low < value <= high:
+        raise _out_of_range(field, f"must be above {low:g} and at most {high:g}", low, high)
+
+
+def check_at_least(field: str, value: float, low: float) -> None:
+    """Raises NOT_FINITE or OUT_OF_RANGE unless value >= low."""
+    _check_finite(field, value)
+    if not value >= low:
+        raise InvalidRequestError(
+            f"{field} must be at least {low:g}",
+            field=field,
+            reason="OUT_OF_RANGE",
+            metadata={"min": f"{low:g}"},
+        )
+
+
+def check_count(field: str, entries: Sized, high: int, reason: str) -> None:
+    """Raises `reason` if there are more than `high` entries."""
+    if len(entries) > high:
+        raise InvalidRequestError(
+            f"{field} has {len(entries)} entries; at most {high} are allowed",
+            field=field,
+            reason=reason,
+            metadata={"max": str(high)},
+        )
+
+
+def check_length(field: str, text: str, low: int, high: int) -> None:
+    """Raises LENGTH_OUT_OF_RANGE unless the text has `low` to `high` characters."""
+    if not low <= len(text) <= high:
+        raise InvalidRequestError(
+            f"{field} must have {low} to {high} characters",
+            field=field,
+            reason="LENGTH_OUT_OF_RANGE",
+            metadata={"min": str(low), "max": str(high)},
+        )
+
+
+def check_adapter_name(field: str, name: str) -> None:
+    """Raises ADAPTER_ID_INVALID unless `name` has the form of an adapter's name."""
+    if not is_name(name):
+        raise InvalidRequestError(
+            f"{field} must be 1 to 63 of a-z 0-9 . _ -, start with a letter or digit and have no double dot",
+            field=field,
+            reason="ADAPTER_ID_INVALID",
+        )
+
+
+def check_new_adapter_name(field: str, name: str, model_name: str) -> None:
+    """Raises ADAPTER_ID_INVALID unless `name` may be given to an adapter of the model `model_name`."""
+    check_adapter_name(field, name)
+    if name == model_name:
+        raise InvalidRequestError(
+            f"{field} is the name of the base model", field=field, reason="ADAPTER_ID_INVALID"
+        )
+
+
+def check_adapter_path(field: str, path: str) -> None:
+    """Raises ADAPTER_PATH_INVALID unless `path` is relative and names every folder on its way."""
+    parts = path.split("/")
+    is_plain = path.isprintable() and "\\" not in path and len(path) <= MAX_ADAPTER_PATH_LENGTH
+    if not is_plain or any(part in ("", ".", "..") for part in parts):
+        raise InvalidRequestError(
+            f'{field} must be relative to an adapter folder of the server, without empty parts, "." and ".."',
+            field=field,
+            reason="ADAPTER_PATH_INVALID",
+        )
+
+
+def _check_finite(field: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise InvalidRequestError(f"{field} must be a finite number", field=field, reason="NOT_FINITE")
+
+
+def _out_of_range(field: str, rule: str, low: float, high: float) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{field} {rule}",
+        field=field,
+        reason="OUT_OF_RANGE",
+        metadata={"min": f"{low:g}", "max": f"{high:g}"},
+    )

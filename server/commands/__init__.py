@@ -1,0 +1,1 @@
+"""The subcommands of `fusionserve`: each module has `main(argv) -> exit code`."""

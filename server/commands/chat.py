@@ -1,0 +1,56 @@
+"""`fusionserve chat`."""
+
+from __future__ import annotations
+
+from fusionserve.client import Client, GenerateOptions
+from fusionserve.server import setting_kinds as kinds
+from fusionserve.server.command_errors import FailedCallError
+from fusionserve.server.commands.connection import CONNECTION_SETTINGS, connected
+from fusionserve.server.commands.generate import print_stream
+from fusionserve.server.commands.generation_settings import ENV_PREFIX, GENERATION_SETTINGS, to_options
+from fusionserve.server.settings import CommandParser, Setting, add_settings, config_setting, resolve
+
+SETTINGS = (
+    Setting(name="system", kind=kinds.TEXT, help="what the model is told first", env_prefix=ENV_PREFIX),
+    *GENERATION_SETTINGS.values(),
+    *CONNECTION_SETTINGS,
+    config_setting(ENV_PREFIX),
+)
+
+Messages = list[dict[str, str]]
+
+
+def main(argv: list[str]) -> int:
+    """Answers each line until the end of the input, with the conversation so far in mind."""
+    parser = CommandParser(
+        prog="fusionserve chat", description="Talk with the model; end with Ctrl-D, start anew with /reset."
+    )
+    add_settings(parser, SETTINGS)
+    values = resolve(SETTINGS, parser.parse_args(argv))
+    options = to_options(values)
+    opening = [{"role": "system", "content": values["system"]}] if values["system"] else []
+    with connected(values) as client:
+        if not client.model().has_chat_template:
+            raise FailedCallError("the model has no chat template; use `fusionserve generate`")
+        _converse(client, opening, options)
+    return 0
+
+
+def _converse(client: Client, opening: Messages, options: GenerateOptions) -> None:
+    history = list(opening)
+    while (line := _ask()) is not None:
+        if line == "/reset":
+            history = list(opening)
+        elif line:
+            history.append({"role": "user", "content": line})
+            result = print_stream(client, history, options)
+            history.append({"role": "assistant", "content": result.text})
+
+
+def _ask() -> str | None:
+    """The next line, or None at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return None

@@ -1,0 +1,85 @@
+"""`fusionserve generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from fusionserve.client import Client, GenerateOptions, Generation, GenerationChunk
+from fusionserve.server import setting_kinds as kinds
+from fusionserve.server.command_errors import UsageError
+from fusionserve.server.commands.connection import CONNECTION_SETTINGS, connected
+from fusionserve.server.commands.generation_settings import ENV_PREFIX, GENERATION_SETTINGS, to_options
+from fusionserve.server.settings import CommandParser, Setting, add_settings, config_setting, resolve
+
+SETTINGS = (
+    Setting(
+        name="prompt",
+        kind=kinds.TEXT,
+        help="text to continue",
+        default_text="standard input",
+        env_prefix=ENV_PREFIX,
+    ),
+    *GENERATION_SETTINGS.values(),
+    Setting(
+        name="json", kind=kinds.SWITCH, help="print the result as JSON", is_flag=True, env_prefix=ENV_PREFIX
+    ),
+    Setting(
+        name="stats",
+        kind=kinds.SWITCH,
+        help="print token counts and times to standard error",
+        is_flag=True,
+        env_prefix=ENV_PREFIX,
+    ),
+    *CONNECTION_SETTINGS,
+    config_setting(ENV_PREFIX),
+)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the continuation of a prompt, as it is generated unless it is wanted as JSON."""
+    parser = CommandParser(prog="fusionserve generate", description="Continue a prompt.")
+    add_settings(parser, SETTINGS)
+    values = resolve(SETTINGS, parser.parse_args(argv))
+    options = to_options(values)
+    prompt = _read_prompt() if values["prompt"] is None else values["prompt"]
+    with connected(values) as client:
+        if values["json"]:
+            result = client.generate(prompt, **options)
+            print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        else:
+            result = print_stream(client, prompt, options)
+    if values["stats"]:
+        print(describe(result), file=sys.stderr)
+    return 0
+
+
+def print_stream(client: Client, prompt: str | list[dict[str, str]], options: GenerateOptions) -> Generation:
+    """Prints the text of a generation as it comes and returns the whole."""
+    with client.stream(prompt, **options) as events:
+        for event in events:
+            if isinstance(event, GenerationChunk):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Generation):
+                print(flush=True)
+                return event
+    raise AssertionError("a stream ended without its result")
+
+
+def describe(result: Generation) -> str:
+    """One line about what a generation took."""
+    usage, timings = result.usage, result.timings
+    who = "+".join(member.name for member in result.adaptation.members) or "base"
+    rate = usage.generated_tokens / timings.total_s if timings.total_s else 0.0
+    return (
+        f"{who}: {usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+        f"{usage.generated_tokens} generated in {timings.total_s:.2f} s ({rate:.1f}/s), "
+        f"first after {timings.time_to_first_token_s:.3f} s, ended by {result.finish_reason}"
+    )
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise UsageError("no prompt: give --prompt TEXT or pipe one to standard input")
+    return sys.stdin.read()

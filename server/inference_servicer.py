@@ -1,0 +1,112 @@
+"""InferenceService: check, call the engine, translate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from grpc import aio
+
+from fusionserve.errors import DeadlineError, InternalError, InvalidRequestError
+from fusionserve.generation import GenerateParams, GenerationEvent, GenerationFinished, Prompt, TextPrompt
+from fusionserve.server.engine_facade import EngineFacade
+from fusionserve.server.engine_gate import EngineGate
+from fusionserve.server.generate_params import to_chat_prompt, to_generate_params
+from fusionserve.server.generate_response import to_generate_response, to_stream_response
+from fusionserve.server.model_message import to_get_model_response
+from fusionserve.server.request_outcome import RequestOutcome
+from fusionserve.v1 import inference_pb2 as pb
+from fusionserve.v1 import inference_pb2_grpc
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Generation for clients whose deadline, if they have one, may be cut to `max_request_s`."""
+
+    def __init__(self, gate: EngineGate, max_request_s: float) -> None:
+        self._gate = gate
+        self._max_request_s = max_request_s
+
+    async def Generate(
+        self,
+        request: pb.GenerateRequest,
+        context: aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
+    ) -> pb.GenerateResponse:
+        """The finished result."""
+        with RequestOutcome(request, context) as outcome:
+            engine = self._gate.admit()
+            params = to_generate_params(request, self._deadline_s(context))
+            finished = await _last_event(engine, params)
+            outcome.observe(finished)
+            return to_generate_response(finished)
+
+    async def StreamGenerate(
+        self,
+        request: pb.StreamGenerateRequest,
+        context: aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
+    ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
+        """Started, chunks, finished; the engine's generator is closed however the stream ends."""
+        with RequestOutcome(request.request, context) as outcome:
+            engine = self._gate.admit()
+            params = to_generate_params(request.request, self._deadline_s(context))
+            async with aclosing(engine.generate(params)) as events:
+                async for event in events:
+                    outcome.observe(event)
+                    yield to_stream_response(event)
+
+    async def Tokenize(
+        self,
+        request: pb.TokenizeRequest,
+        context: aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse],
+    ) -> pb.TokenizeResponse:
+        """Token ids of a text or a chat."""
+        engine = self._gate.engine()
+        adds_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        token_ids = await engine.tokenize(_to_prompt(request), add_special_tokens=adds_special)
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self,
+        request: pb.DetokenizeRequest,
+        context: aio.ServicerContext[pb.DetokenizeRequest, pb.DetokenizeResponse],
+    ) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        engine = self._gate.engine()
+        skips_special = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        text = await engine.detokenize(tuple(request.token_ids), skip_special_tokens=skips_special)
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModel(
+        self,
+        request: pb.GetModelRequest,
+        context: aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse],
+    ) -> pb.GetModelResponse:
+        """The base model and the server's limits."""
+        return to_get_model_response(self._gate.engine().model_info())
+
+    def _deadline_s(self, context: aio.ServicerContext[Any, Any]) -> float:
+        remaining_s: float | None = context.time_remaining()
+        if remaining_s is not None and remaining_s <= 0:
+            raise DeadlineError("the deadline passed before the request was read")
+        return time.monotonic() + min(math.inf if remaining_s is None else remaining_s, self._max_request_s)
+
+
+async def _last_event(engine: EngineFacade, params: GenerateParams) -> GenerationFinished:
+    last: GenerationEvent | None = None
+    async with aclosing(engine.generate(params)) as events:
+        async for event in events:
+            last = event
+    if not isinstance(last, GenerationFinished):
+        raise InternalError("the engine ended a request without a result")
+    return last
+
+
+def _to_prompt(request: pb.TokenizeRequest) -> Prompt:
+    match request.WhichOneof("input"):
+        case "text":
+            return TextPrompt(request.text)
+        case "chat":
+            return to_chat_prompt("chat", request.chat)
+    raise InvalidRequestError("one of text and chat must be set", field="input", reason="PROMPT_REQUIRED")

@@ -1,0 +1,152 @@
+"""What surrounds every call: requests that cannot be parsed, errors as statuses, method metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from fusionserve.errors import InvalidRequestError, UnavailableError
+from fusionserve.server.method_metrics import MethodCall
+from fusionserve.server.request_ids import REQUEST_ID_KEY, request_id_of
+from fusionserve.server.status import to_code, to_ended_code, to_status, to_trailers
+
+logger = logging.getLogger(__name__)
+
+# grpc types these by request and response; one wrapper serves every method, so they are open here.
+Context = Any
+Handler = Any
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+
+class Malformed:
+    """Stands for a request that is no message; grpc.aio answers UNKNOWN if a deserializer raises."""
+
+
+class CallInterceptor(aio.ServerInterceptor):
+    """Gives every call a request id, exactly one status from the table, and its place in the metrics."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """The method's handler, wrapped; None if there is no such method."""
+        handler = await continuation(handler_call_details)
+        return None if handler is None else _wrap(handler, handler_call_details.method)
+
+
+def _wrap(handler: Handler, method: str) -> Handler:
+    guarded = _guard(_to_behaviour(handler), handler, method)
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(
+        guarded,
+        request_deserializer=_tolerant(handler.request_deserializer),
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, UnicodeDecodeError):
+            return Malformed()
+
+    return parse
+
+
+def _to_behaviour(handler: Handler) -> Behaviour:
+    """The handler's method as an awaitable of (request, context), whichever of grpc.aio's shapes it has.
+
+    A generator's messages are written from here, so that it is closed at once when the call ends while it is
+    parked in a `yield`; grpc.aio leaves that to the garbage collector.
+    """
+    behaviour: Any = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    if not inspect.isasyncgenfunction(behaviour):
+        assert inspect.iscoroutinefunction(behaviour), f"{behaviour} is not asynchronous"
+        return cast(Behaviour, behaviour)
+
+    async def write_all(request: Any, context: Context) -> None:
+        async with aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write_all
+
+
+def _guard(behaviour: Behaviour, handler: Handler, method: str) -> Behaviour:
+    async def guarded(request: Any, context: Context) -> Any:
+        call = MethodCall(method, handler)
+        request_id = request_id_of(request)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+        try:
+            response = await behaviour(_checked(request, handler), context)
+        except aio.AbortError:
+            call.end(context.code())  # the handler has answered by itself
+            raise
+        except aio.BaseError:
+            call.end(
+                grpc.StatusCode.CANCELLED
+            )  # nothing can be written: the client is gone or the server stopped
+            raise
+        except asyncio.CancelledError as error:
+            if _is_cancelled_from_outside():
+                call.end(to_ended_code(error, context))
+                raise
+            # grpc.aio would leave the client without an answer.
+            stopped = UnavailableError("the request was stopped by the server", reason="REQUEST_STOPPED")
+            await _abort(stopped, call, request_id, context)
+        except Exception as error:
+            await _abort(error, call, request_id, context)
+        call.end(grpc.StatusCode.OK)
+        return response
+
+    return guarded
+
+
+def _is_cancelled_from_outside() -> bool:
+    """True if the call was cancelled by client, deadline or the server's end, not by what it awaited."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _checked(request: Any, handler: Handler) -> Any:
+    if handler.request_streaming:
+        return _checked_stream(request)
+    return _parsed(request)
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _parsed(request)
+
+
+def _parsed(request: Any) -> Any:
+    if isinstance(request, Malformed):
+        raise InvalidRequestError("the request is not a valid message", field="", reason="MALFORMED_REQUEST")
+    return request
+
+
+async def _abort(error: Exception, call: MethodCall, request_id: str, context: Context) -> NoReturn:
+    code = to_code(error)
+    if code is grpc.StatusCode.INTERNAL:
+        logger.error("%s failed, request id %s", call.method, request_id, exc_info=error)
+    call.end(code)  # before the client can know
+    status = to_status(error, request_id)
+    await context.abort(code, status.message, to_trailers(error, status, request_id))
+    raise AssertionError("abort raises")

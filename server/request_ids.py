@@ -1,0 +1,44 @@
+"""The id every call is known by in logs, errors and trailers."""
+
+from __future__ import annotations
+
+import string
+import uuid
+
+from fusionserve.errors import InvalidRequestError
+from fusionserve.limits import MAX_REQUEST_ID_LENGTH
+from fusionserve.v1 import inference_pb2
+
+REQUEST_ID_KEY = "x-request-id"  # of the trailing metadata
+
+# The id travels in trailing metadata, which takes printable ASCII only.
+_PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+
+
+def request_id_of(request: object) -> str:
+    """The client's id if it gave a usable one, else a minted one, put into the request if it has the field.
+
+    An unusable id is left for `check_request_id` to refuse.
+    """
+    generation = request.request if isinstance(request, inference_pb2.StreamGenerateRequest) else request
+    if not isinstance(generation, inference_pb2.GenerateRequest):
+        return uuid.uuid4().hex
+    if not generation.HasField("request_id"):
+        generation.request_id = uuid.uuid4().hex
+    return generation.request_id if _is_usable(generation.request_id) else uuid.uuid4().hex
+
+
+def check_request_id(request_id: str) -> None:
+    """Raises InvalidRequestError unless the id has 1 to 128 printable ASCII characters, no outer space."""
+    if not _is_usable(request_id):
+        raise InvalidRequestError(
+            f"request_id must have 1 to {MAX_REQUEST_ID_LENGTH} printable ASCII characters, no outer space",
+            field="request_id",
+            reason="REQUEST_ID_INVALID",
+            metadata={"max_length": str(MAX_REQUEST_ID_LENGTH)},
+        )
+
+
+def _is_usable(request_id: str) -> bool:
+    is_sized = 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH
+    return is_sized and _PRINTABLE.issuperset(request_id) and request_id == request_id.strip()

@@ -1,0 +1,127 @@
+"""Every setting of `fusionserve serve`, by the configuration field it fills."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusionserve.config import (
+    EMBEDDED_ADAPTERS,
+    EMBEDDED_MODEL,
+    EMBEDDED_MODEL_NAME,
+    EngineConfig,
+    ServerConfig,
+)
+from fusionserve.server import setting_kinds as kinds
+from fusionserve.server.setting_kinds import Kind, choice, integer
+from fusionserve.server.settings import Setting, Values, config_setting
+
+ENGINE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+SERVER_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerConfig)}
+
+
+def _engine(field: str, name: str, kind: Kind, text: str, default_text: str = "") -> dict[str, Setting]:
+    default = None if default_text else ENGINE_DEFAULTS[field]
+    return {field: Setting(name=name, kind=kind, help=text, default=default, default_text=default_text)}
+
+
+def _server(field: str, name: str, kind: Kind, text: str) -> dict[str, Setting]:
+    return {field: Setting(name=name, kind=kind, help=text, default=SERVER_DEFAULTS[field])}
+
+
+ENGINE_SETTINGS: Mapping[str, Setting] = {
+    **_engine("model", "model", kinds.MODEL, "base model: a folder or a hub id", "the embedded model"),
+    **_engine("model_name", "model-name", kinds.TEXT, "name to serve it under", "its folder's name"),
+    **_engine("dtype", "dtype", choice("auto", "float32", "bfloat16", "float16"), "type of the base weights"),
+    "adapter_dirs": Setting(
+        name="adapter-dir",
+        kind=kinds.FOLDER,
+        help="folder whose subfolders are adapters that load on demand, and the only place they load from",
+        default_text="the embedded adapters with the embedded model, else none",
+        is_list=True,
+    ),
+    "adapters": Setting(
+        name="adapter", kind=kinds.ADAPTER, help="adapter to load at the start", default=(), is_list=True
+    ),
+    **_engine(
+        "max_context_tokens",
+        "max-context-tokens",
+        integer(1),
+        "most tokens of prompt and output",
+        "the model's",
+    ),
+    **_engine("max_batch_tokens", "max-batch-tokens", integer(1), "tokens computed per step"),
+    **_engine("max_batch_requests", "max-batch-requests", integer(1), "requests running at once"),
+    **_engine(
+        "max_queued_requests", "max-queued-requests", integer(0), "requests that may wait; more are refused"
+    ),
+    **_engine(
+        "default_max_new_tokens",
+        "default-max-new-tokens",
+        integer(1),
+        "tokens to generate for requests that do not say how many",
+    ),
+    **_engine("block_size", "block-size", integer(1, 4096), "tokens per block of the KV cache"),
+    **_engine("kv_cache_bytes", "kv-cache-size", kinds.SIZE, "memory for the KV cache"),
+    **_engine("adapter_pool_ranks", "adapter-pool-ranks", integer(1), "rank rows for adapters on the device"),
+    **_engine("adapter_host_bytes", "adapter-host-size", kinds.SIZE, "host memory for loaded adapters"),
+    **_engine("max_adapter_rank", "max-adapter-rank", integer(1), "largest rank an adapter may have"),
+    **_engine(
+        "allow_base_mismatch",
+        "allow-base-mismatch",
+        kinds.SWITCH,
+        "load adapters that name another base model",
+    ),
+    **_engine(
+        "enable_prefix_cache", "prefix-cache", kinds.SWITCH, "reuse the KV cache of equal prompt beginnings"
+    ),
+    **_engine("num_threads", "threads", integer(1, 4096), "threads for computing", "the cores at hand"),
+}
+
+SERVER_SETTINGS: Mapping[str, Setting] = {
+    **_server("listen", "listen", kinds.ADDRESS, "where gRPC listens; port 0 picks a free one"),
+    **_server("metrics_listen", "metrics-listen", kinds.ADDRESS_OR_OFF, "where Prometheus scrapes /metrics"),
+    **_server("enable_reflection", "reflection", kinds.SWITCH, "describe the API to clients that ask"),
+    **_server(
+        "enable_channelz", "channelz", kinds.SWITCH, "show the state of connections to clients that ask"
+    ),
+    **_server("max_message_bytes", "max-message-size", kinds.SIZE, "largest request taken"),
+    **_server("max_request_s", "max-request-time", kinds.SECONDS, "deadline of requests that bring none"),
+    **_server("drain_grace_s", "drain-grace", kinds.SECONDS, "time for running requests after SIGTERM"),
+    **_server(
+        "adapter_label_limit", "adapter-label-limit", integer(0, 10000), "adapters with metrics of their own"
+    ),
+}
+
+PROCESS_SETTINGS = (
+    Setting(name="quantize", kind=choice("none"), help="how to quantize the base weights", default="none"),
+    Setting(
+        name="log-level",
+        kind=choice("debug", "info", "warning", "error"),
+        help="least level that is logged, to standard error",
+        default="info",
+    ),
+    config_setting(),
+)
+
+SERVE_SETTINGS = (*ENGINE_SETTINGS.values(), *SERVER_SETTINGS.values(), *PROCESS_SETTINGS)
+
+
+def to_engine_config(values: Values) -> EngineConfig:
+    """The engine's configuration; without a model it is the embedded one with the embedded adapters."""
+    fields: dict[str, Any] = {field: values[setting.name] for field, setting in ENGINE_SETTINGS.items()}
+    if fields["model"] is None:
+        fields["model"] = str(EMBEDDED_MODEL)
+        fields["model_name"] = fields["model_name"] or EMBEDDED_MODEL_NAME
+        if fields["adapter_dirs"] is None:
+            fields["adapter_dirs"] = (EMBEDDED_ADAPTERS,)
+    fields["model_name"] = fields["model_name"] or Path(fields["model"]).resolve().name
+    fields["adapter_dirs"] = fields["adapter_dirs"] or ()
+    return EngineConfig(**fields)
+
+
+def to_server_config(values: Values) -> ServerConfig:
+    """The server's configuration."""
+    return ServerConfig(**{field: values[setting.name] for field, setting in SERVER_SETTINGS.items()})

@@ -1,0 +1,35 @@
+"""SIGTERM and SIGINT as events."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Inside its block the first signal sets `asked`, the second `asked_again`; a third ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.asked_again = asyncio.Event()
+
+    def __enter__(self) -> StopSignals:
+        for number in SIGNALS:
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+
+    def _receive(self) -> None:
+        if not self.asked.is_set():
+            self.asked.set()
+            return
+        self.asked_again.set()
+        self._release()
+
+    def _release(self) -> None:
+        for number in SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)

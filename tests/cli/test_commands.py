@@ -1,0 +1,167 @@
+"""The commands that talk to a server, against a served fake engine."""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+
+import pytest
+from fake_engine import FakeEngine
+from server_fixture import Served, serving_server
+
+from fusionserve.model_info import ModelInfo
+from fusionserve.server.main import main
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs `fusionserve` commands for a server."""
+
+    def __init__(self, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+        self._server = str(served.app.grpc_address)
+        self._capsys = capsys
+
+    async def run(self, *argv: str) -> Outcome:
+        """The outcome of one command line."""
+        code = await asyncio.to_thread(main, [*argv, "--server", self._server])
+        return Outcome(code, *self._capsys.readouterr())
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving_server() as server:
+        yield server
+
+
+@pytest.fixture
+def shell(served: Served, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(served, capsys)
+
+
+async def test_generate_prints_the_text(shell: Shell) -> None:
+    outcome = await shell.run("generate", "--prompt", "ab", "--adapter", "alpha", "--max-new-tokens", "2")
+    assert outcome == Outcome(0, "lora0 lora1 \n", "")
+
+
+async def test_generate_reads_standard_input(
+    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
+    assert (await shell.run("generate")).code == 0
+    assert served.engine.params[0].prompt.text == "from a pipe"  # type: ignore[union-attr]
+
+
+async def test_generate_sends_its_settings(
+    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSIONSERVE_GENERATE_SEED", "7")
+    argv = (
+        "--blend",
+        "alpha=0.5,beta=0.25",
+        "--temperature",
+        "0",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--ignore-eos",
+    )
+    assert (await shell.run("generate", "--prompt", "x", *argv)).code == 0
+    (params,) = served.engine.params
+    assert [(term.name, term.scale) for term in params.adaptation.terms] == [("alpha", 0.5), ("beta", 0.25)]
+    assert (params.sampling.temperature, params.sampling.seed) == (0.0, 7)
+    assert (params.stopping.stop, params.stopping.ignore_eos) == (("a", "b"), True)
+
+
+async def test_generate_prints_json_and_stats(shell: Shell) -> None:
+    outcome = await shell.run("generate", "--prompt", "ab", "--json", "--stats")
+    result = json.loads(outcome.out)
+    assert result["candidates"][0]["finish_reason"] == "length"
+    assert result["usage"] == {"prompt_tokens": 2, "cached_tokens": 0, "generated_tokens": 4}
+    assert outcome.err.startswith("base: 2 prompt tokens (0 cached), 4 generated in 0.00 s")
+
+
+async def test_server_errors_exit_with_1(shell: Shell) -> None:
+    outcome = await shell.run("generate", "--prompt", "x", "--adapter", "nobody")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err == "error: NOT_FOUND ADAPTER_NOT_FOUND: there is no such adapter\n"
+
+
+async def test_contradicting_flags_exit_with_2(shell: Shell) -> None:
+    outcome = await shell.run("generate", "--prompt", "x", "--adapter", "alpha", "--blend", "beta=1")
+    assert (outcome.code, outcome.err) == (2, "fusionserve: --adapter and --blend exclude each other\n")
+
+
+async def test_no_prompt_at_a_terminal_exits_with_2(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert (await shell.run("generate")).code == 2
+
+
+async def test_interrupt_exits_with_130(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusionserve.server.commands.generate.print_stream", interrupt)
+    assert await shell.run("generate", "--prompt", "x") == Outcome(130, "", "")
+
+
+async def test_adapters_list_is_an_aligned_table(shell: Shell) -> None:
+    lines = (await shell.run("adapters", "list")).out.splitlines()
+    assert lines[0].split() == [
+        "NAME",
+        "STATE",
+        "RESIDENCY",
+        "VERSION",
+        "RANK",
+        "SIZE",
+        "PINNED",
+        "ACTIVE",
+        "DIGEST",
+    ]
+    assert [line.split()[0] for line in lines[1:]] == ["alpha", "beta"]
+    assert {line.index("host") for line in lines[1:]} == {lines[0].index("RESIDENCY")}
+
+
+async def test_adapters_live(shell: Shell, served: Served) -> None:
+    assert (await shell.run("adapters", "load", "gamma", "--path", "x/gamma", "--pin")).code == 0
+    assert served.engine.adapters["gamma"].pinned
+    assert (await shell.run("adapters", "reload", "gamma")).code == 0
+    (described,) = json.loads((await shell.run("adapters", "get", "gamma", "--json")).out)
+    assert (described["version"], described["state"], described["pinned"]) == (2, "ready", False)
+    assert (await shell.run("adapters", "unload", "gamma", "--force")).code == 0
+    assert (await shell.run("adapters", "get", "gamma")).code == 1
+
+
+async def test_chat_needs_a_template(shell: Shell) -> None:
+    outcome = await shell.run("chat")
+    assert (outcome.code, outcome.err) == (
+        1,
+        "error: the model has no chat template; use `fusionserve generate`\n",
+    )
+
+
+async def test_chat_keeps_the_history(shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_template = FakeEngine.model_info
+
+    def model_info(self: FakeEngine) -> ModelInfo:
+        return replace(with_template(self), has_chat_template=True)
+
+    monkeypatch.setattr(FakeEngine, "model_info", model_info)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n/reset\nagain\n"))
+    assert (await shell.run("chat", "--system", "be brief", "--max-new-tokens", "1")).code == 0
+    system = ("system", "be brief")
+    first = (system, ("user", "hello"))
+    assert [params.prompt.messages for params in served.engine.params] == [  # type: ignore[union-attr]
+        first,
+        (*first, ("assistant", "base0 "), ("user", "more")),
+        (system, ("user", "again")),
+    ]

@@ -1,0 +1,130 @@
+"""`fusionserve` as a process: exit codes, one-line reasons, and how soon they come."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FUSIONSERVE = (sys.executable, "-P", "-m", "fusionserve.server.main")
+# Far less than importing torch takes; in practice these answer in a quarter of it.
+SOON_S = 2.0
+SUPPORT = Path(__file__).parent.parent / "support"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FUSIONSERVE_")}
+
+FAKE_SERVE = f"""
+import sys
+sys.path.append({str(SUPPORT)!r})
+from fake_engine import FakeEngine
+from fusionserve.server.commands.serve import run
+assert "torch" not in sys.modules
+sys.exit(run(sys.argv[1:], lambda config, labels: FakeEngine()))
+"""
+
+
+def fusionserve(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A finished command, which must have finished soon."""
+    start = time.monotonic()
+    done = subprocess.run(
+        (*FUSIONSERVE, *argv), env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - start < SOON_S
+    return done
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "argv", [("--help",), ("serve", "--help"), ("adapters", "--help"), ("generate", "-h")]
+)
+def test_help_exits_with_0(argv: tuple[str, ...]) -> None:
+    done = fusionserve(*argv)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: fusionserve")
+
+
+def test_version_names_what_it_runs_on() -> None:
+    lines = fusionserve("version").stdout.splitlines()
+    assert lines[0].startswith("fusionserve ")
+    assert any(line.startswith("torch ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (("swim",), "fusionserve: no command 'swim'; there are serve, generate"),
+        (
+            ("serve", "--modle", "x"),
+            "fusionserve: unrecognized arguments: --modle x; see fusionserve serve --help",
+        ),
+        (("serve", "--model", "/nowhere"), "fusionserve: --model: there is no model folder '/nowhere'"),
+        (("serve", "--dtype", "int3"), "fusionserve: --dtype: 'int3' is not one of auto, float32"),
+        (("adapters",), "fusionserve: the following arguments are required: ACTION"),
+    ],
+)
+def test_wrong_command_lines_exit_with_2_and_one_line(argv: tuple[str, ...], reason: str) -> None:
+    done = fusionserve(*argv)
+    assert done.returncode == 2
+    assert done.stderr.startswith(reason)
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_environment_exits_with_2() -> None:
+    done = fusionserve("serve", FUSIONSERVE_THREADS="none")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "fusionserve: FUSIONSERVE_THREADS: 'none' is not a whole number\n",
+    )
+
+
+@pytest.mark.parametrize("flag", ["--listen", "--metrics-listen"])
+def test_taken_port_exits_with_1_before_the_model_loads(flag: str, model: str) -> None:
+    free = {"--listen": "127.0.0.1:0", "--metrics-listen": "127.0.0.1:0"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        argv = [text for pair in (free | {flag: address}).items() for text in pair]
+        done = fusionserve("serve", "--model", model, *argv)
+    assert done.returncode == 1
+    assert done.stderr == f"fusionserve: cannot listen on {address}: Address already in use\n"
+
+
+def test_no_server_exits_with_1() -> None:
+    done = fusionserve("generate", "--prompt", "x", "--server", "127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: UNAVAILABLE")
+
+
+def test_closed_pipe_is_no_error_message() -> None:
+    script = " ".join((*FUSIONSERVE, "serve", "--help", "| head -1"))
+    done = subprocess.run(script, shell=True, capture_output=True, text=True, timeout=30)
+    assert done.stderr == ""
+
+
+def test_serve_says_ready_and_stops_on_sigterm(model: str) -> None:
+    argv = (
+        "--model",
+        model,
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics-listen",
+        "127.0.0.1:0",
+        "--drain-grace",
+        "1s",
+    )
+    command = [sys.executable, "-P", "-c", FAKE_SERVE, *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True) as server:
+        assert server.stdout is not None
+        kind, grpc, metrics = server.stdout.readline().split()
+        assert (kind, grpc[:15], metrics[:18]) == ("ready", "grpc=127.0.0.1:", "metrics=127.0.0.1:")
+        listed = fusionserve("adapters", "list", "--server", grpc.removeprefix("grpc="))
+        assert "alpha" in listed.stdout
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0

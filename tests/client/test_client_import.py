@@ -1,0 +1,36 @@
+"""The client is for machines without the server's dependencies."""
+
+import subprocess
+import sys
+
+import fusionserve.client
+
+BLOCKED = ("torch", "transformers", "safetensors", "tokenizers", "yaml", "prometheus_client", "numpy", "peft")
+BLOCKED += ("grpc_health", "grpc_reflection", "grpc_channelz")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter without the server's dependencies prints."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\n"
+    command = [sys.executable, "-P", "-c", block + code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def test_client_imports_without_the_servers_dependencies() -> None:
+    show = "print(*sorted(name for name in sys.modules if name.startswith('fusionserve.')))"
+    loaded = python(f"import fusionserve.client\n{show}").split()
+    assert {name.split(".")[1] for name in loaded} == {"client", "v1"}
+
+
+def test_client_commands_run_without_the_servers_dependencies() -> None:
+    code = "from fusionserve.server.main import main\nfor name in {}: main([name, '--help'])"
+    try:
+        python(code.format(("generate",)))
+    except subprocess.CalledProcessError as error:
+        raise AssertionError(error.stderr) from error
+
+
+def test_all_names_exist_and_are_sorted() -> None:
+    names = fusionserve.client.__all__
+    assert all(hasattr(fusionserve.client, name) for name in names)
+    assert list(names) == sorted(names)

@@ -1,0 +1,67 @@
+"""The Prometheus endpoint as a scraper, and as a vandal, sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+from server_fixture import Served
+
+from fusionserve import __version__
+from fusionserve.v1 import inference_pb2 as pb
+
+
+def get(served: Served, path: str) -> str:
+    with urllib.request.urlopen(f"http://{served.app.metrics_address}{path}", timeout=5) as response:
+        assert response.headers["Content-Type"].startswith("text/plain")
+        text: str = response.read().decode()
+        return text
+
+
+def send(served: Served, data: bytes) -> bytes:
+    address = served.app.metrics_address
+    with socket.create_connection((address.host, address.port), timeout=5) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        return connection.recv(4096)
+
+
+async def test_scrape_has_ours_grpcs_and_the_process(served: Served) -> None:
+    await served.inference.Generate(pb.GenerateRequest(text="a"))
+    text = await asyncio.to_thread(get, served, "/metrics")
+    assert 'fusionserve_requests_total{finish_reason="length",kind="base",status="OK"}' in text
+    assert "grpc_server_handling_seconds_bucket" in text
+    assert "process_resident_memory_bytes" in text
+    assert f'fusionserve_build_info{{version="{__version__}"}} 1.0' in text
+    assert "_created" not in text
+
+
+@pytest.mark.parametrize("path", ["/", "/metric", "/metrics/x", "/%2e%2e/etc/passwd"])
+async def test_other_paths_are_not_found(served: Served, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        await asyncio.to_thread(get, served, path)
+    assert caught.value.code == 404
+    caught.value.close()
+
+
+async def test_garbage_is_survived(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    for data in (
+        b"",
+        b"\n",
+        b"\xff" * 100_000,
+        b"POST /metrics HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/9\r\n\r\n",
+    ):
+        with_reset = asyncio.to_thread(send, served, data)
+        try:
+            answer = await with_reset
+        except ConnectionResetError:
+            continue
+        assert not answer.startswith(b"HTTP/1.0 200")
+    await asyncio.to_thread(send, served, os.urandom(1000))
+    assert "fusionserve_build_info" in await asyncio.to_thread(get, served, "/metrics?name=x")
+    assert capfd.readouterr() == ("", "")
