@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 		|| { echo "setup: $(PYTHON) has no venv module (on Debian: apt install python3-venv)"; exit 1; }
 	@echo "setup: installing fusionserve and its dependencies into $(VENV) (a few minutes the first time)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## Serve the embedded model and show base, adapters and a blend over gRPC
@@ -51,7 +51,13 @@ types: $(INSTALLED)
 	@$(BIN)/mypy
 
 proto-lint: $(INSTALLED)
-	@$(BIN)/buf lint proto
+	@$(BIN)/buf lint
 
-verify-proto: $(INSTALLED) ## Regenerate the code in proto/fusionserve/v1
+verify-proto: $(INSTALLED)
+	@$(BIN)/python -P tools/verify_proto.py
+
+layers: $(INSTALLED)
+	@$(BIN)/pytest -q tests/test_layers.py
+
+proto: $(INSTALLED) ## Regenerate the code in proto/fusionserve/v1
 	@$(BIN)/python -P tools/verify_proto.py --write

@@ -27,4 +27,5 @@ def column_scales(weights: LoRAWeights, base_weight: Callable[[str], Tensor]) ->
 def _column_scale(module: ModuleLoRA, base_weight: Tensor) -> Tensor:
     assert module.magnitude is not None
     adapted = torch.addmm(base_weight.float(), module.expand.float().T, module.shrink.float())
-    return module.magnitude / torch.linalg.vector_norm(adapted, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(adapted, dim=1)
+    return module.magnitude / lengths

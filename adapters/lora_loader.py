@@ -15,6 +15,12 @@ from fusionserve.adapters.lora_config import check_base_model, read_lora_config
 from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, plan_lora
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
 from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec
+from fusionserve.adapters.serial_copy import (
+    copy_into,
+    largest_magnitude,
+    pieces,
+    scale_transposed_into,
+)
 from fusionserve.errors import ArtifactError, CapacityError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -22,8 +28,6 @@ PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 # No trained value comes near it, and two such factors times an activation are still finite in float32.
 MAX_MAGNITUDE = 1e6
-
-_COMPARED_ROWS = 4096  # rows of a vocabulary compared at a time, which bounds the copies made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +95,14 @@ def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
 
 
 class _Assembly:
-    """Takes tensors in file order and turns a module into its served form as soon as its parts are there."""
+    """Takes tensors in file order and puts each into the served form of its module."""
 
     def __init__(self, plan: LoRAPlan, dtype: torch.dtype, base_weight: Callable[[str], Tensor]) -> None:
         self._dtype = dtype
         self._base_weight = base_weight
         self._plan = plan
-        self._waiting: dict[str, dict[TensorRole, Tensor]] = {path: {} for path in plan.modules}
+        self._modules = {path: _allocate(module, dtype) for path, module in plan.modules.items()}
+        self._replacements: dict[str, Tensor] = {}
         self._parts = {
             spec.name: (path, role)
             for path, module in plan.modules.items()
@@ -105,58 +110,62 @@ class _Assembly:
         }
         self._replaced = {spec.name: path for path, spec in plan.replacements.items()}
         self._copied = {spec.name: path for path, spec in plan.base_copies.items()}
-        self._modules: dict[str, ModuleLoRA] = {}
-        self._replacements: dict[str, Tensor] = {}
 
     def run(self, file: SafetensorsFile) -> LoRAWeights:
         for spec, tensor in file.read_tensors():
             if spec.name in self._copied:
                 _check_copy(spec, tensor, self._base_weight(self._copied[spec.name]))
             elif spec.name in self._replaced:
-                self._replacements[self._replaced[spec.name]] = _checked(spec, tensor.to(self._dtype))
+                self._replacements[self._replaced[spec.name]] = self._replace(spec, tensor)
             else:
-                self._add_part(spec, tensor)
+                path, role = self._parts[spec.name]
+                served = _put(self._modules[path], tensor, role, self._plan.modules[path])
+                _check_values(spec, served)
         return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
 
-    def _add_part(self, spec: TensorSpec, tensor: Tensor) -> None:
-        path, role = self._parts[spec.name]
-        module, parts = self._plan.modules[path], self._waiting[path]
-        parts[role] = _checked(spec, _to_served(tensor, role, module.scaling, self._dtype))
-        if len(parts) == len(module.parts):
-            self._modules[path] = _to_module(module, self._waiting.pop(path))
+    def _replace(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
+        served = torch.empty(tensor.shape, dtype=self._dtype)
+        copy_into(served, tensor)
+        _check_values(spec, served)
+        return served
 
 
-def _to_served(tensor: Tensor, role: TensorRole, scaling: float, dtype: torch.dtype) -> Tensor:
-    """The tensor is in a private buffer, so it may be changed in place."""
-    if role is TensorRole.MAGNITUDE:
-        return tensor.float()
-    if role is TensorRole.SHRINK:
-        return tensor.to(dtype)
-    scaled = tensor.float().mul_(scaling).to(dtype)
-    return scaled.T.contiguous() if role is TensorRole.EXPAND else scaled
-
-
-def _to_module(module: ModulePlan, parts: dict[TensorRole, Tensor]) -> ModuleLoRA:
-    shrink, expand = parts[TensorRole.SHRINK], parts[TensorRole.EXPAND]
-    bias = parts.get(TensorRole.BIAS)
-    if bias is None:
-        return ModuleLoRA(shrink=shrink, expand=expand, magnitude=parts.get(TensorRole.MAGNITUDE))
-    shrink_bias = shrink.new_zeros(module.num_rows)
-    shrink_bias[-1] = 1
-    return ModuleLoRA(
-        shrink=torch.cat([shrink, shrink.new_zeros(1, module.module.d_in)]),
-        expand=torch.cat([expand, bias.unsqueeze(0)]),
-        shrink_bias=shrink_bias,
+def _allocate(plan: ModulePlan, dtype: torch.dtype) -> ModuleLoRA:
+    """Room for all the parts; the row of a bias is last, and its part of `shrink` and `shrink_bias` is set."""
+    has_bias, has_magnitude = TensorRole.BIAS in plan.parts, TensorRole.MAGNITUDE in plan.parts
+    module = ModuleLoRA(
+        shrink=torch.empty(plan.num_rows, plan.module.d_in, dtype=dtype),
+        expand=torch.empty(plan.num_rows, plan.module.d_out, dtype=dtype),
+        shrink_bias=torch.zeros(plan.num_rows, dtype=dtype) if has_bias else None,
+        magnitude=torch.empty(plan.module.d_out) if has_magnitude else None,
     )
+    if module.shrink_bias is not None:
+        module.shrink[-1] = 0
+        module.shrink_bias[-1] = 1
+    return module
 
 
-def _checked(spec: TensorSpec, served: Tensor) -> Tensor:
-    """`served`, if its values are finite and sane in the dtype they are served in."""
-    if not served.abs().max().item() <= MAX_MAGNITUDE:  # NaN fails this too
-        raise bad_tensor(
-            "NOT_FINITE", spec.name, f"it has values that are not finite or over {MAX_MAGNITUDE:g}"
-        )
-    return served
+def _put(module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan) -> Tensor:
+    """Writes one part to its place, which is returned: A as it is, B and its bias times the scaling."""
+    if role is TensorRole.SHRINK:
+        copy_into(module.shrink[: plan.rank], tensor)
+        return module.shrink[: plan.rank]
+    if role is TensorRole.EXPAND:
+        scale_transposed_into(module.expand[: plan.rank], tensor, plan.scaling)
+        return module.expand[: plan.rank]
+    if role is TensorRole.BIAS:
+        scale_transposed_into(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
+        return module.expand[plan.rank :]
+    assert role is TensorRole.MAGNITUDE and module.magnitude is not None
+    copy_into(module.magnitude, tensor)
+    return module.magnitude
+
+
+def _check_values(spec: TensorSpec, served: Tensor) -> None:
+    """Raises unless the values are finite and sane in the dtype they are served in."""
+    if not largest_magnitude(served) <= MAX_MAGNITUDE:  # NaN fails this too
+        problem = f"it has values that are not finite or over {MAX_MAGNITUDE:g}"
+        raise bad_tensor("NOT_FINITE", spec.name, problem)
 
 
 def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor) -> None:
@@ -165,8 +174,6 @@ def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor) -> None:
     Both may have been rounded from one original, so they may differ by a rounding step of the coarser dtype.
     """
     step = 0.0 if copy.dtype == base.dtype else max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
-    for start in range(0, copy.shape[0], _COMPARED_ROWS):
-        ours = base[start : start + _COMPARED_ROWS].detach().float().cpu()
-        theirs = copy[start : start + _COMPARED_ROWS].float()
-        if not torch.allclose(theirs, ours, rtol=step, atol=step * 1e-4):
+    for theirs, ours in zip(pieces(copy), pieces(base.detach().contiguous()), strict=True):
+        if not torch.allclose(theirs.float(), ours.cpu().float(), rtol=step, atol=step * 1e-4):
             raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")

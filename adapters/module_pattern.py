@@ -1,10 +1,12 @@
 """The regular expressions of rank_pattern and alpha_pattern, matched in bounded time.
 
 PEFT matches a key K against a module path with `(.*\\.)?(K)$`; the first key that matches wins. Keys come
-from a file of a stranger, and Python's `re` can take hours on a few hostile characters, so this matcher
-tracks the set of reachable positions instead of trying one way after another, and counts its steps. It knows
-the subset that people write in these keys: characters, `.`, classes, escapes, groups, `|`, `* + ? {m,n}`,
-`^`, `$`; there it agrees with `re`. Look-around, back-references, flags and possessive repeats are refused.
+from a file of a stranger, and Python's `re` can take hours on a few hostile characters, so this matcher follows
+all ways at once, as a set of positions in the path, and counts its steps. It knows the subset that people write
+in these keys: characters, `.`, classes, escapes, groups, `|`, `* + ? {m,n}`, `^`, `$`; there it agrees with `re`.
+Look-around, back-references, flags and possessive repeats are refused.
+
+A set of positions is an integer: bit i stands for the place before character i.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from dataclasses import dataclass, field
 MAX_PATTERN_LENGTH = 256
 MAX_NESTING = 16
 MAX_REPEAT = 64
-# Steps to resolve all keys against all paths of one adapter, about a second. 560 literal keys (one per
-# module, as EVA writes them for a model of 70 B parameters) against 560 paths take 0.3 million.
-MAX_STEPS = 2_000_000
+# Steps to resolve all keys against all paths of one adapter, less than a second. 560 literal keys (one per module,
+# as EVA writes them for a model of 70 B parameters) against 560 paths take 0.3 million.
+MAX_STEPS = 1_500_000
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]*")
 _PLAIN_RUN = re.compile(r"[A-Za-z0-9_-]+")
@@ -35,18 +37,19 @@ class ModulePattern:
     """One key of rank_pattern or alpha_pattern; make it with `compile_module_pattern`."""
 
     source: str
+    _last_part: str = field(repr=False)  # behind the last dot, which is a wildcard
     _node: _Node | None = field(repr=False)  # None: only characters and dots, compared directly
 
-    def matches(self, path: str, steps: StepCount) -> bool:
+    def matches(self, attempt: Attempt) -> bool:
         """True exactly if `re.match(rf"(.*\\.)?({source})$", path)`. Raises PatternError out of steps."""
-        steps.take()
+        attempt.steps.take(1)
         if self._node is None:
-            return self._matches_plain(path)
-        attempt = _Attempt(path, steps)
-        starts = [0, *(index + 1 for index, character in enumerate(path) if character == ".")]
-        return any(len(path) in self._node(attempt, start) for start in starts)
+            return self._matches_plain(attempt.path)
+        return bool(self._node(attempt, attempt.starts) & attempt.end)
 
     def _matches_plain(self, path: str) -> bool:
+        if not path.endswith(self._last_part):  # most keys of a long list end here
+            return False
         start = len(path) - len(self.source)
         if start < 0 or (start > 0 and path[start - 1] != "."):
             return False
@@ -62,11 +65,24 @@ class StepCount:
     def __init__(self, limit: int = MAX_STEPS) -> None:
         self._left = limit
 
-    def take(self) -> None:
-        """Counts one step. Raises PatternError when none is left."""
-        self._left -= 1
+    def take(self, count: int) -> None:
+        """Counts steps. Raises PatternError when none is left."""
+        self._left -= count
         if self._left < 0:
             raise PatternError("its keys take too long to match")
+
+
+class Attempt:
+    """One path, prepared for matching."""
+
+    def __init__(self, path: str, steps: StepCount) -> None:
+        self.path = path
+        self.steps = steps
+        self.end = 1 << len(path)
+        self.places: dict[str, int] = {}  # of each character
+        for index, character in enumerate(path):
+            self.places[character] = self.places.get(character, 0) | 1 << index
+        self.starts = 1 | self.places.get(".", 0) << 1
 
 
 def compile_module_pattern(source: str) -> ModulePattern:
@@ -74,8 +90,8 @@ def compile_module_pattern(source: str) -> ModulePattern:
     if len(source) > MAX_PATTERN_LENGTH:
         raise PatternError(f"a key is longer than {MAX_PATTERN_LENGTH} characters")
     if _PLAIN_KEY.fullmatch(source):
-        return ModulePattern(source, None)
-    return ModulePattern(source, _Parser(source).parse())
+        return ModulePattern(source, source.rpartition(".")[2], None)
+    return ModulePattern(source, "", _Parser(source).parse())
 
 
 def first_matches(patterns: Iterable[ModulePattern], paths: Iterable[str]) -> dict[str, int]:
@@ -83,27 +99,19 @@ def first_matches(patterns: Iterable[ModulePattern], paths: Iterable[str]) -> di
 
     Raises PatternError when that takes more than MAX_STEPS.
     """
-    steps = StepCount()
     patterns = tuple(patterns)
     found: dict[str, int] = {}
-    for path in paths:
-        index = next((i for i, pattern in enumerate(patterns) if pattern.matches(path, steps)), None)
+    steps = StepCount()
+    for path in paths if patterns else ():
+        attempt = Attempt(path, steps)
+        index = next((i for i, pattern in enumerate(patterns) if pattern.matches(attempt)), None)
         if index is not None:
             found[path] = index
     return found
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """One path being matched; remembering what each node found at each position bounds nested repeats."""
-
-    path: str
-    steps: StepCount
-    memory: dict[tuple[int, int], frozenset[int]] = field(default_factory=dict)
-
-
-# (attempt, start) -> every position where a match of this node that begins at `start` can end
-_Node = Callable[[_Attempt, int], frozenset[int]]
+# (attempt, starts) -> every position where a match that begins at one of `starts` can end
+_Node = Callable[[Attempt, int], int]
 _Accepts = Callable[[str], bool]
 
 
@@ -157,13 +165,18 @@ class _Parser:
             return _one_of(self._escape())
         if character == ".":
             return _one_of(lambda found: found != "\n")
-        if character == "^":
-            return _at(lambda path: 0)
-        if character == "$":
-            return _at(len)
+        if character in "^$":
+            return self._anchor(character)
         if character in "*+?{":
             raise PatternError("a key has a repeat with nothing to repeat")
         return _text(character)
+
+    def _anchor(self, character: str) -> _Node:
+        if self._peek() and self._peek() in "*+?{":
+            raise PatternError("a key repeats an anchor")
+        if character == "^":
+            return lambda attempt, starts: starts & 1
+        return lambda attempt, starts: starts & attempt.end
 
     def _literal(self, run: str) -> _Node:
         """A run of plain characters is one node, but a repeat behind it repeats only its last character."""
@@ -249,67 +262,56 @@ class _Parser:
 
 
 def _text(text: str) -> _Node:
-    def ends(attempt: _Attempt, start: int) -> frozenset[int]:
-        attempt.steps.take()
-        return frozenset((start + len(text),)) if attempt.path.startswith(text, start) else frozenset()
+    def ends(attempt: Attempt, starts: int) -> int:
+        attempt.steps.take(1)
+        for character in text:
+            starts = (starts & attempt.places.get(character, 0)) << 1
+        return starts
 
     return ends
 
 
 def _one_of(accepts: _Accepts) -> _Node:
-    def ends(attempt: _Attempt, start: int) -> frozenset[int]:
-        attempt.steps.take()
-        found = attempt.path[start : start + 1]
-        return frozenset((start + 1,)) if found and accepts(found) else frozenset()
+    def ends(attempt: Attempt, starts: int) -> int:
+        attempt.steps.take(len(attempt.places))
+        reached = 0
+        for character, places in attempt.places.items():
+            if starts & places and accepts(character):
+                reached |= (starts & places) << 1
+        return reached
 
     return ends
 
 
-def _at(place: Callable[[str], int]) -> _Node:
-    return lambda attempt, start: frozenset((start,)) if start == place(attempt.path) else frozenset()
-
-
 def _any_of(branches: list[_Node]) -> _Node:
-    def ends(attempt: _Attempt, start: int) -> frozenset[int]:
-        return frozenset().union(*(branch(attempt, start) for branch in branches))
+    def ends(attempt: Attempt, starts: int) -> int:
+        reached = 0
+        for branch in branches:
+            reached |= branch(attempt, starts)
+        return reached
 
-    return _remembered(ends)
+    return ends
 
 
 def _sequence_of(nodes: list[_Node]) -> _Node:
-    def ends(attempt: _Attempt, start: int) -> frozenset[int]:
-        positions = frozenset((start,))
+    def ends(attempt: Attempt, starts: int) -> int:
+        attempt.steps.take(1)
         for node in nodes:
-            positions = _advance(node, attempt, positions)
-        return positions
+            starts = node(attempt, starts) if starts else 0
+        return starts
 
-    return _remembered(ends)
+    return ends
 
 
 def _repeat(node: _Node, least: int, most: int | None) -> _Node:
-    def ends(attempt: _Attempt, start: int) -> frozenset[int]:
-        positions = frozenset((start,))
+    def ends(attempt: Attempt, starts: int) -> int:
+        attempt.steps.take(1)
         for _ in range(least):
-            positions = _advance(node, attempt, positions)
-        reached, count = positions, least
-        while positions and (most is None or count < most):
-            positions = _advance(node, attempt, positions) - reached
-            reached, count = reached | positions, count + 1
+            starts = node(attempt, starts) if starts else 0
+        reached, count = starts, least
+        while starts and (most is None or count < most):
+            starts = node(attempt, starts) & ~reached
+            reached, count = reached | starts, count + 1
         return reached
 
-    return _remembered(ends)
-
-
-def _advance(node: _Node, attempt: _Attempt, positions: frozenset[int]) -> frozenset[int]:
-    return frozenset().union(*(node(attempt, position) for position in positions))
-
-
-def _remembered(ends: _Node) -> _Node:
-    def remembered(attempt: _Attempt, start: int) -> frozenset[int]:
-        attempt.steps.take()
-        key = (id(ends), start)
-        if key not in attempt.memory:
-            attempt.memory[key] = ends(attempt, start)
-        return attempt.memory[key]
-
-    return remembered
+    return ends

@@ -50,9 +50,7 @@ class PoolLedger:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._residents: OrderedDict[int, _Resident] = (
-            OrderedDict()
-        )  # uid -> resident, least recently used first
+        self._residents: OrderedDict[int, _Resident] = OrderedDict()  # by uid, least recently used first
         self._changes: list[PoolChange] = []
 
     @property
@@ -67,16 +65,17 @@ class PoolLedger:
 
     def hold(self, adapters: Sequence[Adapter]) -> bool:
         """Makes `adapters` resident and holds each once; or, for lack of room, changes nothing and returns False."""
-        needed = sum(adapter.num_rows for adapter in adapters if adapter.uid not in self._residents)
-        wanted = {adapter.uid for adapter in adapters}
-        if needed > self.capacity - self._num_rows_kept(wanted):
+        missing = {adapter.uid: adapter for adapter in adapters if adapter.uid not in self._residents}
+        needed = sum(adapter.num_rows for adapter in missing.values())
+        if needed > self.capacity - self._num_rows_kept({adapter.uid for adapter in adapters}):
             return False
         for adapter in adapters:  # first, so that making room for one never evicts another
-            if adapter.uid in self._residents:
+            if adapter.uid not in missing:
                 self._touch(adapter.uid)
-        for adapter in adapters:
-            if adapter.uid not in self._residents:
-                self._place(adapter)
+        for adapter in adapters:  # one that is named twice is placed once and held twice
+            if adapter.uid in missing:
+                if adapter.uid not in self._residents:
+                    self._place(adapter)
                 self._touch(adapter.uid)
         return True
 
@@ -105,10 +104,18 @@ class PoolLedger:
         self._changes.clear()
         return changes
 
+    def rewrite_all(self) -> None:
+        """Has every resident copied again: nobody knows which of the changes handed out were carried out."""
+        self._changes = [WriteRows(resident.adapter, resident.start) for resident in self._in_order()]
+
+    def repeat_writes(self) -> None:
+        """Has every resident copied again: changes handed out before may not have been carried out."""
+        self._changes = [WriteRows(resident.adapter, resident.start) for resident in self._residents.values()]
+
     def check_integrity(self, num_holds: int | None = None) -> None:
         """Asserts that no rows overlap, and that there are `num_holds` holds in all if given."""
         end = 0
-        for resident in sorted(self._residents.values(), key=lambda resident: resident.start):
+        for resident in self._in_order():
             assert resident.start >= end, "rank rows overlap"
             end = resident.end
         assert end <= self.capacity, "rank rows past the end"
@@ -138,11 +145,15 @@ class PoolLedger:
     def _find_gap(self, num_rows: int) -> int | None:
         """The lowest start of `num_rows` free rows in a row, so that adapters in use lie close together."""
         start = 0
-        for resident in sorted(self._residents.values(), key=lambda resident: resident.start):
+        for resident in self._in_order():
             if resident.start - start >= num_rows:
                 return start
             start = resident.end
         return start if self.capacity - start >= num_rows else None
+
+    def _in_order(self) -> list[_Resident]:
+        """All residents by their place; one without rank rows comes before the rows at its start."""
+        return sorted(self._residents.values(), key=lambda resident: (resident.start, resident.end))
 
     def _evict_one(self) -> bool:
         for uid, resident in self._residents.items():
@@ -160,7 +171,7 @@ class PoolLedger:
     def _compact(self) -> None:
         """Moves every resident down to close the gaps."""
         start = 0
-        for resident in sorted(self._residents.values(), key=lambda resident: resident.start):
+        for resident in self._in_order():
             if resident.start != start:
                 self._changes.append(MoveRows(resident.start, start, resident.adapter.num_rows))
                 resident.start = start

@@ -86,6 +86,12 @@ class AdapterRegistry:
             self._ready.move_to_end(name)
             return entry.adapter
 
+    def are_ready(self, adapters: Sequence[Adapter]) -> bool:
+        """True if each of `adapters` is the version that takes new leases."""
+        with self._lock:
+            found = [(self._ready.get(adapter.name), adapter) for adapter in adapters]
+            return all(entry is not None and entry.adapter is adapter for entry, adapter in found)
+
     def release(self, adapters: Sequence[Adapter]) -> None:
         """Ends one lease on each of `adapters`; a draining version without leases goes."""
         gone: list[Adapter] = []
@@ -103,23 +109,23 @@ class AdapterRegistry:
         for callback in callbacks:
             callback()
 
-    def retire(self, name: str, on_gone: Callable[[], None]) -> RegistryEntry | None:
-        """Withdraws the name at once; `on_gone` runs when the version's last lease ends (at once if it has none).
+    def retire(self, name: str, on_gone: Callable[[], None]) -> list[RegistryEntry]:
+        """Withdraws the name at once; returns its loaded versions, draining ones included, the newest first.
 
-        An already draining version gets the callback too. None if no such version is loaded.
+        `on_gone` runs once for each of them: when its last lease ends, at once if it has none.
         """
         with self._lock:
-            entry = self._ready.pop(name, None) or self._find_draining(name)
-            if entry is None:
-                return None
-            gone = self._retire(entry) if entry.state is AdapterState.READY else []
-            if not gone:
+            ready = self._ready.pop(name, None)
+            gone = [] if ready is None else self._retire(ready)
+            draining = [entry for entry in reversed(self._draining) if entry.adapter.name == name]
+            for entry in draining:
                 entry.on_gone.append(on_gone)
-            snapshot = _snapshot(entry)
+            idle = [ready] if ready is not None and gone else []
+            snapshots = [_snapshot(entry) for entry in [*idle, *draining]]
         self._let_go(gone)
-        if gone:
+        for _ in gone:
             on_gone()
-        return snapshot
+        return snapshots
 
     def get(self, name: str) -> RegistryEntry | None:
         """The READY version of `name`, else the draining one, else None."""
@@ -132,11 +138,6 @@ class AdapterRegistry:
         with self._lock:
             draining = [entry for entry in self._draining if entry.adapter.name not in self._ready]
             return [_snapshot(entry) for entry in [*self._ready.values(), *draining]]
-
-    def pin(self, name: str) -> None:
-        """Keeps a loaded adapter from being evicted by the budget."""
-        with self._lock:
-            self._ready[name].pinned = True
 
     @property
     def used_bytes(self) -> int:

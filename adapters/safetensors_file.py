@@ -27,6 +27,7 @@ from fusionserve.errors import ArtifactError, UnavailableError
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 8192
 MAX_DIMENSIONS = 8
+MAX_SIZE = (1 << 63) - 1
 
 DTYPES = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 
@@ -144,8 +145,8 @@ def _parse_entry(name: str, entry: object) -> TensorSpec:
 
 
 def _to_sizes(value: object) -> tuple[int, ...] | None:
-    """A list of non-negative integers (a JSON true is none), or None."""
-    if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+    """A list of integers from 0 to MAX_SIZE (a JSON true is none), or None."""
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_SIZE for item in value):
         return None
     return tuple(value)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,28 +53,27 @@ class AdapterStore:
         self._loads: dict[str, asyncio.Task[Adapter]] = {}
         self._load_slots = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
 
-    async def lease(self, name: str) -> Adapter:
-        """Leases the adapter `name`, loading it first if it is on disk; the caller gives it back to the registry.
+    async def lease(self, names: Sequence[str]) -> tuple[Adapter, ...]:
+        """Leases every adapter in `names`, loading those on disk, or none; the caller gives them to the registry.
 
-        Raises NotFoundError, and whatever loading raises.
+        When it returns, each is the version that takes new leases: loading one may take a while, and an adapter
+        that is unloaded or replaced meanwhile is leased anew. Raises NotFoundError, and whatever loading raises.
         """
         for _ in range(_MAX_LEASE_ATTEMPTS):
-            adapter = self.registry.lease(name)
-            if adapter is not None:
-                return adapter
-            await self._load_once(name, None, pin=False, replace=True)
-        raise CapacityError(
-            f"adapter {name} is evicted as often as it is loaded",
-            reason="ADAPTER_HOST_FULL",
-            retry_after_s=1.0,
-        )
+            leased = await self._lease_each(names)
+            if self.registry.are_ready(leased):
+                return tuple(leased)
+            self.registry.release(leased)
+        raise _unstable(", ".join(names))
 
     async def load(self, name: str, path: str | None, *, pin: bool, replace: bool) -> Adapter:
-        """Loads `name` from the relative `path` (default: the name) under a root, or joins a load under way.
+        """Loads `name` from the relative `path` (default: the name) under a root, after a load under way.
 
         Raises AlreadyExistsError if it is loaded and not `replace`; NotFoundError, ArtifactError, CapacityError.
         """
         source = None if path is None else AdapterSource(await self._find_root(name, path), path)
+        while name in self._loads:  # it may read another path, or files that have changed since
+            await asyncio.wait([self._loads[name]])
         return await self._load_once(name, source, pin=pin, replace=replace)
 
     async def load_from(self, name: str, directory: Path) -> Adapter:
@@ -82,16 +81,16 @@ class AdapterStore:
         return await self._load_once(name, AdapterSource(directory, None), pin=False, replace=True)
 
     async def unload(self, name: str, on_retired: Callable[[Adapter], None]) -> AdapterStatus:
-        """Withdraws `name` at once and waits until its last lease ends; `on_retired` is called in between.
+        """Withdraws `name` at once and waits until the last lease on any version of it ends.
 
-        Raises NotFoundError if it is not loaded.
+        `on_retired` is called in between for each version. Raises NotFoundError if none is loaded.
         """
         if name in self._loads:
             await asyncio.wait([self._loads[name]])
         loop = asyncio.get_running_loop()
-        gone: asyncio.Future[None] = loop.create_future()
-        entry = self.registry.retire(name, partial(_resolve_soon, loop, gone))
-        if entry is None:
+        gone = asyncio.Semaphore(0)
+        entries = self.registry.retire(name, partial(loop.call_soon_threadsafe, gone.release))
+        if not entries:
             raise NotFoundError(
                 f"adapter {name} is not loaded",
                 resource_type="adapter",
@@ -99,9 +98,11 @@ class AdapterStore:
                 reason="ADAPTER_NOT_LOADED",
             )
         self._sources.pop(name, None)
-        on_retired(entry.adapter)
-        await gone
-        return _withdrawn(entry, on_disk=name in await asyncio.to_thread(self._names_on_disk))
+        for entry in entries:
+            on_retired(entry.adapter)
+        for _ in entries:
+            await gone.acquire()
+        return _withdrawn(entries[0], on_disk=name in await asyncio.to_thread(self._names_on_disk))
 
     async def status(self, name: str, device_uids: frozenset[int]) -> AdapterStatus:
         """What is known of one name. Raises NotFoundError."""
@@ -121,6 +122,29 @@ class AdapterStore:
         loaded = {entry.adapter.name: _loaded(entry, device_uids) for entry in self.registry.entries()}
         names = {*loaded, *self._loads, *self._sources, *await asyncio.to_thread(self._names_on_disk)}
         return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
+
+    async def close(self, grace_s: float) -> None:
+        """Waits up to `grace_s` for the loads under way."""
+        if self._loads:
+            await asyncio.wait(self._loads.values(), timeout=grace_s)
+
+    async def _lease_each(self, names: Sequence[str]) -> list[Adapter]:
+        leased: list[Adapter] = []
+        try:
+            for name in names:
+                leased.append(await self._lease_one(name))
+        except BaseException:
+            self.registry.release(leased)
+            raise
+        return leased
+
+    async def _lease_one(self, name: str) -> Adapter:
+        for _ in range(_MAX_LEASE_ATTEMPTS):
+            adapter = self.registry.lease(name)
+            if adapter is not None:
+                return adapter
+            await self._load_once(name, None, pin=False, replace=True)
+        raise _unstable(name)
 
     async def _load_once(
         self, name: str, source: AdapterSource | None, *, pin: bool, replace: bool
@@ -222,13 +246,12 @@ def _withdrawn(entry: RegistryEntry, *, on_disk: bool) -> AdapterStatus:
     )
 
 
-def _resolve_soon(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
-    loop.call_soon_threadsafe(_resolve, future)
-
-
-def _resolve(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+def _unstable(names: str) -> CapacityError:
+    return CapacityError(
+        f"adapter {names} is evicted or replaced as often as it is loaded",
+        reason="ADAPTER_HOST_FULL",
+        retry_after_s=1.0,
+    )
 
 
 def _unknown(name: str) -> NotFoundError:

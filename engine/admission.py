@@ -93,7 +93,8 @@ class Admission:
         self.check_token_ids(prompt_ids, "token_ids")
         if len(prompt_ids) >= self._max_context_tokens:
             raise InvalidRequestError(
-                f"the prompt has {len(prompt_ids)} tokens, the context holds {self._max_context_tokens} with the new ones",
+                f"the prompt has {len(prompt_ids)} tokens, "
+                f"the context holds {self._max_context_tokens} with the new ones",
                 field="prompt",
                 reason="PROMPT_TOO_LONG",
                 metadata={"max_prompt_tokens": str(self._max_context_tokens - 1)},
@@ -124,17 +125,15 @@ class Admission:
 
     async def _lease(self, params: GenerateParams) -> tuple[Adapter, ...]:
         """Leases every adapter of the request, or none of them."""
-        leased: list[Adapter] = []
+        adapters = await self._store.lease([term.name for term in params.adaptation.terms])
         try:
-            for term in params.adaptation.terms:
-                leased.append(await self._store.lease(term.name))
-            self._check_adaptation(params, leased)
+            self._check_adaptation(params, adapters)
         except BaseException:
-            self._store.registry.release(leased)
+            self._store.registry.release(adapters)
             raise
-        return tuple(leased)
+        return adapters
 
-    def _check_adaptation(self, params: GenerateParams, adapters: list[Adapter]) -> None:
+    def _check_adaptation(self, params: GenerateParams, adapters: tuple[Adapter, ...]) -> None:
         adaptation = params.adaptation
         for term, adapter in zip(adaptation.terms, adapters, strict=True):
             if adaptation.kind == "blend" and not adapter.weights.is_low_rank_only:

@@ -62,6 +62,7 @@ class AsyncEngine:
         self._open_request_ids: set[str] = set()
         self._num_open_candidates = 0
         self._is_draining = False
+        self._is_closed = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._failed = asyncio.Event()
@@ -179,8 +180,7 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
-            error = UnavailableError("the server is shutting down", reason="DRAINING")
-            self._thread.post(lambda engine: engine.abort_all(error))
+            self._thread.post(lambda engine: engine.abort_all(_shutting_down()))
             with suppress(
                 TimeoutError
             ):  # a client that does not read keeps its call open; the server ends that
@@ -190,8 +190,10 @@ class AsyncEngine:
         """Stops the engine thread; requests still open end with UnavailableError."""
         self._is_draining = True
         await asyncio.to_thread(self._thread.stop)
-        self._end_streams(UnavailableError("the server is shutting down", reason="DRAINING"))
+        self._is_closed = True
+        self._end_streams(_shutting_down())
         self._admission.close()
+        await self._store.close(_LAST_WORDS_S)
 
     @contextmanager
     def _opened(self, params: GenerateParams) -> Iterator[None]:
@@ -212,15 +214,19 @@ class AsyncEngine:
         """Admits the request within its deadline."""
         try:
             async with asyncio.timeout_at(params.deadline_s):
-                return await self._admission.admit(params)
+                generation = await self._admission.admit(params)
         except TimeoutError:
             raise DeadlineError("the deadline passed before the request was admitted") from None
+        if self._failed.is_set() or self._is_closed:  # nobody is left to run it or to end its stream
+            self._store.registry.release(generation.adapters)
+            raise _engine_failed() if self._failed.is_set() else _shutting_down()
+        return generation
 
     def _refuse_unless_open(self, params: GenerateParams) -> None:
         if self._failed.is_set():
-            raise UnavailableError("the engine has failed", reason="ENGINE_FAILED")
+            raise _engine_failed()
         if self._is_draining:
-            raise UnavailableError("the server is shutting down", reason="DRAINING")
+            raise _shutting_down()
         if params.request_id in self._open_request_ids:
             raise AlreadyExistsError(
                 "a request with this id is in flight",
@@ -280,7 +286,7 @@ class AsyncEngine:
 
     def _die(self) -> None:
         self._failed.set()
-        self._end_streams(UnavailableError("the engine has failed", reason="ENGINE_FAILED"))
+        self._end_streams(_engine_failed())
 
     def _end_streams(self, error: FusionServeError) -> None:
         for stream in self._streams.values():
@@ -306,6 +312,14 @@ class AsyncEngine:
             async for event in events:
                 if isinstance(event, GenerationFinished):
                     return
+
+
+def _engine_failed() -> UnavailableError:
+    return UnavailableError("the engine has failed", reason="ENGINE_FAILED")
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down", reason="DRAINING")
 
 
 def _leave_alone(adapter: Adapter) -> None:

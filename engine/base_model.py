@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
 from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
@@ -61,12 +63,15 @@ class BaseModel:
         """The frozen weight of the module at `path` as [d_out, d_in] ([vocab, hidden] for the embedding)."""
         module = self.model.get_submodule(path)
         base = module.base if isinstance(module, AdaptedLinear | AdaptedEmbedding) else module
-        weight: Tensor = base.weight
+        weight = base.weight
+        assert isinstance(weight, Tensor)
         return weight.T if isinstance(base, Conv1D) else weight
 
 
 def load_base_model(config: EngineConfig) -> BaseModel:
     """Loads, checks and adapts the model. Raises StartupError with one line that says what is wrong."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # a bar redrawn a hundred times fills a log
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     model_config = _read_config(config.model)
     model = _read_weights(config, model_config)
@@ -90,7 +95,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
 
 def _read_config(model: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         where = "the directory holds no model" if Path(model).is_dir() else _NOT_FOUND
         raise StartupError(f"cannot load model {model}: {where}", reason="MODEL_NOT_FOUND") from error
@@ -117,9 +122,7 @@ def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTr
         raise StartupError(
             f"cannot load model {config.model}: {_first_line(error)}", reason="MODEL_UNUSABLE"
         ) from error
-    model.eval()
-    model.requires_grad_(False)
-    return model
+    return model.train(mode=False).requires_grad_(requires_grad=False)
 
 
 def _read_tokenizer(model: str) -> object | None:

@@ -104,6 +104,7 @@ class Engine:
     def forget_adapter(self, uid: int) -> None:
         """Frees the pool rows of a version that the host has let go; the last lease has ended before."""
         self.scheduler.ledger.forget(uid)
+        self._measure_holdings()
 
     def step(self) -> list[Output]:
         """Schedules, executes and updates once; returns what the requests' clients are to be told."""
@@ -115,7 +116,9 @@ class Engine:
             results = self._runner.execute(batch)
         except Exception:
             _log.exception("a step failed; its %d requests end", len(batch.chunks))
+            self.scheduler.ledger.repeat_writes()  # nobody knows which of the copies were made
             self._fail({chunk.request.generation for chunk in batch.chunks})
+            self.scheduler.ledger.rewrite_all()
         else:
             self._update(results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)
@@ -148,16 +151,24 @@ class Engine:
 
     def _update(self, results: Iterable[ChunkResult], now_s: float) -> None:
         for result in results:
-            request = result.chunk.request
-            if request.status is not RequestStatus.RUNNING:
+            generation = result.chunk.request.generation
+            if result.chunk.request.status is not RequestStatus.RUNNING:
                 continue  # its generation was ended by an earlier result of this step
-            self._emit_started_once(request.generation)
-            self.scheduler.advance(result.chunk)
-            self._record_prompt_logprobs(result)
-            if not result.is_finite:
-                self._finish(request.generation, _not_finite())
-            elif result.token_id is not None:
-                self._accept_token(request, result.token_id, result.logprobs, now_s)
+            try:
+                self._update_one(result, now_s)
+            except Exception:
+                _log.exception("a result cannot be told; its request ends")
+                self._fail({generation} & self._generations)
+
+    def _update_one(self, result: ChunkResult, now_s: float) -> None:
+        request = result.chunk.request
+        self._emit_started_once(request.generation)
+        self.scheduler.advance(result.chunk)
+        self._record_prompt_logprobs(result)
+        if not result.is_finite:
+            self._finish(request.generation, _not_finite())
+        elif result.token_id is not None:
+            self._accept_token(request, result.token_id, result.logprobs, now_s)
 
     def _emit_started_once(self, generation: Generation) -> None:
         if generation.is_started:
@@ -236,6 +247,7 @@ class Engine:
                 self.scheduler.remove(request)
         self._release_leases(generation.adapters)
         metrics.REQUEST_SECONDS.observe(time.monotonic() - generation.arrival_s)
+        self._measure_holdings()
         if last is not None:
             self._outputs.append(Output(generation, last))
 
@@ -279,14 +291,18 @@ class Engine:
             metrics.ADAPTER_GENERATED_TOKENS.labels(self._adapter_labels.label(adapter.name)).inc()
 
     def _measure(self, batch: ScheduledBatch, step_s: float) -> None:
+        self._measure_holdings()
+        if batch.chunks:
+            metrics.STEP_SECONDS.observe(step_s)
+            metrics.STEP_TOKENS.inc(batch.num_tokens)
+
+    def _measure_holdings(self) -> None:
+        """Sets the gauges; also where no step may follow, so that an idle server never looks busy."""
         scheduler = self.scheduler
         metrics.REQUESTS_RUNNING.set(len(scheduler.running))
         metrics.REQUESTS_QUEUED.set(len(scheduler.waiting))
         metrics.KV_BLOCKS_USED.set(scheduler.blocks.num_used)
         metrics.ADAPTER_POOL_RANKS_USED.set(scheduler.ledger.num_used)
-        if batch.chunks:
-            metrics.STEP_SECONDS.observe(step_s)
-            metrics.STEP_TOKENS.inc(batch.num_tokens)
 
 
 def _not_finite() -> ArtifactError:

@@ -6,6 +6,7 @@ comes from the request (`Request.uniform`), so the same seed gives the same toke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from fusionserve.generation import SamplingParams
+
+_MIN_TEMPERATURE = 1e-30  # greedy to the last bit, and not rounded to 0 in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,9 @@ def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
     if row.generated_ids and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(row.generated_ids, device=logits.device).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(row.generated_ids)
+        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+        logits[list(counts)] -= logits.new_tensor(penalties)
     if row.banned_ids:
         logits[list(row.banned_ids)] = float("-inf")
 
@@ -104,7 +108,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
     """
     params = [row.params for row in rows]
     shifted = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature overflows
-    scaled = shifted / logits.new_tensor([p.temperature for p in params])[:, None]
+    scaled = shifted / logits.new_tensor([max(p.temperature, _MIN_TEMPERATURE) for p in params])[:, None]
     scaled = _keep_top_k(scaled, params)
     probabilities = torch.softmax(scaled, dim=-1)
     probabilities = _keep_top_p(probabilities, params)

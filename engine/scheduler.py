@@ -186,7 +186,7 @@ class Scheduler:
             budget -= planned[request]
 
     def _start(self, request: Request, budget: int) -> bool:
-        """Takes cached and fresh blocks for the first chunk; or, for lack of them, changes nothing and returns False."""
+        """Takes cached and fresh blocks for the first chunk; for lack of them changes nothing and returns False."""
         cached = self._find_cached(request)
         num_cached = len(cached) * self.blocks.block_size
         request.num_computed_tokens = num_cached

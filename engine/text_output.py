@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-_REPLACEMENT = "�"  # what a decoder writes for bytes that are not yet a character
-_MAX_PENDING_TOKENS = 8  # a character has at most 4 bytes; after more tokens the bytes are simply invalid
+_REPLACEMENT = "�"  # what a decoder writes for bytes that are not a character, or not yet
+_MAX_OPEN = 3  # bytes of an unfinished character, and so the most replacements it may be decoded to
+_NUM_CONTEXT = 8  # tokens that are enough to decode the next one right
+_MAX_WINDOW = 64  # tokens decoded again with each new one, even where no character ends
 
 
 class Decoder(Protocol):
@@ -19,8 +21,8 @@ class Decoder(Protocol):
 class TextOutput:
     """The text of one candidate. `push` returns what may be shown; `stop_string` is set once one has been met.
 
-    Decoding looks back over the tokens that a decoder needs as context, so joining the pieces gives the same text as
-    decoding all tokens at once.
+    Each token is decoded together with those before it, and an end that may yet become a character is kept back, so
+    joining the pieces gives the same text as decoding all tokens at once.
     """
 
     def __init__(
@@ -32,9 +34,8 @@ class TextOutput:
         include_stop: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._token_ids = list(prompt_ids[-_MAX_PENDING_TOKENS:])  # context for tokenizers that merge spaces
-        self._context_start = 0
-        self._read_end = len(self._token_ids)
+        self._window = list(prompt_ids[-_NUM_CONTEXT:])  # the tokens that the next one is decoded with
+        self._told: str | None = None  # the text of the window that is settled; None until the first token
         self._stop = stop
         self._include_stop = include_stop
         self._held = ""  # decoded, but possibly the beginning of a stop string
@@ -45,37 +46,48 @@ class TextOutput:
         """Adds a token and returns the new text that is safe to show."""
         if self._decoder is None:
             return ""
-        self._token_ids.append(token_id)
-        return self._release(self._decode_new(), may_stop)
+        if self._told is None:
+            self._told = self._decoder.decode(self._window)
+        self._window.append(token_id)
+        return self._release(self._settle(self._decoder), may_stop)
 
     def flush(self) -> str:
         """Ends the text: returns what was held back, incomplete characters as U+FFFD."""
         if self._decoder is None or self.stop_string is not None:
             return ""
-        rest = self._held + self._decode_pending()
+        rest = self._held
         self._held = ""
-        self.text += rest
-        return rest
+        if self._told is not None:
+            rest += self._tell(self._told, self._decoder.decode(self._window))
+        return self._show(rest)
 
-    def _decode_new(self) -> str:
-        assert self._decoder is not None
-        before, after = self._decode_window(self._decoder)
-        num_pending = len(self._token_ids) - self._read_end
-        if len(after) <= len(before) or (after.endswith(_REPLACEMENT) and num_pending < _MAX_PENDING_TOKENS):
+    def _settle(self, decoder: Decoder) -> str:
+        """The new characters that no further token can change."""
+        assert self._told is not None
+        text = decoder.decode(self._window)
+        new = self._tell(self._told, text[: len(text) - _num_open(text)])
+        if len(self._window) >= 2 * _NUM_CONTEXT:
+            self._shorten_window(decoder, text)
+        return new
+
+    def _tell(self, told: str, text: str) -> str:
+        """What `text` adds to `told`; a half character of the prompt that has become whole is told too."""
+        if told.startswith(text):
             return ""
-        self._context_start = self._read_end
-        self._read_end = len(self._token_ids)
-        return after[len(before) :]
+        self._told = text
+        return text[_num_common(told, text) :]
 
-    def _decode_pending(self) -> str:
-        assert self._decoder is not None
-        before, after = self._decode_window(self._decoder)
-        self._read_end = len(self._token_ids)
-        return after[len(before) :]
-
-    def _decode_window(self, decoder: Decoder) -> tuple[str, str]:
-        context = self._token_ids[self._context_start : self._read_end]
-        return decoder.decode(context), decoder.decode(self._token_ids[self._context_start :])
+    def _shorten_window(self, decoder: Decoder, text: str) -> None:
+        """Forgets the oldest tokens, if the rest decodes to the same end, or if there are too many."""
+        assert self._told is not None
+        window = self._window[-_NUM_CONTEXT:]
+        rest = decoder.decode(window)
+        from_first_whole_character = rest.lstrip(_REPLACEMENT)
+        is_same_end = from_first_whole_character != "" and text.endswith(from_first_whole_character)
+        if is_same_end or len(self._window) >= _MAX_WINDOW:
+            num_untold = len(text) - len(self._told)
+            self._window = window
+            self._told = rest[: max(0, len(rest) - num_untold)]
 
     def _release(self, new: str, may_stop: bool) -> str:
         candidate = self._held + new
@@ -96,13 +108,27 @@ class TextOutput:
         return text
 
 
+def _num_open(text: str) -> int:
+    """Characters at the end of `text` that may be the beginning of one that is not complete."""
+    return min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_OPEN)
+
+
+def _num_common(a: str, b: str) -> int:
+    """Length of the longest beginning that `a` and `b` share."""
+    differing = (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
+
+
 def _first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
-    """The stop string that begins first in `text` (the longest of those), with its position."""
-    met = [(position, -len(string), string) for string in stop if (position := text.find(string)) >= 0]
+    """Where a stop string begins, and which: the one complete first, of those that end together the longest.
+
+    That is the one met when the text comes character by character, so it does not depend on the tokens.
+    """
+    met = [(begin + len(string), begin, string) for string in stop if (begin := text.find(string)) >= 0]
     if not met:
         return None
-    position, _, string = min(met)
-    return position, string
+    _, begin, string = min(met)
+    return begin, string
 
 
 def _longest_overlap(text: str, stop: Sequence[str]) -> int:

@@ -42,7 +42,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Text of token ids. Raises PreconditionError without a tokenizer."""
-        text: str = self._require().decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str = self._require().decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         return text
 
     def text_of(self, token_id: int) -> str:

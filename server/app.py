@@ -27,6 +27,7 @@ EXIT_OK = 0
 EXIT_ENGINE_FAILED = 1
 # After the drain every request has its answer; this is for the answers on their way to slow clients.
 STOP_GRACE_S = 2.0
+METRICS_OFF = "off"
 _LOADER = "load-engine"
 
 
@@ -70,9 +71,8 @@ class App:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._engine: EngineFacade | None = None
-        metrics_address = ListenAddress.parse(config.metrics_listen)
+        self._metrics = _open_metrics(config.metrics_listen)
         self._grpc = GrpcServer(config)
-        self._metrics = MetricsEndpoint(metrics_address)
 
     @property
     def grpc_address(self) -> ListenAddress:
@@ -80,9 +80,9 @@ class App:
         return self._grpc.address
 
     @property
-    def metrics_address(self) -> ListenAddress:
-        """Where the metrics listener is bound."""
-        return self._metrics.address
+    def metrics_address(self) -> ListenAddress | str:
+        """Where the metrics listener is bound, or "off"."""
+        return METRICS_OFF if self._metrics is None else self._metrics.address
 
     async def start(self) -> None:
         """Answers calls: health says NOT_SERVING, generation is refused with STARTING."""
@@ -116,7 +116,12 @@ class App:
         await self._grpc.stop(grace_s)
         if self._engine is not None:
             await self._engine.close()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def _open_metrics(listen: str) -> MetricsEndpoint | None:
+    return None if listen == METRICS_OFF else MetricsEndpoint(ListenAddress.parse(listen))
 
 
 async def _finishes_before(work: Coroutine[None, None, None], event: asyncio.Event) -> bool:

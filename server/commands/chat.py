@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fusionserve.client import Client, GenerateOptions
+import sys
+
+from fusionserve.client import Client, ClientError, GenerateOptions
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import FailedCallError
 from fusionserve.server.commands.connection import CONNECTION_SETTINGS, connected
@@ -42,9 +44,19 @@ def _converse(client: Client, opening: Messages, options: GenerateOptions) -> No
         if line == "/reset":
             history = list(opening)
         elif line:
-            history.append({"role": "user", "content": line})
-            result = print_stream(client, history, options)
-            history.append({"role": "assistant", "content": result.text})
+            history += _exchange(client, history, {"role": "user", "content": line}, options)
+
+
+def _exchange(
+    client: Client, history: Messages, question: dict[str, str], options: GenerateOptions
+) -> Messages:
+    """The question and its answer, or nothing if the server refuses: the conversation goes on without them."""
+    try:
+        result = print_stream(client, [*history, question], options)
+    except ClientError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return []
+    return [question, {"role": "assistant", "content": result.text}]
 
 
 def _ask() -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lora_files import load_directory
+from lora_files import CONFIG_FILE, load_directory
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -26,10 +28,11 @@ from peft_adapters import (
     make_tiny_llama,
     quiet_peft,
     randomize,
+    reload,
     save,
     wrap,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusionserve.adapters.base_modules import ModuleKind, describe_base_modules
@@ -52,11 +55,15 @@ def make_input(kind: ModuleKind, d_in: int) -> Tensor:
 
 
 def assert_equals_peft(model: PreTrainedModel, directory: Path, **options: object) -> LoRAWeights:
-    """Adapts with PEFT, saves, loads with ours and compares the delta of each module."""
-    peft_model = adapt(model, **options)
+    """Adapts and saves with PEFT, then compares the delta of each module, loaded with ours and with PEFT."""
+    save(adapt(model, **options), directory)
+    return assert_loads_like_peft(model, directory)
+
+
+def assert_loads_like_peft(model: PreTrainedModel, directory: Path) -> LoRAWeights:
     base = describe_base_modules(model)
-    weights = load_directory(save(peft_model, directory), base, model=model)
-    layers = lora_layers(peft_model)
+    weights = load_directory(directory, base, model=model)
+    layers = lora_layers(reload(model, directory))
     assert weights.modules.keys() == layers.keys()
     for path, layer in layers.items():
         x = make_input(base.by_path[path].kind, base.by_path[path].d_in)
@@ -86,7 +93,7 @@ SERVED = {
     },
     "first_match_wins": {
         "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {"self_attn.q_proj": 3, "q_proj": 5, ".*": 2},
+        "rank_pattern": {"q_proj": 5, "self_attn.q_proj": 3},
         "alpha_pattern": {".*_proj": 6, "q_proj": 60},
     },
     "patterns_with_rslora": {
@@ -112,6 +119,18 @@ def test_delta_equals_peft(options: dict[str, object], tmp_path: Path) -> None:
     assert weights.is_low_rank_only
     assert weights.max_rank > 0
     assert len(weights.digest) == 64
+
+
+@pytest.mark.parametrize("keys", [("q_proj", ".*_proj"), (".*_proj", "q_proj")])
+def test_first_key_in_the_file_wins(keys: tuple[str, str], tmp_path: Path) -> None:
+    """PEFT sorts keys when it saves and goes by the file's order when it loads, so the file's order counts."""
+    model = make_tiny_llama()
+    save(adapt(model, target_modules=["q_proj", "v_proj"]), tmp_path)
+    file = tmp_path / CONFIG_FILE
+    config = json.loads(file.read_text())
+    config["alpha_pattern"] = dict(zip(keys, (60, 6), strict=True))
+    file.write_text(json.dumps(config))
+    assert_loads_like_peft(model, tmp_path)
 
 
 def test_delta_of_tied_model_equals_peft(tmp_path: Path) -> None:
@@ -146,7 +165,7 @@ def test_lora_bias_is_one_more_rank_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "targets"), [(make_tiny_llama, ["q_proj", "lm_head"]), (make_tiny_gpt2, ["c_attn"])]
 )
-def test_dora_equals_peft(make: type[nn.Module], targets: list[str], tmp_path: Path) -> None:
+def test_dora_equals_peft(make: Callable[[], PreTrainedModel], targets: list[str], tmp_path: Path) -> None:
     """y = c (W0 x + delta) + b0 with c = m / |W0 + s B A| gives what PEFT's layer gives."""
     model = make()
     is_conv1d = targets == ["c_attn"]

@@ -149,6 +149,19 @@ async def test_chat_needs_a_template(shell: Shell) -> None:
     )
 
 
+async def test_chat_survives_a_refused_turn(
+    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_template = FakeEngine.model_info
+    monkeypatch.setattr(
+        FakeEngine, "model_info", lambda self: replace(without_template(self), has_chat_template=True)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("too much\nless\n"))
+    outcome = await shell.run("chat", "--temperature", "-1")
+    assert outcome.code == 0
+    assert outcome.err.count("error: INVALID_ARGUMENT") == 2
+
+
 async def test_chat_keeps_the_history(shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     with_template = FakeEngine.model_info
 

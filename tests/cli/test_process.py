@@ -1,18 +1,18 @@
 """`fusionserve` as a process: exit codes, one-line reasons, and how soon they come."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 FUSIONSERVE = (sys.executable, "-P", "-m", "fusionserve.server.main")
-# Far less than importing torch takes; in practice these answer in a quarter of it.
-SOON_S = 2.0
+# Processor time, so that a busy machine does not matter: several times what is needed, less than torch needs.
+SOON_CPU_S = 1.0
 SUPPORT = Path(__file__).parent.parent / "support"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("FUSIONSERVE_")}
 
@@ -28,12 +28,18 @@ sys.exit(run(sys.argv[1:], lambda config, labels: FakeEngine()))
 
 def fusionserve(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A finished command, which must have finished soon."""
-    start = time.monotonic()
+    start = cpu_s()
     done = subprocess.run(
-        (*FUSIONSERVE, *argv), env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60
+        (*FUSIONSERVE, *argv), env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=30
     )
-    assert time.monotonic() - start < SOON_S
+    assert cpu_s() - start < SOON_CPU_S
     return done
+
+
+def cpu_s() -> float:
+    """Processor time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 from server_fixture import Served, serving_server, starting_server
@@ -114,11 +115,9 @@ async def test_adapters_live(client: AsyncClient) -> None:
 
 
 async def test_list_goes_through_all_pages(served: Served, client: AsyncClient) -> None:
-    template = served.engine.adapters["alpha"]
+    status = served.engine.adapters["alpha"]
     names = [f"adapter-{number:03}" for number in range(120)]  # pages have 50
-    served.engine.adapters = {
-        name: type(template)(name=name, state=template.state, residency=template.residency) for name in names
-    }
+    served.engine.adapters = {name: replace(status, name=name) for name in names}
     assert [adapter.name async for adapter in client.adapters.list()] == names
 
 

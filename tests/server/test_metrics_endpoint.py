@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import urllib.error
 import urllib.request
@@ -23,11 +22,15 @@ def get(served: Served, path: str) -> str:
 
 
 def send(served: Served, data: bytes) -> bytes:
+    """The start of the answer; nothing if the server hung up first."""
     address = served.app.metrics_address
     with socket.create_connection((address.host, address.port), timeout=5) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
-        return connection.recv(4096)
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return connection.recv(4096)
+        except OSError:
+            return b""
 
 
 async def test_scrape_has_ours_grpcs_and_the_process(served: Served) -> None:
@@ -49,19 +52,15 @@ async def test_other_paths_are_not_found(served: Served, path: str) -> None:
 
 
 async def test_garbage_is_survived(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
-    for data in (
+    vandals = (
         b"",
         b"\n",
         b"\xff" * 100_000,
         b"POST /metrics HTTP/1.1\r\n\r\n",
         b"GET /metrics HTTP/9\r\n\r\n",
-    ):
-        with_reset = asyncio.to_thread(send, served, data)
-        try:
-            answer = await with_reset
-        except ConnectionResetError:
-            continue
-        assert not answer.startswith(b"HTTP/1.0 200")
-    await asyncio.to_thread(send, served, os.urandom(1000))
+        bytes(range(256)) * 40,
+    )
+    for data in vandals:
+        assert not (await asyncio.to_thread(send, served, data)).startswith(b"HTTP/1.0 200")
     assert "fusionserve_build_info" in await asyncio.to_thread(get, served, "/metrics?name=x")
     assert capfd.readouterr() == ("", "")

@@ -44,8 +44,8 @@ LOAD_TIME_S = 1_700_000_000.25
 class FakeEngine:
     """An EngineFacade. Token ids are code points; the output counts up from the adaptation's kind.
 
-    `error` is raised by the next call of anything, `error_midway` after the first chunk. `gate`, if set, is
-    awaited before every chunk. `params` keeps what generate was called with.
+    `error` is raised by the next call but a load, `load_error` by loads, `error_midway` after the first chunk.
+    `gate`, if set, is awaited before every chunk. `params` keeps what generate was called with.
     """
 
     def __init__(self, adapters: tuple[str, ...] = ("alpha", "beta")) -> None:

@@ -1,0 +1,1 @@
+"""Load tests and measurements through the front door, on models of real shapes with random weights."""

@@ -1,0 +1,71 @@
+"""Makes checkpoints and LoRA adapters of real models' shapes with random weights, so that speed needs no download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+SHAPES: dict[str, PreTrainedConfig] = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+}
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def save_checkpoint(shape: str, directory: Path) -> None:
+    """Writes a random bfloat16 checkpoint of `shape` (a key of SHAPES), without a tokenizer; seeded."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+
+
+def save_adapter(shape: str, directory: Path, *, rank: int, seed: int) -> None:
+    """Writes a random LoRA of `rank` on all seven projections, in PEFT's format; seeded."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, (d_in, d_out) in _projection_sizes(SHAPES[shape]).items():
+        prefix = f"base_model.model.{path}"
+        tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * d_in**-0.5
+        tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.02
+    directory.mkdir(parents=True)
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(_PROJECTIONS)}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _projection_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    sizes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    return {f"model.layers.{n}.{name}": size for n in range(config.num_hidden_layers) for name, size in sizes.items()}

@@ -1,0 +1,178 @@
+"""A model runner without a model, which checks the cache and the pool as a real one would have to trust them.
+
+Every slot remembers which tokens, under which adaptation, its keys and values stand for; every rank row remembers its
+adapter. A chunk whose context is not exactly its own, or whose rows are another adapter's, fails the test. The next
+token is a function of the adaptation, the tokens so far, the seed and the candidate, so company cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from schedules import BLOCK_SIZE, make_scheduler
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
+from fusionserve.engine.engine import Engine, Output
+from fusionserve.engine.model_runner import ChunkResult
+from fusionserve.engine.request import Generation, Request
+from fusionserve.engine.sampler import Logprobs
+from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.errors import FusionServeError
+from fusionserve.generation import GenerationFinished
+from fusionserve.metrics import AdapterLabels
+
+VOCAB = 50
+EOS = 0
+
+
+class FakeRunner:
+    """`choose(request)` may stand in for the next token; `error` is raised by the next step, after its copies if so said."""
+
+    def __init__(self, choose: Callable[[Request], int | None] | None = None) -> None:
+        self._choose = choose or next_token
+        self._slots: dict[int, bytes] = {}
+        self._rows: dict[int, int] = {}
+        self.error: Exception | None = None
+        self.loses_copies = False
+        self.batches: list[ScheduledBatch] = []
+
+    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
+        self.batches.append(batch)
+        if not self.loses_copies:
+            self._copy(batch.pool_changes)
+        if self.error is not None:
+            error, self.error, self.loses_copies = self.error, None, False
+            raise error
+        for chunk in batch.chunks:
+            self._check(chunk)
+        return [self._result(chunk) for chunk in batch.chunks]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed so far."""
+        return sum(batch.num_tokens for batch in self.batches)
+
+    def _copy(self, changes: Sequence[PoolChange]) -> None:
+        for change in changes:
+            if isinstance(change, MoveRows):
+                moved = [self._rows.get(change.source + row) for row in range(change.num_rows)]
+                for row, uid in enumerate(moved):
+                    assert uid is not None, "rows are moved that nobody wrote"
+                    self._rows[change.target + row] = uid
+            else:
+                for row in range(change.adapter.num_rows):
+                    self._rows[change.start + row] = change.adapter.uid
+
+    def _check(self, chunk: ScheduledChunk) -> None:
+        request = chunk.request
+        assert chunk.num_tokens > 0
+        assert len(request.blocks) * BLOCK_SIZE >= chunk.end, "a chunk without blocks"
+        states = _states(request)
+        slots = [block * BLOCK_SIZE + offset for block in request.blocks for offset in range(BLOCK_SIZE)]
+        for position in range(chunk.start):
+            assert self._slots.get(slots[position]) == states[position], f"foreign context at {position}"
+        for position in range(chunk.start, chunk.end):
+            self._slots[slots[position]] = states[position]
+        for adapter, start in zip(request.generation.adapters, chunk.adapter_starts, strict=True):
+            rows = {self._rows.get(start + row) for row in range(adapter.num_rows)}
+            assert rows == {adapter.uid}, f"the rows of {adapter.name} hold something else"
+
+    def _result(self, chunk: ScheduledChunk) -> ChunkResult:
+        output = chunk.request.generation.params.output
+        prompt: tuple[Logprobs, ...] = ()
+        if output.prompt_logprobs is not None and chunk.request.index == 0:
+            following = chunk.request.generation.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
+            prompt = tuple(_logprobs(token_id) for token_id in following)
+        if not chunk.is_last:
+            return ChunkResult(chunk, prompt_logprobs=prompt)
+        token_id = self._choose(chunk.request)
+        logprobs = None if output.logprobs is None or token_id is None else _logprobs(token_id)
+        return ChunkResult(chunk, token_id, token_id is not None, logprobs, prompt)
+
+
+class EngineHarness:
+    """An Engine over a fake runner, with what it told and released by generation."""
+
+    def __init__(self, choose: Callable[[Request], int | None] | None = None, **scheduler_fields: Any) -> None:
+        self.runner = FakeRunner(choose)
+        self.released: list[Adapter] = []
+        self.events: dict[Generation, list[Any]] = {}
+        self.engine = Engine(
+            make_scheduler(**scheduler_fields),
+            self.runner,
+            eos_token_ids=frozenset({EOS}),
+            release_leases=self.released.extend,
+            token_text=str,
+            adapter_labels=AdapterLabels(4),
+        )
+
+    def add(self, *generations: Generation) -> None:
+        for generation in generations:
+            self.events[generation] = []
+            self.engine.add(generation)
+
+    def step(self) -> list[Output]:
+        outputs = self.engine.step()
+        self.engine.scheduler.check_integrity()
+        self.take(outputs)
+        return outputs
+
+    def take(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            self.events[output.generation].append(output.event)
+
+    def run(self, max_steps: int = 1000) -> int:
+        """Steps until nothing is left to do; returns how many it took."""
+        for num_steps in range(max_steps):
+            if not self.engine.has_work:
+                return num_steps
+            self.step()
+        raise AssertionError(f"not finished after {max_steps} steps")
+
+    def last(self, generation: Generation) -> Any:
+        """The terminal event; asserts that there is exactly one, and that it is the last."""
+        events = self.events[generation]
+        terminal = [e for e in events if isinstance(e, GenerationFinished | FusionServeError)]
+        assert len(terminal) == 1 and terminal[0] is events[-1], events
+        return events[-1]
+
+    def tokens(self, generation: Generation) -> list[tuple[int, ...]]:
+        """The tokens of each candidate of a finished generation."""
+        finished = self.last(generation)
+        assert isinstance(finished, GenerationFinished), finished
+        return [candidate.token_ids for candidate in finished.candidates]
+
+
+def next_token(request: Request) -> int:
+    """A token other than EOS that depends on everything that may shape it, and on nothing else."""
+    state = _states(request)[-1] + f"{request.generation.seed}:{request.index}".encode()
+    return 1 + int.from_bytes(blake2b(state, digest_size=4).digest()) % (VOCAB - 1)
+
+
+def expected_tokens(generation: Generation) -> list[tuple[int, ...]]:
+    """What the fake runner must give each candidate that only its length ends, by the definition."""
+    expected = []
+    for request in generation.requests:
+        shadow = Request(generation, request.index, request.text)
+        for _ in range(generation.max_new_tokens):
+            shadow.token_ids.append(next_token(shadow))
+        expected.append(tuple(shadow.generated_ids))
+    return expected
+
+
+def _states(request: Request) -> list[bytes]:
+    """What the keys and values at each position stand for: the adaptation and all tokens up to there."""
+    generation = request.generation
+    terms = sorted((a.uid, c) for a, c in zip(generation.adapters, generation.coefficients, strict=True))
+    state, states = f"{generation.params.cache_salt}{terms}".encode(), []
+    for token_id in request.token_ids:
+        state = blake2b(state + b"/%d" % token_id, digest_size=8).digest()
+        states.append(state)
+    return states
+
+
+def _logprobs(token_id: int) -> Logprobs:
+    return Logprobs((token_id, -float(token_id), 1), ())

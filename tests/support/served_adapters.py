@@ -1,0 +1,305 @@
+"""A real engine over a tiny random model, adapters written to disk for it, and hands on its pace and its loads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from fusionserve.adapters.adapter import AdapterContent
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.config import EngineConfig
+from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.engine.engine import Engine
+from fusionserve.engine.model_runner import ChunkResult
+from fusionserve.engine.scheduler import ScheduledBatch
+from fusionserve.generation import (
+    Adaptation,
+    AdapterTerm,
+    GenerateParams,
+    GenerationChunk,
+    GenerationEvent,
+    GenerationFinished,
+    OutputOptions,
+    SamplingParams,
+    StoppingCriteria,
+    TokenPrompt,
+)
+from fusionserve.metrics import AdapterLabels
+
+VOCAB, HIDDEN, INNER, CONTEXT = 48, 32, 40, 512
+KV_BLOCK_BYTES = 2 * 2 * 16 * 8 * 4 * 2  # layers, key and value, kv heads * dim, tokens, float32
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def make_model(family: str) -> PreTrainedModel:
+    """Two layers with weights large enough for lively text: "llama", "tied_llama" or "gpt2"."""
+    torch.manual_seed(7)
+    if family == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCAB,
+                n_embd=HIDDEN,
+                n_layer=2,
+                n_head=4,
+                n_positions=CONTEXT,
+                initializer_range=0.3,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=INNER,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=CONTEXT,
+            initializer_range=0.3,
+            tie_word_embeddings=family == "tied_llama",
+        )
+    ).eval()
+
+
+def write_model(directory: Path, family: str = "llama") -> Path:
+    """Saves `make_model(family)` without a tokenizer."""
+    make_model(family).save_pretrained(directory)
+    return directory
+
+
+def write_lora(directory: Path, *, seed: int, rank: int = 4, size: float = 0.4) -> Path:
+    """A llama adapter of q_proj and down_proj in all layers; `size` 0 changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        for path, d_in, d_out in (("self_attn.q_proj", HIDDEN, HIDDEN), ("mlp.down_proj", INNER, HIDDEN)):
+            prefix = f"base_model.model.model.layers.{layer}.{path}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * 0.4
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def lora_bytes(rank: int) -> int:
+    """What `write_lora` takes on the host in float32."""
+    return 2 * rank * (HIDDEN + HIDDEN + INNER + HIDDEN) * 4
+
+
+def make_prompt(seed: int, length: int = 8) -> tuple[int, ...]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+
+
+def blend(**weights: float) -> Adaptation:
+    """Several adapters with fixed weights."""
+    return Adaptation("blend", tuple(AdapterTerm(name, weight) for name, weight in weights.items()))
+
+
+def lora(name: str, scale: float = 1.0) -> Adaptation:
+    """One adapter."""
+    return Adaptation("lora", (AdapterTerm(name, scale),))
+
+
+def make_params(
+    request_id: str,
+    adaptation: Adaptation | None = None,
+    prompt: Sequence[int] = (5, 9, 17, 4, 30),
+    *,
+    num_tokens: int = 12,
+    sampling: SamplingParams = GREEDY,
+    output: OutputOptions | None = None,
+    deadline_s: float | None = None,
+    time_limit_s: float | None = None,
+) -> GenerateParams:
+    """A greedy request for exactly `num_tokens` tokens."""
+    return GenerateParams(
+        request_id=request_id,
+        prompt=TokenPrompt(tuple(prompt)),
+        adaptation=adaptation or Adaptation(),
+        sampling=sampling,
+        stopping=StoppingCriteria(max_new_tokens=num_tokens, ignore_eos=True, time_limit_s=time_limit_s),
+        output=output or OutputOptions(),
+        deadline_s=deadline_s,
+    )
+
+
+class PacedRunner:
+    """The engine's runner behind a gate: while paused no step is computed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._runner = engine._runner
+        self._gate = threading.Event()
+        self._gate.set()
+        self.is_waiting = threading.Event()
+        self.num_steps = 0
+        engine._runner = self
+
+    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
+        """One step, as soon as the gate is open."""
+        self.is_waiting.set()
+        assert self._gate.wait(30), "nobody opened the gate"
+        self.is_waiting.clear()
+        self.num_steps += 1
+        return self._runner.execute(batch)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Holds the engine thread at its next step."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
+
+
+class TestedEngine(AsyncEngine):
+    """An engine whose loads can be held up and counted, and whose pace can be paused."""
+
+    __test__ = False
+
+    def __init__(self, *args: object) -> None:
+        self.load_gate = threading.Event()
+        self.load_gate.set()
+        self.num_reads = 0
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.runner = PacedRunner(self.engine)
+
+    @property
+    def registry(self):  # type: ignore[no-untyped-def]
+        """The host registry."""
+        return self._store.registry
+
+    @property
+    def ledger(self):  # type: ignore[no-untyped-def]
+        """The adapter pool's ledger."""
+        return self.engine.scheduler.ledger
+
+    def _load_content(self, directory: ArtifactDirectory) -> AdapterContent:
+        self.num_reads += 1
+        assert self.load_gate.wait(30), "nobody opened the gate"
+        return super()._load_content(directory)
+
+    @contextmanager
+    def slow_loads(self) -> Iterator[None]:
+        """Every load started in the block waits for its end."""
+        self.load_gate.clear()
+        try:
+            yield
+        finally:
+            self.load_gate.set()
+
+
+@asynccontextmanager
+async def running_engine(model: Path, root: Path, **options: object) -> AsyncIterator[TestedEngine]:
+    """A started engine; at the end nothing may be left of any request."""
+    config = EngineConfig(
+        **{
+            "model": str(model),
+            "model_name": "tiny",
+            "dtype": "float32",
+            "adapter_dirs": (root,),
+            "kv_cache_bytes": 4 << 20,
+            "adapter_pool_ranks": 64,
+            **options,
+        }
+    )
+    engine = TestedEngine.load(config, AdapterLabels(8))
+    assert isinstance(engine, TestedEngine)
+    await engine.start()
+    try:
+        yield engine
+        await check_at_rest(engine)
+    finally:
+        await engine.close()
+
+
+async def until(condition: object, within_s: float = 5.0) -> None:
+    """Waits for `condition()` to be true."""
+    assert callable(condition)
+    end_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end_s, "it did not come true in time"
+        await asyncio.sleep(0.002)
+
+
+async def check_at_rest(engine: TestedEngine) -> None:
+    """Asserts that no request is left, and with them no block, no hold and no lease."""
+    await until(lambda: not engine.engine.has_work)
+    assert list(engine.engine.scheduler.requests()) == []
+    assert engine.engine.scheduler.blocks.num_used == 0
+    engine.engine.scheduler.check_integrity()
+    engine.registry.check_integrity(0)
+    assert not engine._open_request_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """All events of a request; `tokens` as the last one tells them."""
+
+    events: tuple[GenerationEvent, ...]
+    finished: GenerationFinished
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens of the first candidate."""
+        return self.finished.candidates[0].token_ids
+
+
+async def collect(engine: AsyncEngine, params: GenerateParams) -> Outcome:
+    """Runs a request to its end; the chunks must add up to the final tokens."""
+    async with aclosing(engine.generate(params)) as stream:
+        events = tuple([event async for event in stream])
+    finished = events[-1]
+    assert isinstance(finished, GenerationFinished)
+    for candidate in finished.candidates:
+        chunks = [e for e in events if isinstance(e, GenerationChunk) and e.candidate_index == candidate.index]
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == candidate.token_ids
+    return Outcome(events, finished)
+
+
+async def collect_all(engine: AsyncEngine, requests: Sequence[GenerateParams]) -> list[Outcome]:
+    """Runs requests at once, in one crowded batch."""
+    return list(await asyncio.gather(*(collect(engine, params) for params in requests)))
+
+
+class OpenStream:
+    """A request whose events are read in the background."""
+
+    def __init__(self, engine: AsyncEngine, params: GenerateParams) -> None:
+        self.num_tokens = 0
+        self._engine = engine
+        self._params = params
+        self.task = asyncio.create_task(self._run())
+
+    async def has_tokens(self, num_tokens: int = 1) -> None:
+        """Waits until at least `num_tokens` tokens have arrived."""
+        await until(lambda: self.num_tokens >= num_tokens or self.task.done())
+        assert self.num_tokens >= num_tokens, "the stream ended before"
+
+    async def tokens(self) -> tuple[int, ...]:
+        """All its tokens, once it has ended normally."""
+        return (await self.task).candidates[0].token_ids
+
+    async def _run(self) -> GenerationFinished:
+        async with aclosing(self._engine.generate(self._params)) as stream:
+            async for event in stream:
+                if isinstance(event, GenerationChunk):
+                    self.num_tokens += len(event.token_ids)
+                if isinstance(event, GenerationFinished):
+                    return event
+        raise AssertionError("the stream had no last event")

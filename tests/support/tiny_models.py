@@ -1,0 +1,125 @@
+"""Tiny random models of many architectures, saved as a user's checkpoint would be.
+
+The weights are scaled so that attention matters and greedy output neither repeats itself nor stands at a near tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from transformers.pytorch_utils import Conv1D
+
+VOCAB_SIZE = 160
+CONTEXT = 96
+WINDOW = 11  # of the models with sliding windows; most of a test's context lies outside
+
+_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_EXPERTS = {**_GROUPED, "num_hidden_layers": 2, "moe_intermediate_size": 32}
+_GEMMA = {
+    **_GROUPED,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def _gpt2() -> PreTrainedConfig:
+    names = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
+    return GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **names)
+
+
+def _opt() -> PreTrainedConfig:
+    return OPTConfig(**_SIZES, ffn_dim=64, word_embed_proj_dim=48)
+
+
+def _granite() -> PreTrainedConfig:
+    multipliers = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 0.5}
+    return GraniteConfig(**_GROUPED, **multipliers, attention_multiplier=0.4)
+
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_GROUPED),
+    "qwen2": lambda: Qwen2Config(**_GROUPED),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=16),
+    "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW),
+    "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=30.0),
+    "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
+    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
+    "gpt2": _gpt2,
+    "phi": lambda: PhiConfig(**_SIZES),
+    "phi3": lambda: Phi3Config(**_GROUPED, sliding_window=WINDOW),
+    "opt": _opt,
+    "olmo2": lambda: Olmo2Config(**_GROUPED),
+    "smollm3": lambda: SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1]),
+    "granite": _granite,
+    "qwen3_moe": lambda: Qwen3MoeConfig(**_EXPERTS, head_dim=12, num_experts=4, num_experts_per_tok=2),
+    "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def make_tiny_model(config: PreTrainedConfig, *, seed: int = 2) -> PreTrainedModel:
+    """A model of `config` with lively seeded weights, in float32."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _enliven(model)
+    return model.eval()
+
+
+def save_tiny_model(architecture: str, directory: Path) -> Path:
+    """Saves the tiny model of CONFIGS[architecture]; there are no tokenizer files."""
+    make_tiny_model(CONFIGS[architecture]()).save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def _enliven(model: PreTrainedModel) -> None:
+    """Small embeddings and strong products, so that context decides; norms and biases that are not trivial."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn_like(parameter)
+            if isinstance(module, nn.Embedding):
+                parameter.copy_(noise * 0.3)
+            elif parameter.dim() >= 2:
+                d_in = parameter.shape[0 if isinstance(module, Conv1D) else -1]
+                parameter.copy_(noise * 2.5 * d_in**-0.5)
+            elif name == "bias":
+                parameter.copy_(noise * 0.1)
+            else:  # a norm's weight; larger ones on queries and keys make attention choose
+                parameter.add_(noise * 0.1 + (0.8 if path.endswith(("q_norm", "k_norm")) else 0.0))
