@@ -26,7 +26,7 @@ class _Entry:
     pinned: bool = False
     num_leases: int = 0
     state: AdapterState = AdapterState.READY
-    on_gone: list[Callable[[], None]] = field(default_factory=list)
+    on_gone: list[Callable[[], object]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class AdapterRegistry:
     def release(self, adapters: Sequence[Adapter]) -> None:
         """Ends one lease on each of `adapters`; a draining version without leases goes."""
         gone: list[Adapter] = []
-        callbacks: list[Callable[[], None]] = []
+        callbacks: list[Callable[[], object]] = []
         with self._lock:
             for adapter in adapters:
                 entry = self._entry_of(adapter)
@@ -109,7 +109,7 @@ class AdapterRegistry:
         for callback in callbacks:
             callback()
 
-    def retire(self, name: str, on_gone: Callable[[], None]) -> list[RegistryEntry]:
+    def retire(self, name: str, on_gone: Callable[[], object]) -> list[RegistryEntry]:
         """Withdraws the name at once; returns its loaded versions, draining ones included, the newest first.
 
         `on_gone` runs once for each of them: when its last lease ends, at once if it has none.

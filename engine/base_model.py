@@ -19,6 +19,7 @@ from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell
 from fusionserve.config import EngineConfig
+from fusionserve.engine.config_check import check_config
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
@@ -71,11 +72,14 @@ class BaseModel:
 def load_base_model(config: EngineConfig) -> BaseModel:
     """Loads, checks and adapts the model. Raises StartupError with one line that says what is wrong."""
     if not sys.stderr.isatty():
-        disable_progress_bar()  # a bar redrawn a hundred times fills a log
+        disable_progress_bar()  # type: ignore[no-untyped-call] # a bar redrawn a hundred times fills a log
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     model_config = _read_config(config.model)
+    max_context_tokens = _max_context(model_config, config.max_context_tokens)
+    check_config(model_config, max_context_tokens)
     model = _read_weights(config, model_config)
-    fit = check_fit(model, describe_base_modules(model, model_name=config.model_name))
+    modules = describe_base_modules(model, model_name=config.model_name)
+    fit = check_fit(model, modules, max_context_tokens)
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
@@ -88,7 +92,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         logit_rows=logit_rows,
         cache_shapes=fit.cache_shapes,
         eos_token_ids=_eos_token_ids(model),
-        max_context_tokens=_max_context(model_config, config.max_context_tokens),
+        max_context_tokens=max_context_tokens,
         vocab_size=model_config.get_text_config().vocab_size,
     )
 
@@ -99,10 +103,6 @@ def _read_config(model: str) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         where = "the directory holds no model" if Path(model).is_dir() else _NOT_FOUND
         raise StartupError(f"cannot load model {model}: {where}", reason="MODEL_NOT_FOUND") from error
-    if config.is_encoder_decoder:
-        raise StartupError(
-            f"model {model} cannot be served: it is an encoder-decoder", reason="ARCHITECTURE_UNSUPPORTED"
-        )
     return config
 
 
@@ -111,7 +111,7 @@ _NOT_FOUND = "there is no such directory, and no model hub could provide it (unk
 
 def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             config.model,
             config=model_config,
             dtype=_DTYPES[config.dtype],
@@ -122,7 +122,9 @@ def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTr
         raise StartupError(
             f"cannot load model {config.model}: {_first_line(error)}", reason="MODEL_UNUSABLE"
         ) from error
-    return model.train(mode=False).requires_grad_(requires_grad=False)
+    model.train(mode=False)
+    model.requires_grad_(requires_grad=False)
+    return model
 
 
 def _read_tokenizer(model: str) -> object | None:

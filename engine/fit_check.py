@@ -1,8 +1,9 @@
 """Finds out, before serving, whether a model can be served packed and paged, instead of trusting a list of names.
 
 The model runs two short prompts twice: apart, with its own attention, and packed into one row with ours. If the logits
-differ, something besides attention looks across tokens (a state space, ALiBi biases outside the interface, ...).
-The same run shows the shapes of each attention layer's keys and values, and which linear modules see every token.
+differ, something besides plain attention is at work (a state space, ALiBi biases, attention sinks, ...). The same run
+shows the shapes of each attention layer's keys and values, which layers have a sliding window, and which linear modules
+see every token.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.engine.attention import ATTENTION_NAME, register_attention
+from fusionserve.engine.config_check import num_windowed_layers
 from fusionserve.errors import StartupError
 from fusionserve.kernels.paged_attention import AttentionOptions, causal_mask, chunk_attention
 
 _PROMPT_LENGTHS = (5, 7)
-_MIN_SIMILARITY = 0.99  # cosine of the logits; rounding in bfloat16 stays above it, a wrong context does not
+_MAX_ERROR = 3e-4  # of a position's logits, relative to their spread; float32 rounding stays far below
+_MAX_ERROR_16_BIT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,15 @@ class _RecordingBatch:
     def __init__(self) -> None:
         self.shapes: dict[nn.Module, CacheShape] = {}
         self.is_repeated = False
+        self.is_causal = True
+        self.num_windows = 0
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.is_repeated |= module in self.shapes
+        self.is_causal &= getattr(module, "is_causal", True) is not False
+        self.num_windows += options.sliding_window is not None
         self.shapes[module] = CacheShape(key.shape[1], key.shape[2], value.shape[2])
         outputs, start = [], 0
         for length in _PROMPT_LENGTHS:
@@ -66,26 +72,42 @@ class _RecordingBatch:
 
 
 @torch.inference_mode()
-def check_fit(model: PreTrainedModel, modules: BaseModules) -> ModelFit:
+def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: int) -> ModelFit:
     """Switches `model` to paged attention and describes how it fits. Raises StartupError if it does not."""
+    if getattr(model, "_is_stateful", False):
+        raise _unsupported(model, "it carries a state from token to token")
     prompts = _make_prompts(model)
-    apart = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in prompts])
+    apart = _run_apart(model, prompts)
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     batch = _RecordingBatch()
     seen: dict[str, int] = {}
     with _TokenCounter(model, modules, seen):
         packed = _run_packed(model, prompts, batch)
+    _check_attention(model, batch, max_context_tokens)
+    max_error = _MAX_ERROR if model.dtype == torch.float32 else _MAX_ERROR_16_BIT
+    if not _relative_error(apart.float(), packed.float()) <= max_error:
+        raise _unsupported(model, "its output is not that of plain attention over the request's own tokens")
+    num_tokens = sum(_PROMPT_LENGTHS)
+    usable = {path: module for path, module in modules.by_path.items() if seen.get(path) == num_tokens}
+    return ModelFit(batch.shapes, replace(modules, by_path=MappingProxyType(usable)))
+
+
+def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context_tokens: int) -> None:
     if not batch.shapes:
         raise _unsupported(model, "its attention does not go through the attention interface")
     if batch.is_repeated:
         raise _unsupported(model, "one attention module serves several layers")
-    similarity = functional.cosine_similarity(apart.float(), packed.float(), dim=-1).min().item()
-    if not similarity >= _MIN_SIMILARITY:
-        raise _unsupported(model, "its output depends on more than attention over the request's own tokens")
-    num_tokens = sum(_PROMPT_LENGTHS)
-    usable = {path: module for path, module in modules.by_path.items() if seen.get(path) == num_tokens}
-    return ModelFit(batch.shapes, replace(modules, by_path=MappingProxyType(usable)))
+    if not batch.is_causal:
+        raise _unsupported(model, "its attention is not causal")
+    if batch.num_windows < num_windowed_layers(model.config, len(batch.shapes), max_context_tokens):
+        raise _unsupported(model, "its sliding window does not go through the attention interface")
+
+
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    """The largest over positions of |difference| / |expected|, once what all logits share is taken out."""
+    expected, actual = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, actual))
+    return ((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
 def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
@@ -97,20 +119,29 @@ def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
     ]
 
 
+def _run_apart(model: PreTrainedModel, prompts: list[Tensor]) -> Tensor:
+    """Logits [tokens, vocab] of the prompts one by one, under the model's own attention."""
+    return torch.cat([_run(model, input_ids=ids[None]) for ids in prompts])
+
+
 def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _RecordingBatch) -> Tensor:
+    """Logits [tokens, vocab] of the prompts in one row, under ours."""
     positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
+    return _run(
+        model,
+        input_ids=torch.cat(prompts)[None],
+        position_ids=positions[None],
+        logits_to_keep=torch.arange(len(positions), device=positions.device),
+        attention_batch=batch,
+    )
+
+
+def _run(model: PreTrainedModel, **inputs: object) -> Tensor:
     try:
-        output = model(
-            input_ids=torch.cat(prompts)[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=torch.arange(len(positions), device=positions.device),
-            attention_batch=batch,
-        )
+        logits: Tensor = model(**inputs, use_cache=False).logits
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise _unsupported(model, "it cannot run packed requests") from error
-    logits: Tensor = output.logits[0]
-    return logits
+    return logits[0]
 
 
 class _TokenCounter:

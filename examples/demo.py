@@ -52,11 +52,16 @@ def main() -> int:
         alone = generate_one_by_one(client, names)
         together = generate_together(client, names)
         show_side_by_side(together)
-        check(alone == {label: g.candidates[0].text for label, g in together.items()}, "a text changed in company")
+        check(
+            alone == {label: g.candidates[0].text for label, g in together.items()},
+            "a text changed in company",
+        )
         swap_while_streaming(client, names[0])
         show_metrics(server.metrics)
     check(server.process.returncode == 0, f"the server exited with {server.process.returncode}")
-    print("\nThe server stopped cleanly. Every text was the same alone and in one batch. All as it should be.")
+    print(
+        "\nThe server stopped cleanly. Every text was the same alone and in one batch. All as it should be."
+    )
     return 0
 
 
@@ -66,7 +71,9 @@ def running_server() -> Iterator[Server]:
     headline("Starting a server with the model that ships with fusionserve")
     command = [str(Path(sys.executable).with_name("fusionserve")), "serve", "--dtype", "float32"]
     command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONSAFEPATH": "1"}
+    )
     try:
         yield wait_until_ready(process)
     finally:
@@ -126,7 +133,11 @@ def show_side_by_side(generations: dict[str, Generation]) -> None:
         candidate = generation.candidates[0]
         text = PROMPT + candidate.text
         check(len(candidate.token_ids) == SAMPLING["max_new_tokens"], f"{label} ended early")
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 78, drop_whitespace=False) or [""]]
+        lines = [
+            part
+            for line in text.splitlines()
+            for part in textwrap.wrap(line, 78, drop_whitespace=False) or [""]
+        ]
         for index, line in enumerate(lines[:6]):
             print(f"  {label if index == 0 else '':24}| {line}")
     texts = {generation.candidates[0].text for generation in generations.values()}

@@ -38,7 +38,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def save_checkpoint(shape: str, directory: Path) -> None:
     """Writes a random bfloat16 checkpoint of `shape` (a key of SHAPES), without a tokenizer; seeded."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
 
 
@@ -51,7 +51,9 @@ def save_adapter(shape: str, directory: Path, *, rank: int, seed: int) -> None:
         tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * d_in**-0.5
         tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * 0.02
     directory.mkdir(parents=True)
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()}, directory / "adapter_model.safetensors"
+    )
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(_PROJECTIONS)}
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
@@ -68,4 +70,8 @@ def _projection_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }
-    return {f"model.layers.{n}.{name}": size for n in range(config.num_hidden_layers) for name, size in sizes.items()}
+    return {
+        f"model.layers.{n}.{name}": size
+        for n in range(config.num_hidden_layers)
+        for name, size in sizes.items()
+    }

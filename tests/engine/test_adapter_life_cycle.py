@@ -1,18 +1,16 @@
-"""Adapters come and go while streams run: loads, reloads, unloads, eviction, and how requests end early."""
+"""Adapters come and go while streams run: loads, reloads, unloads."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 from served_adapters import (
-    KV_BLOCK_BYTES,
     OpenStream,
     TestedEngine,
+    begin,
     blend,
     check_at_rest,
     collect,
@@ -33,12 +31,10 @@ from fusionserve.errors import (
     AbortedError,
     AlreadyExistsError,
     ArtifactError,
-    CapacityError,
-    DeadlineError,
     NotFoundError,
     UnavailableError,
 )
-from fusionserve.generation import FinishReason, GenerationStarted
+from fusionserve.generation import GenerateParams
 
 PROMPT = make_prompt(1, 40)  # two full blocks and a half
 
@@ -75,8 +71,8 @@ async def tokens_of(engine: TestedEngine, name: str, num_tokens: int = 12) -> tu
     return (await collect(engine, params)).tokens
 
 
-def long_stream(engine: TestedEngine, name: str, request_id: str = "long") -> OpenStream:
-    return OpenStream(engine, make_params(request_id, lora(name), PROMPT, num_tokens=60))
+def long_request(name: str, request_id: str = "long") -> GenerateParams:
+    return make_params(request_id, lora(name), PROMPT, num_tokens=60)
 
 
 class TestLoading:
@@ -118,7 +114,7 @@ class TestLoading:
         alone = await tokens_of(engine, "a", 60)
         with engine.slow_loads():
             loads = [OpenStream(engine, make_params(f"new-{name}", lora(name))) for name in "bcd"]
-            stream = long_stream(engine, "a")
+            stream = OpenStream(engine, long_request("a"))
             assert await asyncio.wait_for(stream.tokens(), 10) == alone
             assert not any(load.task.done() for load in loads)
         for load in loads:
@@ -173,9 +169,8 @@ class TestLoading:
 class TestReload:
     async def test_running_stream_finishes_on_its_version(self, engine: TestedEngine, root: Path) -> None:
         old = await tokens_of(engine, "a", 60)
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
         with engine.runner.paused():
+            (stream,) = await begin(engine, long_request("a"))
             write_lora(root / "a", seed=50)
             status = await engine.load_adapter("a", None, pin=False, replace=True)
             assert status.version == 2
@@ -216,22 +211,22 @@ class TestReload:
         self, engine: TestedEngine, root: Path
     ) -> None:
         alone = {name: await tokens_of(engine, name, 60) for name in "abc"}
-        streams = {name: long_stream(engine, name, name) for name in "abc"}
-        for stream in streams.values():
-            await stream.has_tokens()
-        for seed, rank in enumerate((16, 1, 8), start=60):
-            write_lora(root / "a", seed=seed, rank=rank)
-            await engine.load_adapter("a", None, pin=False, replace=True)
-            await collect(engine, make_params("new", lora("a"), num_tokens=3))
-        assert {name: await stream.tokens() for name, stream in streams.items()} == alone
+        with engine.runner.paused():
+            streams = await begin(engine, *(long_request(name, name) for name in "abc"))
+            for seed, rank in enumerate((16, 1, 8), start=60):
+                write_lora(root / "a", seed=seed, rank=rank)
+                await engine.load_adapter("a", None, pin=False, replace=True)
+                (new,) = await begin(engine, make_params("new", lora("a"), num_tokens=3))
+                await new.tokens()
+            assert not any(stream.task.done() for stream in streams)
+        assert dict(zip("abc", [await stream.tokens() for stream in streams], strict=True)) == alone
 
 
 class TestUnload:
     async def test_unload_waits_for_the_running_stream(self, engine: TestedEngine) -> None:
         alone = await tokens_of(engine, "a", 60)
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
         with engine.runner.paused():
+            (stream,) = await begin(engine, long_request("a"))
             unloads = [asyncio.create_task(engine.unload_adapter("a", force=False)) for _ in range(2)]
             await asyncio.sleep(0.03)
             assert not any(unload.done() for unload in unloads)
@@ -243,9 +238,8 @@ class TestUnload:
         ] * 2
 
     async def test_request_during_the_drain_gets_a_new_version(self, engine: TestedEngine) -> None:
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
         with engine.runner.paused():
+            (stream,) = await begin(engine, long_request("a"))
             unload = asyncio.create_task(engine.unload_adapter("a", force=False))
             await asyncio.sleep(0.02)
             late = OpenStream(engine, make_params("late", lora("a")))
@@ -255,9 +249,8 @@ class TestUnload:
         assert (await stream.task).adaptation.members[0].version == 1
 
     async def test_unload_waits_for_replaced_versions_too(self, engine: TestedEngine) -> None:
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
         with engine.runner.paused():
+            (stream,) = await begin(engine, long_request("a"))
             await engine.load_adapter("a", None, pin=False, replace=True)
             unload = asyncio.create_task(engine.unload_adapter("a", force=False))
             await asyncio.sleep(0.03)
@@ -269,14 +262,9 @@ class TestUnload:
     async def test_forced_unload_ends_its_streams_only(self, engine: TestedEngine) -> None:
         alone = await tokens_of(engine, "b", 60)
         await collect(engine, make_params("load", lora("a")))
-        doomed = [
-            long_stream(engine, "a"),
-            OpenStream(engine, make_params("blend", blend(a=0.5, b=0.5), PROMPT, num_tokens=60)),
-        ]
-        other = long_stream(engine, "b", "other")
-        for stream in (*doomed, other):
-            await stream.has_tokens()
+        mixed = make_params("blend", blend(a=0.5, b=0.5), PROMPT, num_tokens=60)
         with engine.runner.paused():
+            *doomed, other = await begin(engine, long_request("a"), mixed, long_request("b", "other"))
             unload = asyncio.create_task(engine.unload_adapter("a", force=True))
             await until(engine.runner.is_waiting.is_set)
             await asyncio.sleep(0.01)
@@ -290,9 +278,8 @@ class TestUnload:
         assert "a" not in loaded(engine)
 
     async def test_forced_unload_ends_streams_of_replaced_versions(self, engine: TestedEngine) -> None:
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
         with engine.runner.paused():
+            (stream,) = await begin(engine, long_request("a"))
             await engine.load_adapter("a", None, pin=False, replace=True)
             unload = asyncio.create_task(engine.unload_adapter("a", force=True))
             await asyncio.sleep(0.02)
@@ -350,184 +337,3 @@ class TestUnload:
         await asyncio.wait_for(unload, 10)
         with pytest.raises(AbortedError):
             await stream.task
-
-
-class TestHostBudget:
-    async def test_idle_adapters_are_evicted_least_recently_used_first(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, adapter_host_bytes=lora_bytes(4) * 2) as engine:
-            first = {name: await tokens_of(engine, name) for name in "ab"}
-            await tokens_of(engine, "a")
-            await tokens_of(engine, "c")
-            assert loaded(engine) == {"a", "c"}
-            assert await tokens_of(engine, "b") == first["b"]
-            assert loaded(engine) == {"b", "c"}
-            assert (await engine.get_adapter("b")).version == 2
-            await until(lambda: engine.ledger.num_used == 8)
-
-    async def test_pinned_adapters_are_not_evicted(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, adapter_host_bytes=lora_bytes(4) * 2) as engine:
-            await engine.load_adapter("a", None, pin=True, replace=False)
-            for name in "bcd":
-                await tokens_of(engine, name)
-            assert loaded(engine) == {"a", "d"}
-            await engine.load_adapter("a", None, pin=False, replace=True)
-            assert (await engine.get_adapter("a")).pinned
-            await engine.unload_adapter("d", force=False)
-            await engine.load_adapter("b", None, pin=True, replace=False)
-            with pytest.raises(CapacityError) as refusal:
-                await tokens_of(engine, "c")
-            assert refusal.value.reason == "ADAPTER_HOST_FULL"
-
-    async def test_leased_adapters_are_not_evicted(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, adapter_host_bytes=lora_bytes(4)) as engine:
-            alone = await tokens_of(engine, "a", 60)
-            stream = long_stream(engine, "a")
-            await stream.has_tokens()
-            with engine.runner.paused():
-                with pytest.raises(CapacityError) as refusal:
-                    await collect(engine, make_params("no-room", lora("b")))
-                assert (refusal.value.reason, refusal.value.retry_after_s) == ("ADAPTER_HOST_FULL", 1.0)
-            assert await stream.tokens() == alone
-            await check_at_rest(engine)
-            assert len(await tokens_of(engine, "b")) == 12
-
-    async def test_adapter_over_the_host_budget_is_refused_for_good(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, adapter_host_bytes=lora_bytes(4) - 1) as engine:
-            with pytest.raises(CapacityError) as refusal:
-                await collect(engine, make_params("too-big", lora("a")))
-            assert (refusal.value.reason, refusal.value.retry_after_s) == ("ADAPTER_TOO_BIG", None)
-
-    async def test_rank_over_the_pool_is_refused(self, model: Path, root: Path) -> None:
-        write_lora(root / "wide", seed=5, rank=17)
-        async with running_engine(model, root, adapter_pool_ranks=16) as engine:
-            with pytest.raises(ArtifactError) as refusal:
-                await collect(engine, make_params("wide", lora("wide")))
-            assert refusal.value.reason == "RANK_TOO_LARGE"
-            for _ in range(2):
-                await collect(engine, make_params("fits", blend(a=1.0, b=1.0, c=1.0, d=1.0)))
-            write_lora(root / "e", seed=6, rank=1)
-            with pytest.raises(CapacityError) as full:
-                await collect(engine, make_params("together", blend(a=1.0, b=1.0, c=1.0, d=1.0, e=1.0)))
-            assert full.value.reason == "ADAPTER_TOO_BIG"
-
-
-class TestEndings:
-    async def test_cancelled_stream_frees_everything_within_a_step(self, engine: TestedEngine) -> None:
-        stream = long_stream(engine, "a")
-        await stream.has_tokens()
-        with engine.runner.paused():
-            await until(engine.runner.is_waiting.is_set)
-            stream.task.cancel()
-            await asyncio.wait([stream.task])
-            num_steps = engine.runner.num_steps
-            assert engine.engine.scheduler.blocks.num_used > 0
-        await check_at_rest(engine)
-        assert engine.runner.num_steps <= num_steps + 1
-
-    async def test_closed_generator_frees_everything(self, engine: TestedEngine) -> None:
-        async with aclosing(engine.generate(make_params("left", lora("a"), num_tokens=200))) as events:
-            async for event in events:
-                assert isinstance(event, GenerationStarted)
-                break
-        await check_at_rest(engine)
-
-    async def test_deadline_ends_a_running_request(self, engine: TestedEngine) -> None:
-        await collect(engine, make_params("load", lora("a")))
-        params = make_params("late", lora("a"), num_tokens=400, deadline_s=time.monotonic() + 0.1)
-        stream = OpenStream(engine, params)
-        await stream.has_tokens()
-        with engine.runner.paused():
-            await asyncio.sleep(0.12)
-        with pytest.raises(DeadlineError):
-            await stream.task
-
-    async def test_deadline_ends_a_request_in_admission(self, engine: TestedEngine) -> None:
-        with engine.slow_loads():
-            params = make_params("late", lora("a"), deadline_s=time.monotonic() + 0.05)
-            with pytest.raises(DeadlineError):
-                await asyncio.wait_for(collect(engine, params), 5)
-
-    async def test_time_limit_keeps_what_was_generated(self, engine: TestedEngine) -> None:
-        alone = await tokens_of(engine, "a", 60)
-        stream = OpenStream(engine, make_params("brief", lora("a"), PROMPT, num_tokens=60, time_limit_s=0.2))
-        await stream.has_tokens(3)
-        with engine.runner.paused():
-            await asyncio.sleep(0.22)
-        candidate = (await stream.task).candidates[0]
-        assert candidate.finish_reason is FinishReason.TIME_LIMIT
-        assert 3 <= len(candidate.token_ids) < 60
-        assert candidate.token_ids == alone[: len(candidate.token_ids)]
-
-    async def test_queued_requests_meet_deadline_and_time_limit(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, max_batch_requests=1) as engine:
-            alone = await tokens_of(engine, "a", 60)
-            running = long_stream(engine, "a")
-            await running.has_tokens()
-            with engine.runner.paused():
-                late = OpenStream(engine, make_params("late", lora("b"), deadline_s=time.monotonic() + 0.05))
-                brief = OpenStream(engine, make_params("brief", lora("b"), time_limit_s=0.05))
-                await until(lambda: len(engine._streams) == 3)
-                await asyncio.sleep(0.06)
-            with pytest.raises(DeadlineError):
-                await late.task
-            candidate = (await brief.task).candidates[0]
-            assert (candidate.finish_reason, candidate.token_ids) == (FinishReason.TIME_LIMIT, ())
-            assert await running.tokens() == alone
-
-    async def test_too_many_requests_are_refused(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root, max_batch_requests=2, max_queued_requests=1) as engine:
-            with engine.runner.paused():
-                streams = [OpenStream(engine, make_params(f"r{i}", lora("a"))) for i in range(3)]
-                await until(lambda: len(engine._streams) == 3)
-                with pytest.raises(CapacityError) as refusal:
-                    await collect(engine, make_params("one-more"))
-                assert (refusal.value.reason, refusal.value.retry_after_s) == ("QUEUE_FULL", 1.0)
-            assert len({await stream.tokens() for stream in streams}) == 1
-            await collect(engine, make_params("room-again"))
-
-    async def test_request_id_in_use_is_refused(self, engine: TestedEngine) -> None:
-        stream = long_stream(engine, "a", "same")
-        await stream.has_tokens()
-        with engine.runner.paused(), pytest.raises(AlreadyExistsError) as refusal:
-            await collect(engine, make_params("same"))
-        assert refusal.value.reason == "REQUEST_ID_IN_USE"
-        assert len(await stream.tokens()) == 60
-        await collect(engine, make_params("same"))
-
-    async def test_failed_step_leaves_no_half_written_adapter(self, engine: TestedEngine) -> None:
-        """The step that should have written `b` to the pool fails before it does."""
-        alone = {name: await tokens_of(engine, name) for name in "ab"}
-        await engine.load_adapter("b", None, pin=False, replace=True)
-        pool = engine._base.pool
-        apply, pool.apply = pool.apply, _fail
-        with pytest.raises(Exception, match="inside the server"):
-            await collect(engine, make_params("unlucky", lora("b"), PROMPT))
-        pool.apply = apply
-        assert {name: await tokens_of(engine, name) for name in "ab"} == alone
-
-    async def test_dead_engine_refuses_a_request_that_was_in_admission(self, model: Path, root: Path) -> None:
-        async with running_engine(model, root) as engine:
-            with engine.slow_loads():
-                stream = OpenStream(engine, make_params("late", lora("a")))
-                await until(lambda: engine.num_reads == 1)
-                engine._thread.post(_fail)
-                await asyncio.wait_for(engine.wait_failed(), 5)
-            with pytest.raises(UnavailableError) as refusal:
-                await asyncio.wait_for(stream.task, 5)
-            assert refusal.value.reason == "ENGINE_FAILED"
-
-
-def _fail(_: object) -> None:
-    raise RuntimeError("as the test wants it")
-
-
-async def test_kv_too_small_for_all_still_serves_all(model: Path, root: Path) -> None:
-    """Eight streams on blocks for one context: preempted requests keep their leases and their tokens."""
-    options = {"kv_cache_bytes": KV_BLOCK_BYTES * 8, "max_context_tokens": 128}
-    async with running_engine(model, root, **options) as engine:
-        alone = {name: await tokens_of(engine, name, 60) for name in "abcd"}
-        before = engine.engine.scheduler.num_preemptions
-        streams = [long_stream(engine, name, f"{name}{i}") for i in range(2) for name in "abcd"]
-        for stream, name in zip(streams, "abcdabcd", strict=True):
-            assert await stream.tokens() == alone[name]
-        assert engine.engine.scheduler.num_preemptions > before

@@ -139,32 +139,41 @@ def make_params(
 
 
 class PacedRunner:
-    """The engine's runner behind a gate: while paused no step is computed."""
+    """The engine's runner behind a gate: while paused, only as many steps are computed as the test allows."""
 
     def __init__(self, engine: Engine) -> None:
         self._runner = engine._runner
-        self._gate = threading.Event()
-        self._gate.set()
+        self._may_step = threading.Condition()
+        self._num_allowed: int | None = None
         self.is_waiting = threading.Event()
         self.num_steps = 0
         engine._runner = self
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
-        """One step, as soon as the gate is open."""
-        self.is_waiting.set()
-        assert self._gate.wait(30), "nobody opened the gate"
-        self.is_waiting.clear()
+        """One step, as soon as it is allowed."""
+        with self._may_step:
+            self.is_waiting.set()
+            assert self._may_step.wait_for(lambda: self._num_allowed != 0, 30), "nobody allowed a step"
+            self.is_waiting.clear()
+            if self._num_allowed is not None:
+                self._num_allowed -= 1
         self.num_steps += 1
         return self._runner.execute(batch)
+
+    def allow(self, num_steps: int | None) -> None:
+        """Lets `num_steps` more steps pass; None is no limit."""
+        with self._may_step:
+            self._num_allowed = num_steps
+            self._may_step.notify_all()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Holds the engine thread at its next step."""
-        self._gate.clear()
+        self.allow(0)
         try:
             yield
         finally:
-            self._gate.set()
+            self.allow(None)
 
 
 class TestedEngine(AsyncEngine):
@@ -215,6 +224,7 @@ async def running_engine(model: Path, root: Path, **options: object) -> AsyncIte
             "adapter_dirs": (root,),
             "kv_cache_bytes": 4 << 20,
             "adapter_pool_ranks": 64,
+            "num_threads": 1,  # the model is tiny, and waiting for a second core costs more than it gives
             **options,
         }
     )
@@ -228,7 +238,7 @@ async def running_engine(model: Path, root: Path, **options: object) -> AsyncIte
         await engine.close()
 
 
-async def until(condition: object, within_s: float = 5.0) -> None:
+async def until(condition: object, within_s: float = 10.0) -> None:
     """Waits for `condition()` to be true."""
     assert callable(condition)
     end_s = time.monotonic() + within_s
@@ -267,7 +277,9 @@ async def collect(engine: AsyncEngine, params: GenerateParams) -> Outcome:
     finished = events[-1]
     assert isinstance(finished, GenerationFinished)
     for candidate in finished.candidates:
-        chunks = [e for e in events if isinstance(e, GenerationChunk) and e.candidate_index == candidate.index]
+        chunks = [
+            e for e in events if isinstance(e, GenerationChunk) and e.candidate_index == candidate.index
+        ]
         assert tuple(token for chunk in chunks for token in chunk.token_ids) == candidate.token_ids
     return Outcome(events, finished)
 
@@ -303,3 +315,14 @@ class OpenStream:
                 if isinstance(event, GenerationFinished):
                     return event
         raise AssertionError("the stream had no last event")
+
+
+async def begin(engine: TestedEngine, *requests: GenerateParams) -> list[OpenStream]:
+    """Starts streams on a paused engine and lets it run until each has a token or a few."""
+    num_before = len(engine._streams)
+    streams = [OpenStream(engine, params) for params in requests]
+    await until(lambda: len(engine._streams) == num_before + len(requests))
+    engine.runner.allow(4)  # one may have begun without the last requests
+    for stream in streams:
+        await stream.has_tokens()
+    return streams
