@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fusionserve.errors import StartupError
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_CONTEXT = 2048  # for a checkpoint that states no limit
+_MAX_REASON_LENGTH = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     """Loads, checks and adapts the model. Raises StartupError with one line that says what is wrong."""
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call] # a bar redrawn a hundred times fills a log
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     model_config = _read_config(config.model)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens)
@@ -100,48 +103,80 @@ def load_base_model(config: EngineConfig) -> BaseModel:
 def _read_config(model: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        where = "the directory holds no model" if Path(model).is_dir() else _NOT_FOUND
-        raise StartupError(f"cannot load model {model}: {where}", reason="MODEL_NOT_FOUND") from error
+    except Exception as error:  # what transformers raises depends on what the file holds
+        raise StartupError(
+            f"cannot load model {model}: {_why_no_config(Path(model), error)}", reason="MODEL_NOT_FOUND"
+        ) from error
     return config
 
 
-_NOT_FOUND = "there is no such directory, and no model hub could provide it (unknown architecture or id, or no network)"
+def _why_no_config(directory: Path, error: Exception) -> str:
+    if directory.is_dir():
+        has_config = (directory / "config.json").exists()
+        return _one_line(error) if has_config else "the directory has no config.json"
+    if directory.exists():
+        return "it is not a directory"
+    return "there is no such directory, and no model hub could provide it (unknown id, or no network)"
 
 
 def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
+    if Path(config.model).is_dir() and not any(Path(config.model).glob("*.safetensors")):
+        raise StartupError(
+            f"cannot load model {config.model}: the directory has no .safetensors files (pickles are not read)",
+            reason="MODEL_UNUSABLE",
+        )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model,
             config=model_config,
             dtype=_DTYPES[config.dtype],
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # _check_complete says it better
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise StartupError(
-            f"cannot load model {config.model}: {_first_line(error)}", reason="MODEL_UNUSABLE"
+            f"cannot load model {config.model}: {_one_line(error)}", reason="MODEL_UNUSABLE"
         ) from error
-    model.train(mode=False)
-    model.requires_grad_(requires_grad=False)
+    model: PreTrainedModel
+    model, report = loaded
+    _check_complete(config.model, report)
+    model.train(mode=False).requires_grad_(requires_grad=False)
     return model
 
 
-def _read_tokenizer(model: str) -> object | None:
+def _check_complete(model: str, report: Mapping[str, Collection[Any]]) -> None:
+    """Raises StartupError if any parameter was not in the files: transformers would make it up."""
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(name for name, *_ in report["mismatched_keys"])
+    for names, what in (
+        (missing, "do not have"),
+        (mismatched, "have another shape than config.json says for"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise StartupError(
+                f"cannot load model {model}: its weight files {what} {names[0]}{more}",
+                reason="MODEL_UNUSABLE",
+            )
+
+
+def _read_tokenizer(model: str) -> Any | None:
     """The model's tokenizer, or None if the directory has none."""
+    if Path(model).is_dir() and not _has_tokenizer_files(Path(model)):
+        return None  # transformers would make up an empty one for some architectures
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        if Path(model).is_dir() and not _has_tokenizer_files(Path(model)):
-            return None
+    except Exception as error:  # as above
         raise StartupError(
-            f"the tokenizer of model {model} cannot be read", reason="TOKENIZER_UNUSABLE"
-        ) from None
+            f"the tokenizer of model {model} cannot be read: {_one_line(error)}", reason="TOKENIZER_UNUSABLE"
+        ) from error
 
 
 def _has_tokenizer_files(directory: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json", "vocab.txt")
-    return any((directory / name).exists() for name in names)
+    patterns = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+    return any(any(directory.glob(pattern)) for pattern in patterns)
 
 
 def _install_adapted_layers(
@@ -182,5 +217,6 @@ def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:
     return wanted or own
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """The error's text without line breaks, and not the essay that some are."""
+    return textwrap.shorten(str(error) or type(error).__name__, _MAX_REASON_LENGTH, placeholder=" ...")

@@ -107,7 +107,8 @@ def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context
 def _relative_error(expected: Tensor, actual: Tensor) -> float:
     """The largest over positions of |difference| / |expected|, once what all logits share is taken out."""
     expected, actual = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, actual))
-    return ((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    error: float = ((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    return error
 
 
 def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
@@ -121,7 +122,7 @@ def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
 
 def _run_apart(model: PreTrainedModel, prompts: list[Tensor]) -> Tensor:
     """Logits [tokens, vocab] of the prompts one by one, under the model's own attention."""
-    return torch.cat([_run(model, input_ids=ids[None]) for ids in prompts])
+    return torch.cat([_run(model, "it fails on a short prompt", input_ids=ids[None]) for ids in prompts])
 
 
 def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _RecordingBatch) -> Tensor:
@@ -129,6 +130,7 @@ def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _Recording
     positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
     return _run(
         model,
+        "it cannot run packed requests",
         input_ids=torch.cat(prompts)[None],
         position_ids=positions[None],
         logits_to_keep=torch.arange(len(positions), device=positions.device),
@@ -136,11 +138,12 @@ def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _Recording
     )
 
 
-def _run(model: PreTrainedModel, **inputs: object) -> Tensor:
+def _run(model: PreTrainedModel, why_not: str, **inputs: object) -> Tensor:
+    """Logits [tokens, vocab] of one row; `why_not` is the reason given if the model's code fails."""
     try:
         logits: Tensor = model(**inputs, use_cache=False).logits
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise _unsupported(model, "it cannot run packed requests") from error
+        raise _unsupported(model, why_not) from error
     return logits[0]
 
 

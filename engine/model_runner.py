@@ -236,7 +236,7 @@ def _sampler_row(request: Request, eos_token_ids: frozenset[int]) -> SamplerRow:
         generation.prompt_token_ids,
         request.generated_ids,
         banned,
-        request.uniform(),
+        request.uniforms(),
     )
 
 

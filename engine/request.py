@@ -9,6 +9,7 @@ from hashlib import blake2b
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.engine.block_pool import BlockHash
+from fusionserve.engine.sampler import NUM_UNIFORMS
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.generation import (
     Candidate,
@@ -129,10 +130,12 @@ class Request:
         """Sort key of the queue: higher priority first, then first come, first served."""
         return (-self.generation.params.priority, self.generation.arrival_s, self.index)
 
-    def uniform(self) -> float:
-        """A number in [0, 1) for the next token, from the seed, the candidate and the position alone.
+    def uniforms(self) -> tuple[float, ...]:
+        """Numbers in [0, 1) for the next token, from the seed, the candidate and the position alone.
 
         No generator state: the same seed gives the same draws whatever else runs, and after preemption.
         """
         key = f"{self.generation.seed}:{self.index}:{self.num_generated}".encode()
-        return (int.from_bytes(blake2b(key, digest_size=8).digest()) >> 11) * 2.0**-53
+        digest = blake2b(key, digest_size=8 * NUM_UNIFORMS).digest()
+        words = (int.from_bytes(digest[at : at + 8], "big") for at in range(0, len(digest), 8))
+        return tuple((word >> 11) * 2.0**-53 for word in words)

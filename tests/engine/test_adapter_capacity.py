@@ -27,7 +27,6 @@ from served_adapters import (
     write_model,
 )
 
-from fusionserve import metrics
 from fusionserve.errors import (
     AlreadyExistsError,
     ArtifactError,
@@ -56,10 +55,6 @@ def root(tmp_path: Path) -> Path:
 async def engine(model: Path, root: Path) -> AsyncIterator[TestedEngine]:
     async with running_engine(model, root) as engine:
         yield engine
-
-
-def num_loads() -> float:
-    return metrics.ADAPTER_LOADS._value.get()
 
 
 def loaded(engine: TestedEngine) -> set[str]:

@@ -99,9 +99,7 @@ async def test_chunked_and_prefix_cached_equals_generate(subject: Subject) -> No
 
 async def test_preempted_equals_generate(subject: Subject) -> None:
     one_context = cache_bytes_per_token(subject.base.cache_shapes, subject.base.dtype) * MAX_CONTEXT
-    async with serving(
-        subject.base, block_size=4, kv_cache_bytes=one_context, max_batch_tokens=32
-    ) as engine:
+    async with serving(subject.base, block_size=4, kv_cache_bytes=one_context, max_batch_tokens=32) as engine:
         assert tokens_of(await generate_together(engine, PROMPTS)) == subject.expected
     assert engine.engine.scheduler.num_preemptions > 0
 

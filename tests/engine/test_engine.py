@@ -11,6 +11,7 @@ from schedules import LetterDecoder, assert_idle, make_adapter, make_generation
 
 from fusionserve import metrics
 from fusionserve.engine.request import Generation, Request
+from fusionserve.engine.sampler import NUM_UNIFORMS
 from fusionserve.errors import AbortedError, ArtifactError, DeadlineError, InternalError
 from fusionserve.generation import (
     FinishReason,
@@ -323,7 +324,9 @@ def test_text_that_cannot_be_decoded_ends_that_request_alone() -> None:
 def test_preempted_request_tells_every_token_and_prompt_logprob_once() -> None:
     harness = EngineHarness(num_blocks=8, max_logit_tokens=3)
     output = OutputOptions(logprobs=0, prompt_logprobs=0)
-    generations = [make_generation(prompt=range(n, n + 9), max_new_tokens=14, output=output) for n in range(4)]
+    generations = [
+        make_generation(prompt=range(n, n + 9), max_new_tokens=14, output=output) for n in range(4)
+    ]
     harness.add(*generations)
     harness.run()
     assert harness.engine.scheduler.num_preemptions > 0
@@ -358,20 +361,21 @@ def test_engine_is_stalled_where_a_step_computes_nothing_although_requests_wait(
 
 
 def test_seeds_of_a_request_depend_on_seed_candidate_and_position_alone() -> None:
-    def draws(generation: Generation) -> list[float]:
-        return [request.uniform() for request in generation.requests]
+    def draws(generation: Generation) -> list[tuple[float, ...]]:
+        return [request.uniforms() for request in generation.requests]
 
     one = draws(make_generation(seed=1, num_candidates=3))
     assert one == draws(make_generation(seed=1, num_candidates=3, prompt=range(4)))
     assert len({*one, *draws(make_generation(seed=2, num_candidates=3))}) == 6
     request = make_generation(seed=1).requests[0]
-    first = request.uniform()
+    first = request.uniforms()
     request.token_ids.append(1)
-    assert request.uniform() != first
+    assert not set(request.uniforms()) & set(first)
 
 
 def test_uniforms_are_uniform() -> None:
-    draws = sorted(make_generation(seed=seed).requests[0].uniform() for seed in range(2000))
+    draws = sorted(u for seed in range(300) for u in make_generation(seed=seed).requests[0].uniforms())
+    assert len(draws) == len(set(draws)) == 300 * NUM_UNIFORMS
     assert 0.0 <= draws[0] and draws[-1] < 1.0
     gap = max(abs(draw - (index + 0.5) / len(draws)) for index, draw in enumerate(draws))
     assert gap < 1.63 / len(draws) ** 0.5  # Kolmogorov-Smirnov at 1 %

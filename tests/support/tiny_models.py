@@ -62,7 +62,9 @@ _GEMMA = {
 
 def _gpt2() -> PreTrainedConfig:
     names = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
-    return GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **names)
+    return GPT2Config(
+        vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **names
+    )
 
 
 def _opt() -> PreTrainedConfig:

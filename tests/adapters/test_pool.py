@@ -1,0 +1,131 @@
+"""The pool's tensors after the ledger's changes: every resident's rows, padded with zeros, and nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from loose_adapters import (
+    D_IN,
+    D_OUT,
+    EMBEDDING,
+    FIRST,
+    SECOND,
+    VOCAB,
+    make_adapter,
+    make_content,
+    make_lora,
+    make_modules,
+)
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.pool import AdapterPool
+from fusionserve.adapters.pool_ledger import MoveRows, PoolLedger, WriteRows
+
+
+def make_pool(capacity: int = 16, dtype: torch.dtype = torch.float32) -> AdapterPool:
+    return AdapterPool(make_modules(), capacity, dtype=dtype, device=torch.device("cpu"))
+
+
+def make_two_module_adapter(seed: int, first: int, second: int, *, bias: bool = False) -> Adapter:
+    """Different ranks in the two modules; 0 leaves a module alone."""
+    ranks = {FIRST: first, SECOND: second}
+    loras = {path: make_lora(rank, seed=seed, bias=bias) for path, rank in ranks.items() if rank}
+    return make_adapter(make_content(loras))
+
+
+def assert_resident(pool: AdapterPool, adapter: Adapter, start: int) -> None:
+    """The adapter's rows are in every module, zeros where its rank is smaller than its most."""
+    for path in (FIRST, SECOND):
+        rows, lora = pool.rows(path), adapter.weights.modules.get(path)
+        if rows.is_empty:
+            assert lora is None
+            continue
+        end = start + adapter.num_rows
+        rank = 0 if lora is None else lora.rank
+        if lora is not None:
+            bias = torch.zeros(rank) if lora.shrink_bias is None else lora.shrink_bias
+            assert torch.equal(rows.shrink_rows[start : start + rank], lora.shrink)
+            assert torch.equal(rows.expand_rows[start : start + rank], lora.expand)
+            assert torch.equal(rows.shrink_bias[start : start + rank], bias)
+        for tensor in (rows.shrink_rows, rows.expand_rows, rows.shrink_bias):
+            assert tensor[start + rank : end].count_nonzero() == 0
+
+
+def test_module_gets_tensors_with_its_first_adapter() -> None:
+    pool = make_pool()
+    assert pool.nbytes == 0
+    rows = pool.rows(FIRST)
+    pool.apply((WriteRows(make_two_module_adapter(1, 3, 0), 2),))
+    assert not rows.is_empty
+    assert pool.rows(FIRST) is rows
+    assert pool.rows(SECOND).is_empty
+    assert pool.rows(EMBEDDING).is_empty
+    assert pool.nbytes == 16 * (D_IN + D_OUT + 1) * 4
+
+
+def test_embedding_rows_are_as_wide_as_the_vocabulary() -> None:
+    pool = make_pool()
+    lora = make_lora(2, seed=1, d_in=VOCAB, d_out=D_IN)
+    pool.apply((WriteRows(make_adapter(make_content({EMBEDDING: lora})), 0),))
+    assert pool.rows(EMBEDDING).shrink_rows.shape == (16, VOCAB)
+    assert torch.equal(pool.rows(EMBEDDING).expand_rows[:2], lora.expand)
+
+
+def test_rows_of_a_wider_predecessor_are_wiped() -> None:
+    pool = make_pool()
+    wide = make_two_module_adapter(1, 8, 8, bias=True)
+    pool.apply((WriteRows(wide, 0),))
+    for successor in (make_two_module_adapter(2, 1, 6), make_two_module_adapter(3, 6, 0)):
+        pool.apply((WriteRows(successor, 0),))
+        assert_resident(pool, successor, 0)
+
+
+def test_neighbours_are_left_alone() -> None:
+    pool = make_pool()
+    a, b, c = (make_two_module_adapter(seed, 4, 3, bias=True) for seed in (1, 2, 3))
+    pool.apply((WriteRows(a, 0), WriteRows(b, 8), WriteRows(c, 4)))
+    for adapter, start in ((a, 0), (b, 8), (c, 4)):
+        assert_resident(pool, adapter, start)
+
+
+def test_overlapping_move_keeps_every_row() -> None:
+    pool = make_pool()
+    adapter = make_two_module_adapter(1, 8, 5, bias=True)
+    pool.apply((WriteRows(adapter, 3), MoveRows(3, 1, 8)))
+    assert_resident(pool, adapter, 1)
+
+
+def test_weights_are_kept_in_the_pools_dtype() -> None:
+    pool = make_pool(dtype=torch.bfloat16)
+    adapter = make_two_module_adapter(1, 2, 2, bias=True)
+    pool.apply((WriteRows(adapter, 0),))
+    rows, lora = pool.rows(FIRST), adapter.weights.modules[FIRST]
+    assert rows.shrink_rows.dtype == torch.bfloat16
+    assert torch.equal(rows.shrink_rows[:2], lora.shrink.bfloat16())
+
+
+def test_random_traffic_keeps_every_resident_true() -> None:
+    """The ledger decides, the pool obeys: after each step all held adapters are where the ledger says."""
+    chance = random.Random(0)
+    ledger, pool = PoolLedger(20), make_pool(20)
+    adapters = [
+        make_two_module_adapter(seed, chance.randint(1, 6), chance.randint(0, 6), bias=seed % 3 == 0)
+        for seed in range(12)
+    ]
+    held: list[Adapter] = []
+    num_moves = 0
+    for _ in range(300):
+        wanted = chance.choice(adapters)
+        if ledger.hold([wanted]):
+            held.append(wanted)
+        while held and (chance.random() < 0.5 or len(held) > 4):
+            ledger.release([held.pop(chance.randrange(len(held)))])
+        changes = ledger.take_changes()
+        num_moves += sum(isinstance(change, MoveRows) for change in changes)
+        pool.apply(changes)
+        for adapter in adapters:
+            if adapter.uid in ledger.resident_uids:
+                assert_resident(pool, adapter, ledger.start_of(adapter))
+        ledger.check_integrity(len(held))
+    assert num_moves > 10, "the traffic is too tame"

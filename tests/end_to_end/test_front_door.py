@@ -1,0 +1,168 @@
+"""The real thing: `fusionserve serve` in a process of its own, with the embedded model, used as its clients use it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from grpc_requests import Client as ReflectionClient
+
+from fusionserve.client import (
+    AbortedError,
+    Client,
+    FailedPreconditionError,
+    Generation,
+    GenerationChunk,
+    InvalidRequestError,
+    NotFoundError,
+)
+
+FUSIONSERVE = str(Path(sys.executable).with_name("fusionserve"))
+GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
+SEEDED = {**GREEDY, "temperature": 0.8, "seed": 5}
+LONG = {**GREEDY, "max_new_tokens": 300}
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[str]
+    grpc: str
+    metrics: str
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One server for the whole file; its clean exit is part of what is tested."""
+    command = [FUSIONSERVE, "serve", "--dtype", "float32", "--listen", "127.0.0.1:0"]
+    command += ["--metrics-listen", "127.0.0.1:0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    match = re.fullmatch(r"ready grpc=(\S+) metrics=(\S+)\n", line)
+    assert match is not None, line
+    yield Server(process, match[1], match[2])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    process.stdout.close()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with Client(server.grpc, timeout_s=60) as client:
+        yield client
+
+
+def scrape(server: Server) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    return {
+        name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))
+    }
+
+
+def test_adaptations_differ_and_are_the_same_in_company(client: Client) -> None:
+    names = [adapter.name for adapter in client.adapters.list()]
+    assert len(names) >= 4
+    requests = [{}, *({"adapter": name} for name in names), {"blend": {names[0]: 0.5, names[1]: 0.5}}]
+    alone = [client.generate("The ", **SEEDED, **request).text for request in requests]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        together = list(pool.map(lambda request: client.generate("The ", **SEEDED, **request).text, requests))
+    assert together == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_stream_is_the_generation_in_pieces(client: Client) -> None:
+    expected = client.generate("def main(", adapter="python", **GREEDY)
+    *earlier, last = client.stream("def main(", adapter="python", **GREEDY)
+    assert isinstance(last, Generation)
+    assert last.candidates == expected.candidates
+    assert "".join(event.text for event in earlier if isinstance(event, GenerationChunk)) == expected.text
+    assert last.adaptation.members[0].digest == client.adapters.get("python").digest
+
+
+def test_reload_and_unload_leave_other_streams_alone(client: Client) -> None:
+    expected = client.generate("The ", **LONG).candidates
+    client.generate("The ", adapter="german", **GREEDY)
+    with client.stream("The ", **LONG) as stream:
+        next(stream)
+        version = client.adapters.get("german").version
+        assert client.adapters.reload("german").version == version + 1
+        client.adapters.unload("german")
+        *_, last = stream
+    assert isinstance(last, Generation)
+    assert last.candidates == expected
+
+
+def test_forced_unload_ends_its_streams_with_a_status(client: Client) -> None:
+    with client.stream("The ", adapter="german", **LONG) as stream:
+        next(stream)
+        client.adapters.unload("german", force=True)
+        with pytest.raises(AbortedError) as caught:
+            list(stream)
+    assert caught.value.reason == "ADAPTER_UNLOADED"
+
+
+def test_mistakes_get_their_status(client: Client) -> None:
+    with pytest.raises(NotFoundError, match="ADAPTER_NOT_FOUND"):
+        client.generate("x", adapter="nobody")
+    with pytest.raises(InvalidRequestError, match="TOKEN_OUT_OF_RANGE"):
+        client.generate([10**6], **GREEDY)
+    with pytest.raises(InvalidRequestError, match="PROMPT_TOO_LONG"):
+        client.generate([1] * 5000, **GREEDY)
+    with pytest.raises(InvalidRequestError, match="CONTEXT_EXCEEDED"):
+        client.generate("x", max_new_tokens=10**6)
+    with pytest.raises(InvalidRequestError):
+        client.generate("x", adapter="../python")
+    with pytest.raises(FailedPreconditionError, match="NO_CHAT_TEMPLATE"):
+        client.generate([{"role": "user", "content": "hi"}])
+
+
+def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
+    key = 'fusionserve_requests_total{finish_reason="length",kind="lora",status="OK"}'
+    before = scrape(server)
+    client.generate("The ", adapter="python", **GREEDY)
+    after = scrape(server)
+    assert after[key] == before.get(key, 0) + 1
+    tokens = 'fusionserve_adapter_generated_tokens_total{adapter="python"}'
+    assert after[tokens] == before.get(tokens, 0) + GREEDY["max_new_tokens"]
+    assert after["fusionserve_requests_running"] == 0
+    assert after["fusionserve_kv_blocks_used"] == 0
+
+
+def test_reflection_client_needs_no_proto(server: Server) -> None:
+    client = ReflectionClient.get_by_endpoint(server.grpc)
+    answer = client.request("fusionserve.v1.AdapterService", "ListAdapters", {})
+    assert any(adapter["name"] == "python" for adapter in answer["adapters"])
+    request = {"request": {"text": "The ", "stopping": {"max_new_tokens": 4}}}
+    *_, last = client.request("fusionserve.v1.InferenceService", "StreamGenerate", request)
+    assert last["finished"]["usage"]["generated_tokens"] == 4
+
+
+def test_command_line_generates_and_lists(server: Server, client: Client) -> None:
+    environment = {**os.environ, "FUSIONSERVE_SERVER": server.grpc}
+    generate = [FUSIONSERVE, "generate", "--prompt", "The ", "--temperature", "0", "--max-new-tokens", "24"]
+    shown = subprocess.run(
+        [*generate, "--ignore-eos"], env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert client.generate("The ", **GREEDY).text.strip() in shown.stdout
+    unknown = subprocess.run(
+        [*generate, "--adapter", "nobody"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith("error: NOT_FOUND ADAPTER_NOT_FOUND")
+    listed = subprocess.run(
+        [FUSIONSERVE, "adapters", "list"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "python" in listed.stdout

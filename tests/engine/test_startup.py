@@ -1,0 +1,319 @@
+"""What cannot be served is refused when the server starts, in one line that says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from tiny_models import CONFIGS, CONTEXT, make_tiny_model, save_tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    CLIPConfig,
+    GptOssConfig,
+    JambaConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    MptConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    T5Config,
+)
+
+from fusionserve.config import EngineConfig
+from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.engine.base_model import load_base_model
+from fusionserve.errors import PreconditionError, StartupError
+from fusionserve.generation import (
+    GenerateParams,
+    GenerationFinished,
+    SamplingParams,
+    StoppingCriteria,
+    TextPrompt,
+    TokenPrompt,
+)
+from fusionserve.metrics import AdapterLabels
+
+_SIZES = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_WINDOWED = {**_SIZES, "sliding_window": 8}
+_STATE = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 2}
+
+
+def _jamba() -> PreTrainedConfig:
+    """One layer of attention, one of a state space."""
+    return JambaConfig(
+        **_SIZES, attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=4, mamba_dt_rank=4
+    )
+
+
+def _qwen2_moe() -> PreTrainedConfig:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 16}
+    return Qwen2MoeConfig(
+        **_WINDOWED, use_sliding_window=True, max_window_layers=2, moe_intermediate_size=16, **experts
+    )
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
+    "ALiBi, Bloom": (
+        lambda: BloomConfig(vocab_size=80, hidden_size=32, n_layer=2, n_head=4),
+        "BloomForCausalLM cannot be served: its attention does not go through the attention interface",
+    ),
+    "ALiBi, MPT": (
+        lambda: MptConfig(vocab_size=80, d_model=32, n_layers=2, n_heads=4, max_seq_len=CONTEXT),
+        "MptForCausalLM cannot be served: its attention does not go through the attention interface",
+    ),
+    "state space": (lambda: MambaConfig(**_STATE), "it has linear_attention layers"),
+    "state space and attention": (_jamba, "it has linear_attention layers"),
+    "convolution and attention": (
+        lambda: Lfm2Config(**_SIZES, full_attn_idxs=[1]),
+        "it has conv layers",
+    ),
+    "not causal": (
+        lambda: BertConfig(**{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
+        "BertLMHeadModel cannot be served: its attention is not causal",
+    ),
+    "attention sinks": (
+        lambda: GptOssConfig(**_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+        "its output is not that of plain attention over the request's own tokens",
+    ),
+    "window that attention is not told of": (
+        lambda: PhimoeConfig(**_WINDOWED, num_local_experts=2),
+        "PhimoeForCausalLM cannot be served: its sliding window does not go through the attention interface",
+    ),
+    "window in some layers that attention is not told of": (
+        _qwen2_moe,
+        "Qwen2MoeForCausalLM cannot be served: its sliding window does not go through the attention interface",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make_model_config", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())
+def test_unsupported_architecture_is_refused(
+    make_model_config: Callable[[], PreTrainedConfig], reason: str, tmp_path: Path
+) -> None:
+    """With the library's small initial weights, where a wrong context changes the output least."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_model_config(), dtype=torch.float32).save_pretrained(tmp_path)
+    error = refusal(make_config(tmp_path))
+    assert error.reason == "ARCHITECTURE_UNSUPPORTED"
+    assert reason in error.message
+
+
+def test_window_longer_than_the_context_is_served(tmp_path: Path) -> None:
+    config = PhimoeConfig(**_WINDOWED, num_local_experts=2)
+    make_tiny_model(config).save_pretrained(tmp_path)
+    assert load_base_model(replace(make_config(tmp_path), max_context_tokens=8)).max_context_tokens == 8
+
+
+def test_model_that_fails_by_itself_is_refused(tmp_path: Path) -> None:
+    config = PhimoeConfig(**_SIZES, num_local_experts=1, num_experts_per_tok=2)
+    make_tiny_model(config).save_pretrained(tmp_path)
+    assert (
+        "PhimoeForCausalLM cannot be served: it fails on a short prompt"
+        in refusal(make_config(tmp_path)).message
+    )
+
+
+def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    T5Config(vocab_size=80, d_model=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    error = refusal(make_config(tmp_path))
+    assert error.reason == "ARCHITECTURE_UNSUPPORTED"
+    assert error.message == "models of the type t5 cannot be served: it is an encoder-decoder"
+
+
+def test_model_without_text_generation_is_refused(llama: Path) -> None:
+    CLIPConfig().save_pretrained(llama)
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert "CLIPConfig" in error.message
+
+
+def test_missing_directory_is_refused(tmp_path: Path, offline: None) -> None:
+    error = refusal(make_config(tmp_path / "nothing"))
+    assert error.reason == "MODEL_NOT_FOUND"
+    assert "there is no such directory" in error.message
+
+
+def test_hub_id_without_network_is_refused(offline: None) -> None:
+    error = refusal(EngineConfig(model="someone/some-model", model_name="tiny"))
+    assert error.reason == "MODEL_NOT_FOUND"
+    assert error.message.startswith("cannot load model someone/some-model: ")
+    assert "no network" in error.message
+
+
+def test_file_instead_of_a_directory_is_refused(tmp_path: Path, offline: None) -> None:
+    (tmp_path / "model").write_text("not a model")
+    assert "it is not a directory" in refusal(make_config(tmp_path / "model")).message
+
+
+def test_directory_without_config_is_refused(tmp_path: Path) -> None:
+    assert "the directory has no config.json" in refusal(make_config(tmp_path)).message
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "unheard-of"}, "`unheard-of`"),
+        ({"model_type": "unheard-of", "auto_map": {"AutoConfig": "evil.Config"}}, "custom code"),
+        ({"num_attention_heads": "many"}, "num_attention_heads"),
+        ({"num_attention_heads": 5, "head_dim": None}, "attention heads (5)"),
+    ],
+)
+def test_unusable_config_is_refused_by_name(changes: dict[str, object], reason: str, llama: Path) -> None:
+    change_config(llama, **changes)
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_NOT_FOUND"
+    assert reason in error.message
+
+
+def test_config_that_is_not_json_is_refused(llama: Path) -> None:
+    (llama / "config.json").write_text("{")
+    assert "not a valid JSON file" in refusal(make_config(llama)).message
+
+
+def test_directory_without_weights_is_refused(llama: Path) -> None:
+    (llama / "model.safetensors").unlink()
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert "no .safetensors files" in error.message
+
+
+def test_pickled_weights_are_refused(llama: Path) -> None:
+    state = load_base_model(make_config(llama)).model.state_dict()
+    (llama / "model.safetensors").unlink()
+    torch.save(state, llama / "pytorch_model.bin")
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert "pickles are not read" in error.message
+
+
+@pytest.mark.parametrize("num_bytes", [0, 4, 5000], ids="{} bytes".format)
+def test_truncated_weights_are_refused(num_bytes: int, llama: Path) -> None:
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    assert refusal(make_config(llama)).reason == "MODEL_UNUSABLE"
+
+
+def test_missing_parameters_are_refused_by_name(llama: Path) -> None:
+    change_config(llama, num_hidden_layers=4)
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert "do not have model.layers.3.input_layernorm.weight and 8 more" in error.message
+
+
+def test_parameters_of_another_shape_are_refused_by_name(llama: Path) -> None:
+    change_config(llama, intermediate_size=72)
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert "another shape than config.json says for model.layers.0.mlp.down_proj.weight" in error.message
+
+
+def test_context_longer_than_the_models_is_refused(llama: Path) -> None:
+    error = refusal(replace(make_config(llama), max_context_tokens=CONTEXT + 1))
+    assert error.reason == "CONTEXT_TOO_LONG"
+    assert error.message == f"a context of {CONTEXT + 1} tokens is more than the model's {CONTEXT}"
+
+
+def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
+    """Beyond, its frequencies depend on the longest request in the batch."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+    }
+    make_tiny_model(LlamaConfig(**_SIZES, rope_parameters=rope)).save_pretrained(tmp_path)
+    error = refusal(make_config(tmp_path))
+    assert error.reason == "CONTEXT_TOO_LONG"
+    assert "limit the context to 32" in error.message
+    assert load_base_model(replace(make_config(tmp_path), max_context_tokens=32)).max_context_tokens == 32
+
+
+def test_cache_smaller_than_a_context_is_refused(llama: Path) -> None:
+    config = replace(make_config(llama), kv_cache_bytes=1 << 10)
+    with pytest.raises(StartupError, match="one context of 96 tokens") as caught:
+        AsyncEngine.load(config, AdapterLabels(8))
+    assert caught.value.reason == "KV_CACHE_TOO_SMALL"
+
+
+def test_unreadable_tokenizer_is_refused(llama: Path) -> None:
+    (llama / "tokenizer.json").write_text("{")
+    assert refusal(make_config(llama)).reason == "TOKENIZER_UNUSABLE"
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_directory_without_tokenizer_files_has_no_tokenizer(architecture: str, tmp_path: Path) -> None:
+    """transformers makes up an empty tokenizer for some architectures."""
+    save_tiny_model(architecture, tmp_path)
+    assert not load_base_model(make_config(tmp_path)).tokenizer.is_present
+
+
+async def test_model_without_tokenizer_serves_token_ids_only(llama: Path) -> None:
+    engine = AsyncEngine.load(make_config(llama), AdapterLabels(8))
+    await engine.start()
+    try:
+        params = GenerateParams(
+            request_id="tokens",
+            prompt=TokenPrompt((5, 6, 7)),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingCriteria(max_new_tokens=3, ignore_eos=True),
+        )
+        *_, finished = [event async for event in engine.generate(params)]
+        assert isinstance(finished, GenerationFinished)
+        assert len(finished.candidates[0].token_ids) == 3
+        assert finished.candidates[0].text == ""
+        with pytest.raises(PreconditionError) as caught:
+            async for _ in engine.generate(replace(params, request_id="text", prompt=TextPrompt("hello"))):
+                pass
+        assert caught.value.reason == "NO_TOKENIZER"
+        assert not engine.model_info().has_tokenizer
+    finally:
+        await engine.close()
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_tiny_model("llama", tmp_path / "llama")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def make_config(directory: Path) -> EngineConfig:
+    return EngineConfig(model=str(directory), model_name="tiny", dtype="float32", num_threads=1)
+
+
+def refusal(config: EngineConfig) -> StartupError:
+    """The error that loading ends with: one line, and no longer than fits a terminal's few."""
+    with pytest.raises(StartupError) as caught:
+        load_base_model(config)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 600
+    return caught.value
+
+
+def change_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
