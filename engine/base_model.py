@@ -22,10 +22,16 @@ from fusionserve.adapters.row_plan import PlanCell
 from fusionserve.config import EngineConfig
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.fit_check import CacheShape, check_fit
+from fusionserve.engine.model_source import find_model
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
 
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _DEFAULT_CONTEXT = 2048  # for a checkpoint that states no limit
 _MAX_REASON_LENGTH = 240
 
@@ -77,10 +83,11 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         disable_progress_bar()  # type: ignore[no-untyped-call] # a bar redrawn a hundred times fills a log
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    model_config = _read_config(config.model)
+    directory = find_model(config.model)
+    model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens)
-    model = _read_weights(config, model_config)
+    model = _read_weights(directory, _DTYPES[config.dtype], model_config)
     modules = describe_base_modules(model, model_name=config.model_name)
     fit = check_fit(model, modules, max_context_tokens)
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
@@ -88,7 +95,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
     return BaseModel(
         model=model,
-        tokenizer=Tokenizer(_read_tokenizer(config.model)),
+        tokenizer=Tokenizer(_read_tokenizer(directory)),
         modules=fit.modules,
         pool=pool,
         token_rows=token_rows,
@@ -100,36 +107,35 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     )
 
 
-def _read_config(model: str) -> PreTrainedConfig:
+def _read_config(directory: Path) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # what transformers raises depends on what the file holds
         raise StartupError(
-            f"cannot load model {model}: {_why_no_config(Path(model), error)}", reason="MODEL_NOT_FOUND"
+            f"cannot load model {directory}: {_why_no_config(directory, error)}", reason="MODEL_NOT_FOUND"
         ) from error
     return config
 
 
 def _why_no_config(directory: Path, error: Exception) -> str:
-    if directory.is_dir():
-        has_config = (directory / "config.json").exists()
-        return _one_line(error) if has_config else "the directory has no config.json"
-    if directory.exists():
+    if not directory.is_dir():
         return "it is not a directory"
-    return "there is no such directory, and no model hub could provide it (unknown id, or no network)"
+    return _one_line(error) if (directory / "config.json").exists() else "the directory has no config.json"
 
 
-def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTrainedModel:
-    if Path(config.model).is_dir() and not any(Path(config.model).glob("*.safetensors")):
+def _read_weights(
+    directory: Path, dtype: torch.dtype | str, model_config: PreTrainedConfig
+) -> PreTrainedModel:
+    if not any(directory.glob("*.safetensors")):
         raise StartupError(
-            f"cannot load model {config.model}: the directory has no .safetensors files (pickles are not read)",
+            f"cannot load model {directory}: the directory has no .safetensors files (pickles are not read)",
             reason="MODEL_UNUSABLE",
         )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.model,
+            directory,
             config=model_config,
-            dtype=_DTYPES[config.dtype],
+            dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # _check_complete says it better
@@ -137,16 +143,16 @@ def _read_weights(config: EngineConfig, model_config: PreTrainedConfig) -> PreTr
         )
     except Exception as error:  # as above
         raise StartupError(
-            f"cannot load model {config.model}: {_one_line(error)}", reason="MODEL_UNUSABLE"
+            f"cannot load model {directory}: {_one_line(error)}", reason="MODEL_UNUSABLE"
         ) from error
     model: PreTrainedModel
     model, report = loaded
-    _check_complete(config.model, report)
+    _check_complete(directory, report)
     model.train(mode=False).requires_grad_(requires_grad=False)
     return model
 
 
-def _check_complete(model: str, report: Mapping[str, Collection[Any]]) -> None:
+def _check_complete(directory: Path, report: Mapping[str, Collection[Any]]) -> None:
     """Raises StartupError if any parameter was not in the files: transformers would make it up."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted(name for name, *_ in report["mismatched_keys"])
@@ -157,20 +163,21 @@ def _check_complete(model: str, report: Mapping[str, Collection[Any]]) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise StartupError(
-                f"cannot load model {model}: its weight files {what} {names[0]}{more}",
+                f"cannot load model {directory}: its weight files {what} {names[0]}{more}",
                 reason="MODEL_UNUSABLE",
             )
 
 
-def _read_tokenizer(model: str) -> Any | None:
+def _read_tokenizer(directory: Path) -> Any | None:
     """The model's tokenizer, or None if the directory has none."""
-    if Path(model).is_dir() and not _has_tokenizer_files(Path(model)):
+    if not _has_tokenizer_files(directory):
         return None  # transformers would make up an empty one for some architectures
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # as above
         raise StartupError(
-            f"the tokenizer of model {model} cannot be read: {_one_line(error)}", reason="TOKENIZER_UNUSABLE"
+            f"the tokenizer of model {directory} cannot be read: {_one_line(error)}",
+            reason="TOKENIZER_UNUSABLE",
         ) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,4 +130,4 @@ def test_spans_give_the_reference_delta(batch: tuple[int, list[AdaptedTokens]], 
         for owned in request.rows:
             coefficients[request.start : request.end, owned.start : owned.end] += owned.coefficient
     torch.testing.assert_close(y, reference_delta(x, a, a0, b, coefficients), atol=1e-4, rtol=1e-4)
-    assert all(left.token_end <= right.token_start for left, right in zip(spans, spans[1:], strict=False))
+    assert all(left.token_end <= right.token_start for left, right in pairwise(spans))

@@ -1,4 +1,4 @@
-"""A request gives the same tokens alone and in a crowd: of other adapters, on a full pool, preempted, reloaded around."""
+"""A request gives the same tokens alone and in a crowd: other adapters, a full pool, preemption, reloads."""
 
 from __future__ import annotations
 

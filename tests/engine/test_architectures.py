@@ -31,7 +31,7 @@ NUM_NEW_TOKENS = 24
 MAX_CONTEXT = 64
 MIN_MARGIN = 5e-4  # between the two best logits; float32 noise is a hundredth of it
 MIN_DISTINCT_TOKENS = 5  # in every continuation: one that repeats itself would hide errors
-MAX_BFLOAT16_SHORTFALL = 0.8  # in logits, whose standard deviation is 2.5
+MAX_BFLOAT16_SHORTFALL = 0.3  # in logits, whose standard deviation is 2.5
 
 Tokens = tuple[int, ...]
 

@@ -376,6 +376,6 @@ def test_seeds_of_a_request_depend_on_seed_candidate_and_position_alone() -> Non
 def test_uniforms_are_uniform() -> None:
     draws = sorted(u for seed in range(300) for u in make_generation(seed=seed).requests[0].uniforms())
     assert len(draws) == len(set(draws)) == 300 * NUM_UNIFORMS
-    assert 0.0 <= draws[0] and draws[-1] < 1.0
+    assert draws[0] >= 0.0 and draws[-1] < 1.0
     gap = max(abs(draw - (index + 0.5) / len(draws)) for index, draw in enumerate(draws))
     assert gap < 1.63 / len(draws) ** 0.5  # Kolmogorov-Smirnov at 1 %

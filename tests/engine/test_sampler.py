@@ -316,16 +316,16 @@ def test_vocabulary_of_any_size_is_drawn_whole(vocab: int) -> None:
 
 def test_rounding_of_the_logits_hardly_ever_changes_a_draw() -> None:
     """What lets a seed give the same tokens in any company: logits differ by rounding with the batch they ran in."""
-    logits = 4 / 3 * make_logits(seed=10, vocab=100_000)
-    noise = 5e-7 * make_logits(seed=11, vocab=100_000) / 3
-    uniforms = np.random.default_rng(2).random((3000, NUM_UNIFORMS)).tolist()
-    num_changed = 0
-    for begin in range(0, 3000, 100):
-        batch = [make_row(SamplingParams(), numbers) for numbers in uniforms[begin : begin + 100]]
-        tokens = sample(logits.expand(100, -1), batch)
-        again = sample((logits + noise).expand(100, -1), batch)
-        num_changed += sum(a != b for a, b in zip(tokens, again, strict=True))
-    assert num_changed == 0
+    num_draws, vocab = 600, 16_000
+    logits = 4 / 3 * make_logits(seed=10, vocab=vocab)
+    noise = (
+        2e-5 * make_logits(seed=11, vocab=vocab) / 3
+    )  # forty times what float32 gives, to need fewer draws
+    uniforms = np.random.default_rng(2).random((num_draws, NUM_UNIFORMS)).tolist()
+    batch = [make_row(SamplingParams(), numbers) for numbers in uniforms]
+    tokens = sample(logits.expand(num_draws, -1), batch)
+    again = sample((logits + noise).expand(num_draws, -1), batch)
+    assert sum(a != b for a, b in zip(tokens, again, strict=True)) <= 1
 
 
 def test_logprobs_are_those_of_log_softmax_with_ranks() -> None:

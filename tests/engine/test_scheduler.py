@@ -6,9 +6,16 @@ import pytest
 from fake_runner import EngineHarness, expected_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedules import BLOCK_SIZE, assert_idle, complete, make_adapter, make_generation, make_request
-from schedules import make_scheduler as make
-from schedules import sizes
+from schedules import (
+    BLOCK_SIZE,
+    assert_idle,
+    complete,
+    make_adapter,
+    make_generation,
+    make_request,
+    make_scheduler,
+    sizes,
+)
 
 from fusionserve import metrics
 from fusionserve.engine.request import Request, RequestStatus
@@ -26,7 +33,7 @@ def add_running(scheduler: Scheduler, **spec_fields: Any) -> Request:
 
 
 def test_prompt_is_chunked_by_the_token_budget() -> None:
-    scheduler = make(max_batch_tokens=16)
+    scheduler = make_scheduler(max_batch_tokens=16)
     request = make_request(prompt=range(40))
     scheduler.add(request)
     seen = []
@@ -41,7 +48,7 @@ def test_prompt_is_chunked_by_the_token_budget() -> None:
 
 
 def test_budget_is_shared_by_the_requests_that_fit() -> None:
-    scheduler = make(max_batch_tokens=16)
+    scheduler = make_scheduler(max_batch_tokens=16)
     requests = [make_request(prompt=[n] * 7) for n in range(3)]
     for request in requests:
         scheduler.add(request)
@@ -49,7 +56,7 @@ def test_budget_is_shared_by_the_requests_that_fit() -> None:
 
 
 def test_decoding_requests_come_before_chunks_of_prompts() -> None:
-    scheduler = make(max_batch_tokens=16)
+    scheduler = make_scheduler(max_batch_tokens=16)
     prompt = make_request(prompt=range(100, 150), arrival_s=0)
     scheduler.add(prompt)
     complete(scheduler, scheduler.schedule())
@@ -60,7 +67,7 @@ def test_decoding_requests_come_before_chunks_of_prompts() -> None:
 
 
 def test_every_decoding_request_gets_its_token_in_every_step() -> None:
-    scheduler = make(max_batch_tokens=8, max_batch_requests=8)
+    scheduler = make_scheduler(max_batch_tokens=8, max_batch_requests=8)
     decoding = [add_running(scheduler, prompt=[n] * 3) for n in range(5)]
     scheduler.add(make_request(prompt=range(100, 150)))
     for _ in range(5):
@@ -71,7 +78,7 @@ def test_every_decoding_request_gets_its_token_in_every_step() -> None:
 
 
 def test_max_batch_requests_bounds_the_running_ones() -> None:
-    scheduler = make(max_batch_requests=2)
+    scheduler = make_scheduler(max_batch_requests=2)
     requests = [make_request(prompt=[n]) for n in range(3)]
     for request in requests:
         scheduler.add(request)
@@ -81,7 +88,7 @@ def test_max_batch_requests_bounds_the_running_ones() -> None:
 
 
 def test_queue_is_by_priority_then_arrival() -> None:
-    scheduler = make(max_batch_requests=1)
+    scheduler = make_scheduler(max_batch_requests=1)
     late, early, urgent = (
         make_request(prompt=[n], arrival_s=arrival_s, priority=priority)
         for n, (arrival_s, priority) in enumerate([(3.0, 0), (2.0, 0), (4.0, 1)])
@@ -97,7 +104,7 @@ def test_queue_is_by_priority_then_arrival() -> None:
 
 
 def test_prefix_hit_skips_full_blocks_only() -> None:
-    scheduler = make()
+    scheduler = make_scheduler()
     add_running(scheduler, prompt=range(10))
     same = make_request(prompt=[*range(10), 77, 78])
     scheduler.add(same)
@@ -108,7 +115,7 @@ def test_prefix_hit_skips_full_blocks_only() -> None:
 
 @pytest.mark.parametrize("length", [BLOCK_SIZE, 2 * BLOCK_SIZE])
 def test_prefix_hit_leaves_a_token_to_compute(length: int) -> None:
-    scheduler = make()
+    scheduler = make_scheduler()
     first = add_running(scheduler, prompt=range(length))
     scheduler.remove(first)
     again = make_request(prompt=range(length))
@@ -118,7 +125,7 @@ def test_prefix_hit_leaves_a_token_to_compute(length: int) -> None:
 
 
 def test_prefix_is_not_shared_between_adaptations_or_salts() -> None:
-    scheduler = make()
+    scheduler = make_scheduler()
     adapter = make_adapter()
     add_running(scheduler, prompt=range(12))
     strangers = [
@@ -133,7 +140,7 @@ def test_prefix_is_not_shared_between_adaptations_or_salts() -> None:
 
 
 def test_prefix_cache_can_be_off() -> None:
-    scheduler = make(enable_prefix_cache=False)
+    scheduler = make_scheduler(enable_prefix_cache=False)
     add_running(scheduler, prompt=range(12))
     again = make_request(prompt=range(12))
     scheduler.add(again)
@@ -141,7 +148,7 @@ def test_prefix_cache_can_be_off() -> None:
 
 
 def test_prompt_logprobs_compute_the_whole_prompt_in_bounded_chunks() -> None:
-    scheduler = make(max_batch_tokens=64, max_logit_tokens=5)
+    scheduler = make_scheduler(max_batch_tokens=64, max_logit_tokens=5)
     add_running(scheduler, prompt=range(12))
     request = make_request(prompt=range(12), output=OutputOptions(prompt_logprobs=1))
     scheduler.add(request)
@@ -154,7 +161,7 @@ def test_prompt_logprobs_compute_the_whole_prompt_in_bounded_chunks() -> None:
 
 
 def test_preemption_takes_the_lowest_priority_then_the_latest() -> None:
-    scheduler = make(num_blocks=4)
+    scheduler = make_scheduler(num_blocks=4)
     prompts = [[n] * BLOCK_SIZE for n in range(4)]
     first, last, low, middle = (
         make_request(prompt=prompt, arrival_s=arrival_s, priority=priority)
@@ -177,7 +184,7 @@ def test_preemption_takes_the_lowest_priority_then_the_latest() -> None:
 
 
 def test_step_that_preempts_admits_nobody() -> None:
-    scheduler = make(num_blocks=2)
+    scheduler = make_scheduler(num_blocks=2)
     old, new = (make_request(prompt=[n] * BLOCK_SIZE, arrival_s=n) for n in (1, 2))
     scheduler.add(old)
     scheduler.add(new)
@@ -198,14 +205,14 @@ def test_preempted_request_finishes_with_the_same_tokens() -> None:
 
 
 def test_siblings_wait_for_the_first_candidate_and_share_its_prompt() -> None:
-    scheduler = make(max_batch_tokens=16)
+    scheduler = make_scheduler(max_batch_tokens=16)
     first, *others = make_generation(prompt=range(20), num_candidates=3).requests
     for request in (first, *others):
         scheduler.add(request)
-    assert sizes(step := scheduler.schedule()) == {first: 16}
-    complete(scheduler, step)
-    assert sizes(step := scheduler.schedule()) == {first: 4}
-    complete(scheduler, step)
+    for num_tokens in (16, 4):
+        step = scheduler.schedule()
+        assert sizes(step) == {first: num_tokens}
+        complete(scheduler, step)
     step = scheduler.schedule()
     assert {chunk.request: (chunk.start, chunk.end) for chunk in step.chunks} == {
         first: (20, 21),
@@ -217,7 +224,7 @@ def test_siblings_wait_for_the_first_candidate_and_share_its_prompt() -> None:
 
 
 def test_siblings_do_not_wait_for_a_first_candidate_that_has_ended() -> None:
-    scheduler = make()
+    scheduler = make_scheduler()
     first, second = make_generation(prompt=range(20), num_candidates=2).requests
     scheduler.add(first)
     scheduler.add(second)
@@ -226,7 +233,7 @@ def test_siblings_do_not_wait_for_a_first_candidate_that_has_ended() -> None:
 
 
 def test_remove_gives_everything_back_in_any_state() -> None:
-    scheduler = make(max_batch_requests=1)
+    scheduler = make_scheduler(max_batch_requests=1)
     adapter = make_adapter()
     running, waiting = (make_request(prompt=[n] * 9, adapters=(adapter,)) for n in (1, 2))
     scheduler.add(running)
@@ -239,7 +246,7 @@ def test_remove_gives_everything_back_in_any_state() -> None:
 
 
 def test_adapters_that_fit_together_share_a_step_and_others_wait() -> None:
-    scheduler = make(pool_ranks=16)
+    scheduler = make_scheduler(pool_ranks=16)
     fitting = [make_request(prompt=[n], adapters=(make_adapter(8),)) for n in range(2)]
     big = make_request(prompt=[8], adapters=(make_adapter(16),))
     base = make_request(prompt=[9])
@@ -253,7 +260,7 @@ def test_adapters_that_fit_together_share_a_step_and_others_wait() -> None:
 
 
 def test_request_waiting_for_the_pool_is_overtaken_a_bounded_number_of_times() -> None:
-    scheduler = make(pool_ranks=16, max_batch_requests=2)
+    scheduler = make_scheduler(pool_ranks=16, max_batch_requests=2)
     holder = add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
     blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
     scheduler.add(blocked)
@@ -340,7 +347,9 @@ def test_all_requests_finish_with_their_own_tokens_when_everything_is_tight(
         num_known = len(harness.last(generation).prompt_logprobs)
         wanted = generation.params.output.prompt_logprobs is not None
         assert num_known == (len(generation.prompt_token_ids) - 1 if wanted else 0)
-        assert sum(adapter in generation.adapters for adapter in harness.released) > 0 or not generation.adapters
+        assert (
+            sum(adapter in generation.adapters for adapter in harness.released) > 0 or not generation.adapters
+        )
     assert len(harness.released) == sum(len(generation.adapters) for _, generation in generations)
     assert all(batch.num_tokens <= limits["max_batch_tokens"] for batch in harness.runner.batches)
     assert all(len(batch.chunks) <= limits["max_batch_requests"] for batch in harness.runner.batches)

@@ -125,12 +125,11 @@ def test_window_longer_than_the_context_is_served(tmp_path: Path) -> None:
 
 
 def test_model_that_fails_by_itself_is_refused(tmp_path: Path) -> None:
-    config = PhimoeConfig(**_SIZES, num_local_experts=1, num_experts_per_tok=2)
+    """It asks for more experts per token than it has."""
+    config = Qwen2MoeConfig(**_SIZES, num_experts=2, num_experts_per_tok=4)
     make_tiny_model(config).save_pretrained(tmp_path)
-    assert (
-        "PhimoeForCausalLM cannot be served: it fails on a short prompt"
-        in refusal(make_config(tmp_path)).message
-    )
+    error = refusal(make_config(tmp_path))
+    assert error.message.endswith("Qwen2MoeForCausalLM cannot be served: it fails on a short prompt")
 
 
 def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
@@ -218,6 +217,14 @@ def test_missing_parameters_are_refused_by_name(llama: Path) -> None:
     error = refusal(make_config(llama))
     assert error.reason == "MODEL_UNUSABLE"
     assert "do not have model.layers.3.input_layernorm.weight and 8 more" in error.message
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "llama", "opt"])
+def test_tied_head_is_not_missed(architecture: str, tmp_path: Path) -> None:
+    config = CONFIGS[architecture]()
+    config.tie_word_embeddings = True
+    make_tiny_model(config).save_pretrained(tmp_path)
+    assert load_base_model(make_config(tmp_path)).modules.is_tied
 
 
 def test_parameters_of_another_shape_are_refused_by_name(llama: Path) -> None:

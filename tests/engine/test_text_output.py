@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
@@ -78,7 +79,18 @@ def test_pieces_join_to_the_decoded_whole(token_ids: list[int]) -> None:
     assert "".join(pieces) == output.text == shipped_decoder().decode(token_ids)
 
 
-INVALID = [b"\xff", b"\xf0\x9f", b"\x98\x80", b"\xe2", b"\x82\xac", b"\xac\xe2\x82", b"\xc3", b"\xa9", b"a", b""]
+INVALID = [
+    b"\xff",
+    b"\xf0\x9f",
+    b"\x98\x80",
+    b"\xe2",
+    b"\x82\xac",
+    b"\xac\xe2\x82",
+    b"\xc3",
+    b"\xa9",
+    b"a",
+    b"",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -99,7 +111,7 @@ def test_no_piece_ends_inside_a_character_however_tokens_are_split(text: str, da
     encoded = text.encode()
     cuts = data.draw(st.lists(st.integers(0, len(encoded)), max_size=30).map(sorted))
     bounds = [0, *cuts, len(encoded)]
-    pieces = [encoded[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = [encoded[begin:end] for begin, end in pairwise(bounds)]
     output = TextOutput(PieceDecoder(pieces), ())
     told = ""
     for token_id, end in enumerate(bounds[1:]):

@@ -29,7 +29,10 @@ EOS = 0
 
 
 class FakeRunner:
-    """`choose(request)` may stand in for the next token; `error` is raised by the next step, after its copies if so said."""
+    """`choose(request)` may stand in for the next token; None means logits that are not finite.
+
+    `error` is raised by the next step, with `loses_copies` before its copies into the pool.
+    """
 
     def __init__(self, choose: Callable[[Request], int | None] | None = None) -> None:
         self._choose = choose or next_token
@@ -96,7 +99,9 @@ class FakeRunner:
 class EngineHarness:
     """An Engine over a fake runner, with what it told and released by generation."""
 
-    def __init__(self, choose: Callable[[Request], int | None] | None = None, **scheduler_fields: Any) -> None:
+    def __init__(
+        self, choose: Callable[[Request], int | None] | None = None, **scheduler_fields: Any
+    ) -> None:
         self.runner = FakeRunner(choose)
         self.released: list[Adapter] = []
         self.events: dict[Generation, list[Any]] = {}

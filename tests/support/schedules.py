@@ -61,9 +61,9 @@ class GenerationSpec:
     priority: int = 0
     cache_salt: str = ""
     deadline_s: float | None = None
-    sampling: SamplingParams = SamplingParams()
-    stopping: StoppingCriteria = StoppingCriteria()
-    output: OutputOptions = OutputOptions()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stopping: StoppingCriteria = field(default_factory=StoppingCriteria)
+    output: OutputOptions = field(default_factory=OutputOptions)
     decoder: Any = field(default_factory=LetterDecoder)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -76,11 +77,21 @@ def _granite() -> PreTrainedConfig:
     return GraniteConfig(**_GROUPED, **multipliers, attention_multiplier=0.4)
 
 
+def _deepseek_v3() -> PreTrainedConfig:
+    """Latent attention: values are narrower than keys."""
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16}
+    dims = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    sizes = {**_EXPERTS, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+    return DeepseekV3Config(**sizes, **latent, **dims, **experts)
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
     "qwen2": lambda: Qwen2Config(**_GROUPED),
     "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=16),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW),
+    "deepseek_v3": _deepseek_v3,
     "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=30.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),

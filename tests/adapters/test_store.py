@@ -1,0 +1,275 @@
+"""Names to adapters: where files are found, one load per name at a time, and what a listing says."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from loose_adapters import FIRST, make_content, make_lora
+
+from fusionserve import metrics
+from fusionserve.adapter_status import AdapterState, Residency
+from fusionserve.adapters.adapter import Adapter, AdapterContent
+from fusionserve.adapters.artifact_directory import CONFIG_FILE, ArtifactDirectory
+from fusionserve.adapters.registry import AdapterRegistry
+from fusionserve.adapters.store import AdapterStore
+from fusionserve.errors import AlreadyExistsError, ArtifactError, CapacityError, NotFoundError
+
+SIZE = make_content({FIRST: make_lora(1, seed=1)}).nbytes
+
+
+class Disk:
+    """Two roots, and a reader of theirs that can be held up; the rank of an adapter is what its file says."""
+
+    def __init__(self, path: Path) -> None:
+        self.roots = (path / "one", path / "two")
+        for root in self.roots:
+            root.mkdir()
+        self.num_reads = 0
+        self.num_reading = 0
+        self.most_reading = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self._lock = threading.Lock()
+
+    def write(self, name: str, text: str = "1", *, root: int = 0) -> None:
+        directory = self.roots[root] / name
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(text)
+
+    def load_content(self, directory: ArtifactDirectory) -> AdapterContent:
+        with directory.open_file(CONFIG_FILE, missing_reason="CONFIG_MISSING") as file:
+            text = file.read().decode()
+        with self._lock:
+            self.num_reads += 1
+            self.num_reading += 1
+            self.most_reading = max(self.most_reading, self.num_reading)
+        assert self.gate.wait(20)
+        with self._lock:
+            self.num_reading -= 1
+        if not text.isdigit():
+            raise ArtifactError("it is broken", reason="CONFIG_INVALID")
+        return make_content({FIRST: make_lora(int(text), seed=int(text))})
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return Disk(tmp_path)
+
+
+@pytest.fixture
+async def store(disk: Disk) -> AsyncIterator[AdapterStore]:
+    store = AdapterStore(AdapterRegistry(8 * SIZE, _forget), disk.roots, disk.load_content)
+    yield store
+    disk.gate.set()
+    await store.close(5)
+    store.registry.check_integrity(0)
+    assert store._loads == {}
+
+
+def _forget(_: Adapter) -> None:
+    """What the pool does is tested elsewhere."""
+
+
+async def reading(disk: Disk, num_reads: int) -> None:
+    """Waits until the reader has been called `num_reads` times."""
+    async with asyncio.timeout(10):
+        while disk.num_reads < num_reads:
+            await asyncio.sleep(0.001)
+
+
+async def test_first_root_with_the_directory_wins(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a", "1", root=0)
+    disk.write("a", "2", root=1)
+    disk.write("b", "3", root=1)
+    leased = await store.lease(["a", "b"])
+    assert [adapter.num_rows for adapter in leased] == [1, 3]
+    store.registry.release(leased)
+
+
+async def test_lease_is_all_or_nothing(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a")
+    disk.write("broken", "?")
+    for second in ("nobody", "broken"):
+        with pytest.raises((NotFoundError, ArtifactError)):
+            await store.lease(["a", second])
+        store.registry.check_integrity(0)
+
+
+async def test_concurrent_leases_read_once(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a")
+    before = metrics.ADAPTER_LOADS._value.get()
+    disk.gate.clear()
+    leases = [asyncio.create_task(store.lease(["a"])) for _ in range(10)]
+    await reading(disk, 1)
+    disk.gate.set()
+    adapters = [adapter for lease in leases for adapter in await lease]
+    assert len(set(adapters)) == 1
+    assert (disk.num_reads, metrics.ADAPTER_LOADS._value.get() - before) == (1, 1)
+    store.registry.release(adapters)
+
+
+async def test_failed_load_fails_all_who_wait_and_is_tried_again(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a", "?")
+    failures = metrics.ADAPTER_LOAD_FAILURES.labels("CONFIG_INVALID")._value
+    before = failures.get()
+    disk.gate.clear()
+    leases = [asyncio.create_task(store.lease(["a"])) for _ in range(3)]
+    await reading(disk, 1)
+    disk.gate.set()
+    results = await asyncio.gather(*leases, return_exceptions=True)
+    assert [type(result) for result in results] == [ArtifactError] * 3
+    assert failures.get() - before == 1
+    disk.write("a", "2")
+    store.registry.release(await store.lease(["a"]))
+
+
+async def test_at_most_two_loads_at_a_time(disk: Disk, store: AdapterStore) -> None:
+    for name in "abcde":
+        disk.write(name)
+    disk.gate.clear()
+    leases = [asyncio.create_task(store.lease([name])) for name in "abcde"]
+    await reading(disk, 2)
+    await asyncio.sleep(0.02)
+    disk.gate.set()
+    for lease in leases:
+        store.registry.release(await lease)
+    assert disk.most_reading == 2
+
+
+async def test_explicit_load_waits_for_the_one_under_way(disk: Disk, store: AdapterStore) -> None:
+    """The files may have changed since it was read, and pin and path are the command's own."""
+    disk.write("a", "1")
+    disk.gate.clear()
+    lease = asyncio.create_task(store.lease(["a"]))
+    await reading(disk, 1)
+    disk.write("a", "2")
+    loads = [asyncio.create_task(store.load("a", None, pin=True, replace=True)) for _ in range(2)]
+    late = asyncio.create_task(store.load("a", None, pin=False, replace=False))
+    await asyncio.sleep(0.01)
+    disk.gate.set()
+    (first,) = await lease
+    assert [(adapter.version, adapter.num_rows) for adapter in await asyncio.gather(*loads)] == [
+        (2, 2),
+        (3, 2),
+    ]
+    assert (first.version, first.num_rows) == (1, 1)
+    with pytest.raises(AlreadyExistsError):
+        await late
+    entry = store.registry.get("a")
+    assert entry is not None
+    assert entry.pinned
+    store.registry.release([first])
+
+
+async def test_member_replaced_while_another_loads_is_leased_anew(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a")
+    disk.write("b")
+    await store.load("a", None, pin=False, replace=False)
+    disk.gate.clear()
+    lease = asyncio.create_task(store.lease(["a", "b"]))
+    await reading(disk, 2)
+    store.registry.publish("a", make_content({FIRST: make_lora(1, seed=9)}), pin=False, replace=True)
+    disk.gate.set()
+    leased = await lease
+    assert [(adapter.name, adapter.version) for adapter in leased] == [("a", 2), ("b", 1)]
+    store.registry.release(leased)
+
+
+async def test_adapters_evicted_as_fast_as_they_load_end_in_capacity(disk: Disk) -> None:
+    for name in "ab":
+        disk.write(name, "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    with pytest.raises(CapacityError) as refusal:
+        await store.lease(["a", "b"])
+    assert refusal.value.reason == "ADAPTER_HOST_FULL"
+    store.registry.check_integrity(0)
+    store.registry.release(await store.lease(["b"]))
+
+
+async def test_evicted_adapter_comes_back_from_where_it_was(disk: Disk) -> None:
+    disk.write("a", "5")
+    disk.write("hidden/a", "4")
+    disk.write("b", "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    await store.load("a", "hidden/a", pin=False, replace=False)
+    store.registry.release(await store.lease(["b"]))
+    assert store.registry.get("a") is None
+    assert (await store.status("a", frozenset())).state is AdapterState.AVAILABLE
+    (again,) = await store.lease(["a"])
+    assert (again.version, again.num_rows) == (2, 4)
+    store.registry.release([again])
+    await store.unload("a", _forget)
+    (default,) = await store.lease(["a"])  # an unloaded name is found under its own name again
+    assert default.num_rows == 5
+    store.registry.release([default])
+
+
+async def test_operators_directory_need_not_lie_under_a_root(
+    disk: Disk, store: AdapterStore, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / CONFIG_FILE).write_text("3")
+    adapter = await store.load_from("named", tmp_path / "elsewhere")
+    assert adapter.num_rows == 3
+    assert (await store.status("named", frozenset([adapter.uid]))).residency is Residency.DEVICE
+    final = await store.unload("named", _forget)
+    assert (final.state, final.residency) == (AdapterState.DRAINING, Residency.DISK)
+    with pytest.raises(NotFoundError):
+        await store.lease(["named"])
+
+
+@pytest.mark.parametrize("path", ["../one/a", "/etc", "a/../a", "nobody", "", "a/./b"])
+async def test_path_outside_the_roots_is_refused(disk: Disk, store: AdapterStore, path: str) -> None:
+    disk.write("a")
+    with pytest.raises((ArtifactError, NotFoundError)) as refusal:
+        await store.load("a", path, pin=False, replace=False)
+    assert str(disk.roots[0]) not in refusal.value.message
+    assert store.registry.entries() == []
+
+
+async def test_statuses_list_all_that_is_loaded_or_on_disk(disk: Disk, store: AdapterStore) -> None:
+    for name in ("a", "b", "Not-A-Name"):
+        disk.write(name)
+    (disk.roots[0] / "empty").mkdir()
+    disk.write("c", root=1)
+    leased = await store.lease(["a"])
+    disk.gate.clear()
+    lease = asyncio.create_task(store.lease(["c"]))
+    await reading(disk, 2)
+    statuses = {status.name: status for status in await store.statuses(frozenset())}
+    disk.gate.set()
+    states = {name: status.state for name, status in statuses.items()}
+    assert states == {"a": AdapterState.READY, "b": AdapterState.AVAILABLE, "c": AdapterState.LOADING}
+    assert (statuses["a"].active_requests, statuses["a"].host_bytes) == (1, SIZE)
+    with pytest.raises(NotFoundError):
+        await store.status("nobody", frozenset())
+    store.registry.release([*leased, *await lease])
+
+
+async def test_unload_waits_for_leases_and_survives_its_callers_departure(
+    disk: Disk, store: AdapterStore
+) -> None:
+    disk.write("a")
+    leased = await store.lease(["a"])
+    retired: list[Adapter] = []
+    impatient = asyncio.create_task(store.unload("a", retired.append))
+    patient = asyncio.create_task(store.unload("a", retired.append))
+    await asyncio.sleep(0.01)
+    impatient.cancel()
+    await asyncio.wait([impatient])
+    assert not patient.done()
+    store.registry.release(leased)
+    assert (await asyncio.wait_for(patient, 5)).state is AdapterState.AVAILABLE
+    assert retired == [*leased, *leased]
+
+
+async def test_removed_root_has_no_adapters(disk: Disk, store: AdapterStore) -> None:
+    disk.write("b", root=0)
+    disk.roots[1].rmdir()
+    assert [status.name for status in await store.statuses(frozenset())] == ["b"]
+    with pytest.raises(NotFoundError):
+        await store.lease(["nobody"])
