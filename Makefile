@@ -36,7 +36,7 @@ serve: $(INSTALLED) ## Serve the embedded model on the default ports
 	@$(BIN)/fusionserve serve
 
 test: $(INSTALLED) ## Run the tests
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -n auto --dist loadfile
 
 check: format-check lint types proto-lint verify-proto layers ## Format, lint, types, protos, layers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class ModuleLoRA:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: the cached properties need a place
 class LoRAWeights:
     """An adapter's checked content, in private memory; nobody writes to its tensors after loading.
 
@@ -47,28 +48,28 @@ class LoRAWeights:
     modules: Mapping[str, ModuleLoRA]  # by module path
     replacements: Mapping[str, Tensor]  # by module path, [vocab, hidden]
 
-    @property
+    @cached_property
     def max_rank(self) -> int:
         """The most rank rows in one module; 0 if there are only replacements."""
         return max((module.rank for module in self.modules.values()), default=0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         low_rank = sum(module.nbytes for module in self.modules.values())
         return low_rank + sum(tensor.nbytes for tensor in self.replacements.values())
 
-    @property
+    @cached_property
     def has_magnitudes(self) -> bool:
         """True for DoRA."""
         return any(module.magnitude is not None for module in self.modules.values())
 
-    @property
+    @cached_property
     def is_low_rank_only(self) -> bool:
         """True if rank rows say everything, so that it may take part in blends and fusions."""
         return not self.replacements and not self.has_magnitudes
 
-    @property
+    @cached_property
     def target_modules(self) -> tuple[str, ...]:
         """The last names of the modules it changes, sorted, each once: "q_proj", "v_proj"."""
         paths = (*self.modules, *self.replacements)

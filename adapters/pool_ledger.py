@@ -104,10 +104,6 @@ class PoolLedger:
         self._changes.clear()
         return changes
 
-    def rewrite_all(self) -> None:
-        """Has every resident copied again: nobody knows which of the changes handed out were carried out."""
-        self._changes = [WriteRows(resident.adapter, resident.start) for resident in self._in_order()]
-
     def repeat_writes(self) -> None:
         """Has every resident copied again: changes handed out before may not have been carried out."""
         self._changes = [WriteRows(resident.adapter, resident.start) for resident in self._residents.values()]

@@ -50,6 +50,8 @@ class AdapterRegistry:
         self._draining: list[_Entry] = []
         self._versions: dict[str, int] = {}
         self._uids = count(1)
+        metrics.ADAPTER_HOST_LIMIT_BYTES.set(budget_bytes)
+        self._measure()
 
     def publish(self, name: str, content: AdapterContent, *, pin: bool, replace: bool) -> Adapter:
         """Makes a new READY version, atomically taking the place of the old one, which drains.
@@ -68,6 +70,7 @@ class AdapterRegistry:
                 self._mint(name, content), pinned=pin or (previous is not None and previous.pinned)
             )
             self._ready[name] = entry
+            self._measure()
         self._let_go(gone)
         return entry.adapter
 
@@ -105,6 +108,8 @@ class AdapterRegistry:
                     self._draining.remove(entry)
                     gone.append(entry.adapter)
                     callbacks += entry.on_gone
+            if gone:
+                self._measure()
         self._let_go(gone)
         for callback in callbacks:
             callback()
@@ -122,6 +127,7 @@ class AdapterRegistry:
                 entry.on_gone.append(on_gone)
             idle = [ready] if ready is not None and gone else []
             snapshots = [_snapshot(entry) for entry in [*idle, *draining]]
+            self._measure()
         self._let_go(gone)
         for _ in gone:
             on_gone()
@@ -208,6 +214,11 @@ class AdapterRegistry:
 
     def _used_bytes(self) -> int:
         return sum(entry.adapter.content.nbytes for entry in [*self._ready.values(), *self._draining])
+
+    def _measure(self) -> None:
+        metrics.ADAPTER_HOST_BYTES.set(self._used_bytes())
+        metrics.ADAPTERS.labels(AdapterState.READY.value).set(len(self._ready))
+        metrics.ADAPTERS.labels(AdapterState.DRAINING.value).set(len(self._draining))
 
     def _let_go(self, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:

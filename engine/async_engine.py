@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
 from fusionserve import metrics
-from fusionserve.adapter_status import AdapterState, AdapterStatus
+from fusionserve.adapter_status import AdapterStatus
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.dora import column_scales
@@ -103,7 +103,6 @@ class AsyncEngine:
             except FusionServeError as error:
                 raise StartupError(f"adapter {name}: {error.message}", reason=error.reason) from error
         await self._warm_up()
-        self._measure_adapters()
 
     async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
         """Yields started, chunks and finished; closing the generator aborts the request. Raises FusionServeErrors."""
@@ -152,14 +151,12 @@ class AsyncEngine:
         """Loads from under the adapter folders; returns when requests may use the adapter."""
         self._refuse_model_name(name)
         await self._store.load(name, path, pin=pin, replace=replace)
-        self._measure_adapters()
         return await self.get_adapter(name)
 
     async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
         """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
         status = await self._store.unload(name, self._abort_users if force else _leave_alone)
         self._adapter_labels.drop(name)
-        self._measure_adapters()
         return status
 
     async def get_adapter(self, name: str) -> AdapterStatus:
@@ -291,14 +288,6 @@ class AsyncEngine:
     def _end_streams(self, error: FusionServeError) -> None:
         for stream in self._streams.values():
             stream.push(error)
-
-    def _measure_adapters(self) -> None:
-        registry = self._store.registry
-        metrics.ADAPTER_HOST_BYTES.set(registry.used_bytes)
-        metrics.ADAPTER_HOST_LIMIT_BYTES.set(registry.budget_bytes)
-        states = [entry.state for entry in registry.entries()]
-        for state in (AdapterState.READY, AdapterState.DRAINING):
-            metrics.ADAPTERS.labels(state.value).set(states.count(state))
 
     async def _warm_up(self) -> None:
         """Runs one short base request, so that the first client does not pay for first-time work."""

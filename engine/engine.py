@@ -118,7 +118,6 @@ class Engine:
             _log.exception("a step failed; its %d requests end", len(batch.chunks))
             self.scheduler.ledger.repeat_writes()  # nobody knows which of the copies were made
             self._fail({chunk.request.generation for chunk in batch.chunks})
-            self.scheduler.ledger.rewrite_all()
         else:
             self._update(results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)

@@ -71,8 +71,9 @@ class App:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._engine: EngineFacade | None = None
-        self._metrics = _open_metrics(config.metrics_listen)
+        metrics_listen = _parse_metrics_listen(config.metrics_listen)
         self._grpc = GrpcServer(config)
+        self._metrics = None if metrics_listen is None else MetricsEndpoint(metrics_listen)
 
     @property
     def grpc_address(self) -> ListenAddress:
@@ -120,8 +121,8 @@ class App:
             self._metrics.close()
 
 
-def _open_metrics(listen: str) -> MetricsEndpoint | None:
-    return None if listen == METRICS_OFF else MetricsEndpoint(ListenAddress.parse(listen))
+def _parse_metrics_listen(listen: str) -> ListenAddress | None:
+    return None if listen == METRICS_OFF else ListenAddress.parse(listen)
 
 
 async def _finishes_before(work: Coroutine[None, None, None], event: asyncio.Event) -> bool:

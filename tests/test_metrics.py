@@ -4,6 +4,7 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fusionserve import metrics
 from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
-from fusionserve.errors import FusionServeError
+from fusionserve.errors import ArtifactError, NotFoundError
 from fusionserve.generation import (
     Adaptation,
     AdapterTerm,
@@ -143,12 +144,21 @@ def expected_changes(changes: Mapping[str, float]) -> Iterator[None]:
 
 
 @pytest.fixture
-async def engine() -> AsyncIterator[AsyncEngine]:
+def broken(tmp_path: Path) -> str:
+    """The name of an adapter that cannot be served."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    return "broken"
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
     config = EngineConfig(
         model=str(EMBEDDED_MODEL),
         model_name=EMBEDDED_MODEL_NAME,
         dtype="float32",
-        adapter_dirs=(EMBEDDED_ADAPTERS,),
+        adapter_dirs=(EMBEDDED_ADAPTERS, tmp_path),
         block_size=8,
         kv_cache_bytes=8 << 20,
     )
@@ -230,9 +240,20 @@ async def test_numbers_of_adapters_move_as_requests_do(engine: AsyncEngine) -> N
     assert value("fusionserve_adapters", state="ready") == 1
 
 
-async def test_refused_load_is_counted_by_its_reason(engine: AsyncEngine) -> None:
-    before = value("fusionserve_adapter_load_failures_total", reason="NOT_FOUND")
-    with pytest.raises(FusionServeError):
+async def test_refused_load_is_counted_by_its_reason(engine: AsyncEngine, broken: str) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        await generate(engine, broken)
+    reason = caught.value.reason
+    before = value("fusionserve_adapter_load_failures_total", reason=reason)
+    unchanged = {"fusionserve_adapter_loads_total": 0, "fusionserve_prompt_tokens_total": 0}
+    with expected_changes(unchanged), pytest.raises(ArtifactError):
+        await generate(engine, broken)
+    assert before is not None
+    assert value("fusionserve_adapter_load_failures_total", reason=reason) == before + 1
+    assert value("fusionserve_adapter_requests_total", adapter=broken) is None
+
+
+async def test_name_nobody_knows_gets_no_label(engine: AsyncEngine) -> None:
+    with pytest.raises(NotFoundError):
         await generate(engine, "nobody")
-    assert value("fusionserve_adapter_requests_total", adapter="nobody") is None
-    assert value("fusionserve_adapter_load_failures_total", reason="NOT_FOUND") == before
+    assert 'adapter="nobody"' not in generate_latest(REGISTRY).decode()

@@ -153,7 +153,7 @@ def test_release_without_hold_is_a_bug() -> None:
         ledger.release([a])
 
 
-def test_rewrite_all_hands_out_every_resident_again() -> None:
+def test_repeat_writes_hands_out_every_resident_again() -> None:
     ledger, rows = PoolLedger(12), Rows(12)
     a, b, c = make_ranked(3), make_ranked(3), make_ranked(8)
     assert ledger.hold([a])
@@ -161,7 +161,7 @@ def test_rewrite_all_hands_out_every_resident_again() -> None:
     ledger.release([a])
     assert ledger.hold([c])
     ledger.take_changes()  # and the step that should carry them out fails
-    ledger.rewrite_all()
+    ledger.repeat_writes()
     rows.apply(ledger.take_changes())
     rows.assert_holds(ledger, [b, c])
 
@@ -214,7 +214,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def failed_step(self) -> None:
         changes = self.ledger.take_changes()
         self.rows.apply(changes[: len(changes) // 2])
-        self.ledger.rewrite_all()
+        self.ledger.repeat_writes()
 
     @invariant()
     def is_consistent(self) -> None:

@@ -280,7 +280,7 @@ def test_adapters_are_copied_again_after_a_step_that_lost_their_copies() -> None
         assert harness.tokens(again) == expected_tokens(again)
 
 
-def test_output_that_is_not_finite_ends_that_request_alone() -> None:
+def test_output_that_is_not_finite_ends_that_request_alone(caplog: pytest.LogCaptureFixture) -> None:
     broken = make_adapter()
 
     def choose(request: Request) -> int | None:
@@ -295,6 +295,7 @@ def test_output_that_is_not_finite_ends_that_request_alone() -> None:
     error = harness.last(bad)
     assert isinstance(error, ArtifactError)
     assert error.reason == "OUTPUT_NOT_FINITE"
+    assert caplog.records == [], "the other candidate's result is no error"
     assert harness.tokens(good) == expected_tokens(good)
     assert harness.released == [broken]
     assert_idle(harness.engine.scheduler)

@@ -99,7 +99,10 @@ def test_abort_reaches_a_busy_engine_within_a_step() -> None:
 
 def test_idle_thread_sleeps() -> None:
     with RunningThread(EngineHarness()) as running:
-        time.sleep(0.1)
+        time.sleep(0.05)
+        before_s = time.process_time()
+        time.sleep(0.2)
+        assert time.process_time() - before_s < 0.05
         assert running.num_steps == 0
 
 

@@ -126,6 +126,15 @@ def test_distribution_is_the_references(name: str, seed: int) -> None:
     assert not found[list(BANNED)].any()
 
 
+@pytest.mark.parametrize("name", ["repetition", "attraction", "everything"])
+def test_penalties_of_negative_logits_are_the_references(name: str) -> None:
+    params = SamplingParams(**PARAMETERS[name])
+    logits = make_logits() / 3 - 4
+    assert logits.max() < 0
+    expected = reference_probabilities(logits[0].tolist(), make_row(params))
+    np.testing.assert_allclose(frequencies(logits, params), expected, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_distribution_is_that_of_transformers_processors(seed: int) -> None:
     params = SamplingParams(temperature=0.9, top_k=15, top_p=0.85, min_p=0.03, repetition_penalty=1.4)

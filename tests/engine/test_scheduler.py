@@ -184,13 +184,19 @@ def test_preemption_takes_the_lowest_priority_then_the_latest() -> None:
 
 
 def test_step_that_preempts_admits_nobody() -> None:
-    scheduler = make_scheduler(num_blocks=2)
-    old, new = (make_request(prompt=[n] * BLOCK_SIZE, arrival_s=n) for n in (1, 2))
+    scheduler = make_scheduler(num_blocks=3)
+    old = make_request(prompt=[1] * BLOCK_SIZE, arrival_s=1)
+    new = make_request(prompt=[2] * 2 * BLOCK_SIZE, arrival_s=2)
     scheduler.add(old)
     scheduler.add(new)
     complete(scheduler, scheduler.schedule())
-    assert set(sizes(scheduler.schedule())) == {old}
-    assert new in scheduler.waiting
+    urgent = make_request(prompt=[3], priority=1)
+    scheduler.add(urgent)
+    step = scheduler.schedule()
+    assert set(sizes(step)) == {old}
+    assert set(scheduler.waiting) == {new, urgent} and scheduler.blocks.num_free == 1
+    complete(scheduler, step)
+    assert set(sizes(scheduler.schedule())) == {old, urgent}
 
 
 def test_preempted_request_finishes_with_the_same_tokens() -> None:

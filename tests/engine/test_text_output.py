@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from fusionserve.config import EMBEDDED_MODEL
-from fusionserve.engine.base_model import _read_tokenizer
 from fusionserve.engine.text_output import Decoder, TextOutput
 from fusionserve.engine.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ SCRIPTS = "😀👩‍👩‍👧‍👦 日本語の文章 한국어 ñandú é
 @cache
 def shipped_decoder() -> Decoder:
     """The decoder of the model in the repository."""
-    decoder = Tokenizer(_read_tokenizer(str(EMBEDDED_MODEL))).decoder
+    decoder = Tokenizer(AutoTokenizer.from_pretrained(EMBEDDED_MODEL)).decoder
     assert decoder is not None
     return decoder
 
@@ -29,12 +29,12 @@ def shipped_decoder() -> Decoder:
 @cache
 def byte_tokens() -> dict[int, int]:
     """The token of each byte that has one of its own."""
-    raw = _read_tokenizer(str(EMBEDDED_MODEL))
+    raw = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     letters = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in letters]
     written = {byte: chr(byte) for byte in letters}
     written |= {byte: chr(256 + index) for index, byte in enumerate(others)}
-    return {byte: raw.convert_tokens_to_ids(letter) for byte, letter in written.items()}  # type: ignore[attr-defined]
+    return {byte: raw.convert_tokens_to_ids(letter) for byte, letter in written.items()}
 
 
 def tokens_of(text: str | bytes) -> list[int]:
