@@ -16,6 +16,7 @@ from torch import Tensor
 from fusionserve.generation import SamplingParams
 
 _MIN_TEMPERATURE = 1e-30  # greedy to the last bit, and not rounded to 0 in float32
+_TOP_P_TOKENS = 1024  # sorted at first for top-p
 _FANOUT = 8  # parts that a range of token ids is split into, one of which is drawn
 NUM_UNIFORMS = 7  # splits, at most; enough for 8 ** 7 tokens
 
@@ -162,13 +163,23 @@ def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tens
     """Keeps the smallest set of most likely tokens whose probability reaches top_p; ties with the last one stay."""
     if all(p.top_p >= 1.0 for p in params):
         return probabilities
-    ordered = probabilities.sort(dim=-1, descending=True).values
+    limits = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)[:, None]
+    ordered = _most_likely(probabilities, limits)
     before = ordered.double().cumsum(dim=-1) - ordered
-    limits = before.new_tensor([p.top_p for p in params])[:, None]
     num_kept = (before < limits).sum(dim=-1, keepdim=True).clamp(min=1)
     lowest = ordered.gather(1, num_kept - 1)
     unlimited = limits >= 1.0
     return probabilities.masked_fill((probabilities < lowest) & ~unlimited, 0.0)
+
+
+def _most_likely(probabilities: Tensor, limits: Tensor) -> Tensor:
+    """The largest probabilities of each row in descending order, enough of them to reach the row's limit.
+
+    A set of a thousand tokens nearly always does, and finding it costs a twentieth of sorting 150,000.
+    """
+    likely = probabilities.topk(min(_TOP_P_TOKENS, probabilities.shape[-1]), dim=-1).values
+    is_enough = (likely.double().sum(dim=-1, keepdim=True) >= limits) | (limits >= 1.0)
+    return likely if bool(is_enough.all()) else probabilities.sort(dim=-1, descending=True).values
 
 
 def _keep_min_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
