@@ -37,6 +37,26 @@ class AdapterSource:
     relative: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a load was asked to do; no source means wherever the name is found."""
+
+    source: AdapterSource | None
+    pin: bool
+    replace: bool
+
+
+_ON_DEMAND = _Wish(source=None, pin=False, replace=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A load under way."""
+
+    wish: _Wish
+    task: asyncio.Task[Adapter]
+
+
 class AdapterStore:
     """Names to adapters. `load_content` reads and checks an open directory; it is called on a worker thread."""
 
@@ -50,7 +70,7 @@ class AdapterStore:
         self._roots = roots
         self._load_content = load_content
         self._sources: dict[str, AdapterSource] = {}  # of loaded names, so that an evicted one can come back
-        self._loads: dict[str, asyncio.Task[Adapter]] = {}
+        self._loads: dict[str, _Flight] = {}
         self._load_slots = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
 
     async def lease(self, names: Sequence[str]) -> tuple[Adapter, ...]:
@@ -67,18 +87,21 @@ class AdapterStore:
         raise _unstable(", ".join(names))
 
     async def load(self, name: str, path: str | None, *, pin: bool, replace: bool) -> Adapter:
-        """Loads `name` from the relative `path` (default: the name) under a root, after a load under way.
+        """Loads `name` from the relative `path` (default: the name) under a root.
 
+        Joins a load under way if it is the same first load, else waits for it: it may read another path, or files
+        that have changed since.
         Raises AlreadyExistsError if it is loaded and not `replace`; NotFoundError, ArtifactError, CapacityError.
         """
         source = None if path is None else AdapterSource(await self._find_root(name, path), path)
-        while name in self._loads:  # it may read another path, or files that have changed since
-            await asyncio.wait([self._loads[name]])
-        return await self._load_once(name, source, pin=pin, replace=replace)
+        wish = _Wish(source, pin, replace)
+        while (flight := self._loads.get(name)) is not None and (flight.wish != wish or replace):
+            await asyncio.wait([flight.task])
+        return await self._load_once(name, wish)
 
     async def load_from(self, name: str, directory: Path) -> Adapter:
         """Loads `name` from a directory the operator chose, which need not lie under a root."""
-        return await self._load_once(name, AdapterSource(directory, None), pin=False, replace=True)
+        return await self._load_once(name, _Wish(AdapterSource(directory, None), pin=False, replace=True))
 
     async def unload(self, name: str, on_retired: Callable[[Adapter], None]) -> AdapterStatus:
         """Withdraws `name` at once and waits until the last lease on any version of it ends.
@@ -86,7 +109,7 @@ class AdapterStore:
         `on_retired` is called in between for each version. Raises NotFoundError if none is loaded.
         """
         if name in self._loads:
-            await asyncio.wait([self._loads[name]])
+            await asyncio.wait([self._loads[name].task])
         loop = asyncio.get_running_loop()
         gone = asyncio.Semaphore(0)
         entries = self.registry.retire(name, partial(loop.call_soon_threadsafe, gone.release))
@@ -126,7 +149,7 @@ class AdapterStore:
     async def close(self, grace_s: float) -> None:
         """Waits up to `grace_s` for the loads under way."""
         if self._loads:
-            await asyncio.wait(self._loads.values(), timeout=grace_s)
+            await asyncio.wait([flight.task for flight in self._loads.values()], timeout=grace_s)
 
     async def _lease_each(self, names: Sequence[str]) -> list[Adapter]:
         leased: list[Adapter] = []
@@ -143,33 +166,36 @@ class AdapterStore:
             adapter = self.registry.lease(name)
             if adapter is not None:
                 return adapter
-            await self._load_once(name, None, pin=False, replace=True)
+            await self._load_once(name, _ON_DEMAND)
         raise _unstable(name)
 
-    async def _load_once(
-        self, name: str, source: AdapterSource | None, *, pin: bool, replace: bool
-    ) -> Adapter:
+    async def _load_once(self, name: str, wish: _Wish) -> Adapter:
         """Single flight: whoever asks for a name that is being loaded waits for that load."""
-        task = self._loads.get(name)
-        if task is None:
-            task = asyncio.create_task(self._load(name, source, pin=pin, replace=replace))
-            self._loads[name] = task
-            task.add_done_callback(lambda done: self._end_load(name, done))
-        return await asyncio.shield(task)  # one caller's cancellation must not end the others' load
+        flight = self._loads.get(name)
+        if flight is None:
+            flight = self._loads[name] = _Flight(wish, asyncio.create_task(self._fly(name, wish)))
+            flight.task.add_done_callback(_see_exception)
+        return await asyncio.shield(flight.task)  # one caller's cancellation must not end the others' load
 
-    async def _load(self, name: str, source: AdapterSource | None, *, pin: bool, replace: bool) -> Adapter:
-        if not replace:
+    async def _fly(self, name: str, wish: _Wish) -> Adapter:
+        try:
+            return await self._load(name, wish)
+        finally:
+            del self._loads[name]  # before the task is done, so that no done load is ever waited for
+
+    async def _load(self, name: str, wish: _Wish) -> Adapter:
+        if not wish.replace:
             self.registry.refuse_if_loaded(name)
         started_s = time.monotonic()
         try:
             async with self._load_slots:
                 found = (
-                    source
+                    wish.source
                     or self._sources.get(name)
                     or AdapterSource(await self._find_root(name, name), name)
                 )
                 content = await asyncio.to_thread(self._read, found)
-            adapter = self.registry.publish(name, content, pin=pin, replace=replace)
+            adapter = self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
         except FusionServeError as error:
             metrics.ADAPTER_LOAD_FAILURES.labels(error.reason).inc()
             raise
@@ -177,11 +203,6 @@ class AdapterStore:
         metrics.ADAPTER_LOADS.inc()
         metrics.ADAPTER_LOAD_SECONDS.observe(time.monotonic() - started_s)
         return adapter
-
-    def _end_load(self, name: str, task: asyncio.Task[Adapter]) -> None:
-        del self._loads[name]
-        if not task.cancelled():
-            task.exception()  # seen, even if every caller has gone
 
     def _read(self, source: AdapterSource) -> AdapterContent:
         if source.relative is None:
@@ -252,6 +273,12 @@ def _unstable(names: str) -> CapacityError:
         reason="ADAPTER_HOST_FULL",
         retry_after_s=1.0,
     )
+
+
+def _see_exception(task: asyncio.Task[Adapter]) -> None:
+    """Keeps asyncio from reporting a failed load as unseen when every caller has gone."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _unknown(name: str) -> NotFoundError:

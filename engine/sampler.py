@@ -163,7 +163,9 @@ def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tens
     """Keeps the smallest set of most likely tokens whose probability reaches top_p; ties with the last one stay."""
     if all(p.top_p >= 1.0 for p in params):
         return probabilities
-    limits = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)[:, None]
+    limits = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)[
+        :, None
+    ]
     ordered = _most_likely(probabilities, limits)
     before = ordered.double().cumsum(dim=-1) - ordered
     num_kept = (before < limits).sum(dim=-1, keepdim=True).clamp(min=1)

@@ -38,7 +38,9 @@ class EngineConfig:
     max_adapter_rank: int = 256
     allow_base_mismatch: bool = False
     enable_prefix_cache: bool = True
-    num_threads: int | None = None  # torch threads; None: torch's own choice, the cores at hand or OMP_NUM_THREADS
+    num_threads: int | None = (
+        None  # torch threads; None: torch's own choice, the cores at hand or OMP_NUM_THREADS
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,6 +165,16 @@ async def test_explicit_load_waits_for_the_one_under_way(disk: Disk, store: Adap
     store.registry.release([first])
 
 
+async def test_same_first_load_asked_for_twice_is_one_load(disk: Disk, store: AdapterStore) -> None:
+    disk.write("a")
+    disk.gate.clear()
+    loads = [asyncio.create_task(store.load("a", None, pin=False, replace=False)) for _ in range(2)]
+    await reading(disk, 1)
+    disk.gate.set()
+    first, second = await asyncio.gather(*loads)
+    assert first is second
+
+
 async def test_member_replaced_while_another_loads_is_leased_anew(disk: Disk, store: AdapterStore) -> None:
     disk.write("a")
     disk.write("b")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 TOLERANCE = 2e-4
 NUM_TOKENS = 10
 EVERYTHING = OutputOptions(logprobs=VOCAB, prompt_logprobs=VOCAB)
+CONTINUATION = OutputOptions(logprobs=VOCAB)  # the LM head then sees a few of the batch's tokens only
 ATTENTION = ["q_proj", "v_proj"]
 
 _LLAMA: dict[str, dict[str, object]] = {
@@ -181,11 +182,13 @@ def peft_greedy(model: nn.Module, prompt: tuple[int, ...]) -> tuple[int, ...]:
 def assert_equals_peft(outcome: Outcome, model: nn.Module, prompt: tuple[int, ...]) -> None:
     """Tokens exactly, every log-probability of prompt and continuation to the tolerance."""
     assert outcome.tokens == peft_greedy(model, prompt)
-    reported = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
+    prompt_logprobs = outcome.finished.prompt_logprobs
+    assert len(prompt_logprobs) in (0, len(prompt) - 1)
+    reported = (*prompt_logprobs, *outcome.finished.candidates[0].logprobs)
     token_ids = [*prompt, *outcome.tokens]
-    expected = peft_logprobs(model, token_ids)[:-1]
-    assert len(reported) == len(expected)
-    for following, ours, theirs in zip(token_ids[1:], reported, expected, strict=True):
+    expected = peft_logprobs(model, token_ids)[-len(reported) - 1 : -1]
+    assert len(reported) == len(prompt_logprobs) + NUM_TOKENS
+    for following, ours, theirs in zip(token_ids[-len(reported) :], reported, expected, strict=True):
         assert ours.chosen.token_id == following
         torch.testing.assert_close(_by_token(ours), theirs, atol=TOLERANCE, rtol=0)
         assert ours.chosen.logprob == pytest.approx(theirs[following].item(), abs=TOLERANCE)
@@ -223,7 +226,7 @@ async def test_crowded_batch_equals_peft(families: Mapping[str, Family], of: str
     adaptations += [lora("plain", 0.25), lora("embedding", -1.5), blend(plain=0.75, embedding=-0.5)]
     prompts = [make_prompt(seed, 5 + seed % 9) for seed in range(len(adaptations))]
     asked = [
-        ask(f"crowd-{i}", adaptation, prompt)
+        replace(ask(f"crowd-{i}", adaptation, prompt), output=CONTINUATION if i % 4 else EVERYTHING)
         for i, (adaptation, prompt) in enumerate(zip(adaptations, prompts, strict=True))
     ]
     outcomes = await collect_all(family.engine, asked)

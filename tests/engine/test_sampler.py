@@ -24,8 +24,8 @@ from fusionserve.engine.sampler import NUM_UNIFORMS, SamplerRow, logprobs_of, sa
 from fusionserve.generation import SamplingParams
 
 VOCAB = 40
-GRID, STRIDE = 4181, 2584  # neighbours in the Fibonacci series: an even grid over the first two splits
-TOLERANCE = 2.5e-3
+GRID, STRIDE = 1597, 987  # neighbours in the Fibonacci series: an even grid over the first two splits
+TOLERANCE = 5e-3
 PROMPT = (1, 2, 3, 3)
 GENERATED = (3, 4, 4, 4, 5)
 BANNED = (7, 11)
@@ -114,7 +114,7 @@ def frequencies(logits: Tensor, params: SamplingParams, **row_fields: Any) -> np
     return np.bincount(np.array(tokens), minlength=logits.shape[-1]) / GRID
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_distribution_is_the_references(name: str, seed: int) -> None:
     params = SamplingParams(**PARAMETERS[name])
@@ -135,7 +135,7 @@ def test_penalties_of_negative_logits_are_the_references(name: str) -> None:
     np.testing.assert_allclose(frequencies(logits, params), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_distribution_is_that_of_transformers_processors(seed: int) -> None:
     params = SamplingParams(temperature=0.9, top_k=15, top_p=0.85, min_p=0.03, repetition_penalty=1.4)
     logits = make_logits(seed=seed)
@@ -166,7 +166,7 @@ def test_greedy_takes_the_most_likely_token_after_penalties(name: str) -> None:
 
 
 def test_draws_with_random_numbers_pass_a_chi_square_test() -> None:
-    params, num_draws = SamplingParams(temperature=1.5), 20_000
+    params, num_draws = SamplingParams(temperature=1.5), 8_000
     logits = make_logits(seed=5)
     uniforms = np.random.default_rng(0).random((num_draws, NUM_UNIFORMS)).tolist()
     tokens = sample(logits.expand(num_draws, -1), [make_row(params, numbers) for numbers in uniforms])
@@ -240,6 +240,22 @@ def test_tiny_top_p_keeps_the_most_likely_token() -> None:
     assert sample(logits, rows) == logits.argmax(dim=-1).tolist()
 
 
+def test_top_p_of_thousands_of_tokens_keeps_them_beside_rows_that_keep_few() -> None:
+    logits = make_logits(seed=12, vocab=3000) / 30
+    uniforms = np.random.default_rng(3).random((3000, NUM_UNIFORMS)).tolist()
+    wide, narrow = SamplingParams(top_p=0.9), SamplingParams(top_p=0.05)
+    batch = [make_row(wide, numbers) for numbers in uniforms]
+    tokens = sample(logits.expand(3000, -1), batch)
+    possible = set(np.flatnonzero(reference_probabilities(logits[0].tolist(), batch[0])).tolist())
+    assert len(possible) > 2000
+    assert set(tokens) <= possible and len(set(tokens)) > 1500
+    mixed = [make_row(narrow, uniforms[0]), *batch[:5]]
+    assert sample(logits.expand(6, -1), mixed) == [sample(logits, mixed[:1])[0], *tokens[:5]]
+    unlimited = [make_row(SamplingParams(), numbers) for numbers in uniforms[:500]]
+    beside = sample(logits.expand(501, -1), [mixed[0], *unlimited])
+    assert beside[1:] == sample(logits.expand(500, -1), unlimited)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_row_that_is_not_finite_gives_none_and_leaves_the_others(bad: float, temperature: float) -> None:
@@ -286,7 +302,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(rows, min_size=1, max_size=6), st.integers(0, 1000), st.randoms())
 def test_rows_are_independent_of_their_company(batch: list[SamplerRow], seed: int, random: Any) -> None:
     logits = make_logits(rows=len(batch), seed=seed)
@@ -297,7 +313,7 @@ def test_rows_are_independent_of_their_company(batch: list[SamplerRow], seed: in
     assert sample(logits[some], [batch[n] for n in some]) == [together[n] for n in some]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(rows, st.integers(0, 1000))
 def test_token_is_possible_and_not_banned(row: SamplerRow, seed: int) -> None:
     logits = make_logits(seed=seed)
