@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kv-cache-mib", type=int, default=256)
-    parser.add_argument("--adapter-host-mib", type=int, default=256)
+    parser.add_argument("--adapter-host-mib", type=int, default=512)
     return parser
 
 
@@ -77,7 +78,10 @@ def _make_files(shape: str, folder: Path, arguments: argparse.Namespace) -> None
         save_adapter(shape, folder / "adapters" / f"adapter{index}", rank=arguments.rank, seed=index)
     size = sum(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
     print(
-        f"{shape}: base {size / _MEBIBYTE:.0f} MiB in bfloat16, {arguments.adapters} adapters of r={arguments.rank}"
+        f"{shape}: {size / _MEBIBYTE:.0f} MiB on disk in bfloat16, served in {arguments.dtype}; "
+        f"{arguments.adapters} adapters of r={arguments.rank}; {arguments.streams} streams, "
+        f"{arguments.prompt_tokens} in, {arguments.new_tokens} out",
+        flush=True,
     )
 
 
@@ -94,6 +98,7 @@ def _serving(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str,
         str(folder / "adapters"),
     ]
     command += ["--kv-cache-size", f"{arguments.kv_cache_mib}MiB", "--max-context-tokens", "2048"]
+    command += ["--dtype", arguments.dtype]
     command += ["--adapter-host-size", f"{arguments.adapter_host_mib}MiB"]
     command += ["--adapter-pool-ranks", str(arguments.adapters * arguments.rank)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

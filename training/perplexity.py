@@ -80,7 +80,7 @@ def main() -> None:
         "--embedded", type=Path, default=EMBEDDED, help="folder with base, adapters and heldout"
     )
     parser.add_argument("--length", type=int, default=512, help="tokens of context")
-    parser.add_argument("--max-tokens", type=int, default=16_384, help="tokens of each domain to read")
+    parser.add_argument("--max-tokens", type=int, default=8_192, help="tokens of each domain to read")
     parser.add_argument("--margin", type=float, default=0.15)
     arguments = parser.parse_args()
     table = evaluate(arguments.embedded, arguments.length, arguments.max_tokens)
