@@ -105,11 +105,15 @@ def train_base(model: LlamaForCausalLM, streams: list[TokenStream], run: BaseRun
 
 
 def save_base(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> None:
-    """Save bfloat16 weights, configuration, generation defaults and tokenizer to one directory."""
+    """Save weights, configuration, generation defaults and tokenizer to one directory.
+
+    The weights are rounded to bfloat16 and stored as float32: served in either type they are the same numbers, and
+    processors without bfloat16 instructions are not slowed down by default.
+    """
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
     )
-    model.bfloat16().save_pretrained(out)
+    model.bfloat16().float().save_pretrained(out)
     shutil.copytree(tokenizer_folder, out, dirs_exist_ok=True)
 
 
@@ -135,17 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1250)
+    parser.add_argument("--steps", type=int, default=1270)
     parser.add_argument("--long-share", type=float, default=0.15, help="share of steps at the whole context")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--intermediate", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)
     return parser
 

@@ -71,9 +71,9 @@ def test_adaptations_differ_and_are_the_same_in_company(client: Client) -> None:
     names = [adapter.name for adapter in client.adapters.list()]
     assert len(names) >= 4
     requests = [{}, *({"adapter": name} for name in names), {"blend": {names[0]: 0.5, names[1]: 0.5}}]
-    alone = [client.generate("The ", **SEEDED, **request).text for request in requests]
+    alone = [client.generate("The", **SEEDED, **request).text for request in requests]
     with ThreadPoolExecutor(len(requests)) as pool:
-        together = list(pool.map(lambda request: client.generate("The ", **SEEDED, **request).text, requests))
+        together = list(pool.map(lambda request: client.generate("The", **SEEDED, **request).text, requests))
     assert together == alone
     assert len(set(alone)) == len(alone)
 
@@ -88,9 +88,9 @@ def test_stream_is_the_generation_in_pieces(client: Client) -> None:
 
 
 def test_reload_and_unload_leave_other_streams_alone(client: Client) -> None:
-    expected = client.generate("The ", **LONG).candidates
-    client.generate("The ", adapter="german", **GREEDY)
-    with client.stream("The ", **LONG) as stream:
+    expected = client.generate("The", **LONG).candidates
+    client.generate("The", adapter="german", **GREEDY)
+    with client.stream("The", **LONG) as stream:
         next(stream)
         version = client.adapters.get("german").version
         assert client.adapters.reload("german").version == version + 1
@@ -101,7 +101,7 @@ def test_reload_and_unload_leave_other_streams_alone(client: Client) -> None:
 
 
 def test_forced_unload_ends_its_streams_with_a_status(client: Client) -> None:
-    with client.stream("The ", adapter="german", **LONG) as stream:
+    with client.stream("The", adapter="german", **LONG) as stream:
         next(stream)
         client.adapters.unload("german", force=True)
         with pytest.raises(AbortedError) as caught:
@@ -127,7 +127,7 @@ def test_mistakes_get_their_status(client: Client) -> None:
 def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
     key = 'fusionserve_requests_total{finish_reason="length",kind="lora",status="OK"}'
     before = scrape(server)
-    client.generate("The ", adapter="python", **GREEDY)
+    client.generate("The", adapter="python", **GREEDY)
     after = scrape(server)
     assert after[key] == before.get(key, 0) + 1
     tokens = 'fusionserve_adapter_generated_tokens_total{adapter="python"}'
@@ -140,18 +140,18 @@ def test_reflection_client_needs_no_proto(server: Server) -> None:
     client = ReflectionClient.get_by_endpoint(server.grpc)
     answer = client.request("fusionserve.v1.AdapterService", "ListAdapters", {})
     assert any(adapter["name"] == "python" for adapter in answer["adapters"])
-    request = {"request": {"text": "The ", "stopping": {"max_new_tokens": 4}}}
+    request = {"request": {"text": "The", "stopping": {"max_new_tokens": 4}}}
     *_, last = client.request("fusionserve.v1.InferenceService", "StreamGenerate", request)
     assert last["finished"]["usage"]["generated_tokens"] == 4
 
 
 def test_command_line_generates_and_lists(server: Server, client: Client) -> None:
     environment = {**os.environ, "FUSIONSERVE_SERVER": server.grpc}
-    generate = [FUSIONSERVE, "generate", "--prompt", "The ", "--temperature", "0", "--max-new-tokens", "24"]
+    generate = [FUSIONSERVE, "generate", "--prompt", "The", "--temperature", "0", "--max-new-tokens", "24"]
     shown = subprocess.run(
         [*generate, "--ignore-eos"], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
-    assert client.generate("The ", **GREEDY).text.strip() in shown.stdout
+    assert client.generate("The", **GREEDY).text.strip() in shown.stdout
     unknown = subprocess.run(
         [*generate, "--adapter", "nobody"], env=environment, capture_output=True, text=True, timeout=60
     )
