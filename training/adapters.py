@@ -19,7 +19,7 @@ from fusionserve.training.loop import Schedule, train
 from fusionserve.training.sources import ADAPTER_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
-RANKS = {"python": 32, "c": 32, "manpage": 16, "licence": 16, "german": 32, "french": 32}
+RANKS = {"python": 32, "c": 32, "manpage": 32, "licence": 16, "german": 32, "french": 32}
 _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
