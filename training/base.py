@@ -113,7 +113,7 @@ def save_base(model: LlamaForCausalLM, tokenizer_folder: Path, out: Path) -> Non
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
     )
-    model.bfloat16().float().save_pretrained(out)
+    model.bfloat16().to(torch.float32).save_pretrained(out)  # type: ignore[arg-type]
     shutil.copytree(tokenizer_folder, out, dirs_exist_ok=True)
 
 
