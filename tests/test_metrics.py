@@ -25,7 +25,11 @@ from fusionserve.generation import (
 )
 from fusionserve.metrics import REGISTRY, AdapterLabels
 
-FAMILIES = {family.name: family for family in REGISTRY.collect()}
+# The server's own module adds more of them (grpc_, process_, fusionserve_build) where it is imported too.
+DECLARED = {
+    value._name for name, value in vars(metrics).items() if name.isupper() and hasattr(value, "_name")
+}
+FAMILIES = {family.name: family for family in REGISTRY.collect() if family.name in DECLARED}
 LABELS = {"kind", "finish_reason", "status", "state", "reason", "tier", "adapter"}
 # Units that Prometheus asks to be replaced by their base unit, and what a histogram may measure.
 NOT_BASE_UNITS = {

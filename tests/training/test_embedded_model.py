@@ -13,6 +13,10 @@ from fusionserve.config import EMBEDDED, EMBEDDED_ADAPTERS, EMBEDDED_MODEL, EMBE
 from fusionserve.training.perplexity import BASE, evaluate, load_adapted
 from fusionserve.training.sample import NEUTRAL
 
+pytestmark = pytest.mark.filterwarnings(  # PEFT reads it
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
 MAX_BYTES = 30_000_000
 MARGIN = 0.15
 NAMES = sorted(path.name for path in EMBEDDED_ADAPTERS.iterdir())
