@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusionserve.config import EMBEDDED_MODEL_NAME
 from fusionserve.training.corpus import train_path
-from fusionserve.training.loop import Schedule, train
+from fusionserve.training.loop import LOSSES, Schedule, train
 from fusionserve.training.sources import ADAPTER_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
@@ -31,6 +31,7 @@ class AdapterRun:
     rank: int
     shape: WindowShape
     learning_rate: float
+    precision: str
     seed: int
 
 
@@ -51,7 +52,8 @@ def train_adapter(model: PeftModel, stream: TokenStream, run: AdapterRun) -> dic
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches: Iterator[torch.Tensor] = random_windows([stream], run.shape, np.random.default_rng(run.seed))
     schedule = Schedule(run.steps, warmup_steps=min(20, run.steps // 10 + 1))
-    loss = train(model, [AdamW(weights, lr=run.learning_rate, weight_decay=0.0)], batches, schedule)
+    optimizer = AdamW(weights, lr=run.learning_rate, weight_decay=0.0)
+    loss = train(model, [optimizer], batches, schedule, LOSSES[run.precision])
     parameters = sum(weight.numel() for weight in weights)
     seconds = round(time.monotonic() - started)
     return {
@@ -80,7 +82,14 @@ def main() -> None:
     shape = WindowShape(arguments.batch_tokens // arguments.sequence_length, arguments.sequence_length)
     for domain in arguments.domains:
         torch.manual_seed(arguments.seed)
-        run = AdapterRun(arguments.steps, RANKS[domain], shape, arguments.learning_rate, arguments.seed)
+        run = AdapterRun(
+            steps=arguments.steps,
+            rank=RANKS[domain],
+            shape=shape,
+            learning_rate=arguments.learning_rate,
+            precision=arguments.precision,
+            seed=arguments.seed,
+        )
         model = make_adapted_model(arguments.base, run.rank)
         summary = train_adapter(model, encode_file(train_path(arguments.corpus, domain), tokenizer), run)
         save_adapter(model, arguments.out / domain)
@@ -99,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--precision", choices=sorted(LOSSES), default="float32", help="type of the products")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fusionserve.training.loop import Loss, Schedule, next_token_loss, train
+from fusionserve.training.loop import LOSSES, Loss, Schedule, train
 from fusionserve.training.muon import Muon
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
@@ -36,6 +36,7 @@ class BaseRun:
     sequence_length: int
     context: int
     learning_rate: float
+    precision: str
     seed: int
 
 
@@ -96,7 +97,7 @@ def train_base(model: LlamaForCausalLM, streams: list[TokenStream], run: BaseRun
     started = time.monotonic()
     schedule = Schedule(run.steps, warmup_steps=min(50, run.steps // 10 + 1))
     optimizers = make_optimizers(model, run.learning_rate)
-    compiled: Loss = torch.compile(next_token_loss, dynamic=False)
+    compiled: Loss = torch.compile(LOSSES[run.precision], dynamic=False)
     loss = train(model, optimizers, make_batches(streams, run), schedule, compiled)
     seconds = round(time.monotonic() - started)
     tokens = {stream.domain: len(stream.tokens) for stream in streams}
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--precision", choices=sorted(LOSSES), default="float32", help="type of the products")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)

@@ -33,6 +33,18 @@ def next_token_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), input_ids[:, 1:].flatten())
 
 
+def mixed_precision_loss(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """`next_token_loss` with the matrix products in bfloat16, for processors that have instructions for it."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return next_token_loss(model, input_ids)
+
+
+LOSSES: dict[str, Loss] = {
+    "float32": next_token_loss,
+    "bfloat16": mixed_precision_loss,
+}  # by type of the products
+
+
 def train(
     model: nn.Module,
     optimizers: list[Optimizer],
