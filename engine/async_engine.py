@@ -155,9 +155,7 @@ class AsyncEngine:
 
     async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
         """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
-        status = await self._store.unload(name, self._abort_users if force else _leave_alone)
-        self._adapter_labels.drop(name)
-        return status
+        return await self._store.unload(name, self._abort_users if force else _leave_alone)
 
     async def get_adapter(self, name: str) -> AdapterStatus:
         """The adapter, loaded or on disk. Raises NotFoundError."""
@@ -267,6 +265,9 @@ class AsyncEngine:
         self._thread.post(lambda engine: engine.abort_adapter(adapter, error))
 
     def _on_adapter_gone(self, adapter: Adapter) -> None:
+        # Unloaded or evicted, not replaced. Its requests, which count under the label, have ended before.
+        if self._store.registry.get(adapter.name) is None:
+            self._adapter_labels.drop(adapter.name)
         self._thread.post(lambda engine: engine.forget_adapter(adapter.uid))
 
     def _deliver_soon(self, outputs: list[Output]) -> None:

@@ -150,7 +150,7 @@ class AdapterLabels:
             return name
 
     def drop(self, name: str) -> None:
-        """Removes the series of an unloaded adapter and frees its place."""
+        """Removes the series of an unloaded or evicted adapter and frees its place."""
         with self._lock:
             if name not in self._named:
                 return

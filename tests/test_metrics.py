@@ -244,6 +244,22 @@ async def test_numbers_of_adapters_move_as_requests_do(engine: AsyncEngine) -> N
     assert value("fusionserve_adapters", state="ready") == 1
 
 
+async def test_evicted_adapter_gives_its_label_back(engine: AsyncEngine) -> None:
+    await generate(engine, FIRST)
+    engine._store.registry.budget_bytes = (await engine.get_adapter(FIRST)).host_bytes * 5 // 4
+    await generate(engine, SECOND)
+    assert (await engine.get_adapter(FIRST)).version == 0
+    assert value("fusionserve_adapter_requests_total", adapter=FIRST) is None
+    assert value("fusionserve_adapter_generated_tokens_total", adapter=FIRST) is None
+    assert value("fusionserve_adapter_requests_total", adapter=SECOND) == 1
+
+
+async def test_reloaded_adapter_keeps_its_label(engine: AsyncEngine) -> None:
+    await generate(engine, FIRST)
+    await engine.load_adapter(FIRST, None, pin=False, replace=True)
+    assert value("fusionserve_adapter_requests_total", adapter=FIRST) == 1
+
+
 async def test_refused_load_is_counted_by_its_reason(engine: AsyncEngine, broken: str) -> None:
     with pytest.raises(ArtifactError) as caught:
         await generate(engine, broken)
