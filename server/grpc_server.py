@@ -35,6 +35,8 @@ _OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
+# gRPC refuses with a bare status, before a body is read: up to this many times the limit it is ours that says why.
+_TAKEN_TO_REFUSE = 2
 
 
 class GrpcServer:
@@ -43,8 +45,9 @@ class GrpcServer:
     def __init__(self, config: ServerConfig) -> None:
         self.gate = EngineGate()
         self.health = HealthServicer(SERVICES)
-        options = (*_OPTIONS, ("grpc.max_receive_message_length", config.max_message_bytes))
-        self._server = aio.server(interceptors=(CallInterceptor(),), options=options)
+        interceptor = CallInterceptor(config.max_message_bytes)
+        taken = ("grpc.max_receive_message_length", _TAKEN_TO_REFUSE * config.max_message_bytes)
+        self._server = aio.server(interceptors=(interceptor,), options=(*_OPTIONS, taken))
         self._add_services(config)
         self.address = self._bind(ListenAddress.parse(config.listen))
 

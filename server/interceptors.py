@@ -1,4 +1,4 @@
-"""What surrounds every call: requests that cannot be parsed, errors as statuses, method metrics."""
+"""What surrounds every call: requests that cannot be taken, errors as statuses, method metrics."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fusionserve.errors import InvalidRequestError, UnavailableError
+from fusionserve.errors import CapacityError, FusionServeError, InvalidRequestError, UnavailableError
 from fusionserve.server.method_metrics import MethodCall
 from fusionserve.server.request_ids import REQUEST_ID_KEY, request_id_of
 from fusionserve.server.status import to_code, to_ended_code, to_status, to_trailers
@@ -26,12 +27,21 @@ Handler = Any
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
-class Malformed:
-    """Stands for a request that is no message; grpc.aio answers UNKNOWN if a deserializer raises."""
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Stands for a request that is too large or no message; grpc.aio answers UNKNOWN if a deserializer raises."""
+
+    error: FusionServeError
 
 
 class CallInterceptor(aio.ServerInterceptor):
-    """Gives every call a request id, exactly one status from the table, and its place in the metrics."""
+    """Gives every call a request id, exactly one status from the table, and its place in the metrics.
+
+    Requests of more than `max_message_bytes` are refused here, where the answer can say why.
+    """
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
 
     async def intercept_service(
         self,
@@ -40,10 +50,12 @@ class CallInterceptor(aio.ServerInterceptor):
     ) -> Handler:
         """The method's handler, wrapped; None if there is no such method."""
         handler = await continuation(handler_call_details)
-        return None if handler is None else _wrap(handler, handler_call_details.method)
+        if handler is None:
+            return None
+        return _wrap(handler, handler_call_details.method, self._max_message_bytes)
 
 
-def _wrap(handler: Handler, method: str) -> Handler:
+def _wrap(handler: Handler, method: str, max_message_bytes: int) -> Handler:
     guarded = _guard(_to_behaviour(handler), handler, method)
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -53,17 +65,19 @@ def _wrap(handler: Handler, method: str) -> Handler:
     }[handler.request_streaming, handler.response_streaming]
     return make(
         guarded,
-        request_deserializer=_tolerant(handler.request_deserializer),
+        request_deserializer=_tolerant(handler.request_deserializer, max_message_bytes),
         response_serializer=handler.response_serializer,
     )
 
 
-def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Callable[[bytes], Any], max_message_bytes: int) -> Callable[[bytes], Any]:
     def parse(data: bytes) -> Any:
+        if len(data) > max_message_bytes:
+            return Refused(_too_large(len(data), max_message_bytes))
         try:
             return deserialize(data)
         except (DecodeError, UnicodeDecodeError):
-            return Malformed()
+            return Refused(_malformed())
 
     return parse
 
@@ -137,9 +151,21 @@ async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 def _parsed(request: Any) -> Any:
-    if isinstance(request, Malformed):
-        raise InvalidRequestError("the request is not a valid message", field="", reason="MALFORMED_REQUEST")
+    if isinstance(request, Refused):
+        raise request.error
     return request
+
+
+def _malformed() -> InvalidRequestError:
+    return InvalidRequestError("the request is not a valid message", field="", reason="MALFORMED_REQUEST")
+
+
+def _too_large(num_bytes: int, max_bytes: int) -> CapacityError:
+    return CapacityError(
+        f"the request has {num_bytes} bytes, at most {max_bytes} are taken",
+        reason="MESSAGE_TOO_LARGE",
+        metadata={"bytes": str(num_bytes), "max_bytes": str(max_bytes)},
+    )
 
 
 async def _abort(error: Exception, call: MethodCall, request_id: str, context: Context) -> NoReturn:

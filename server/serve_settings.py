@@ -15,7 +15,7 @@ from fusionserve.config import (
     ServerConfig,
 )
 from fusionserve.server import setting_kinds as kinds
-from fusionserve.server.setting_kinds import Kind, choice, integer
+from fusionserve.server.setting_kinds import Kind, choice, integer, size
 from fusionserve.server.settings import Setting, Values, config_setting
 
 ENGINE_DEFAULTS = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
@@ -87,7 +87,7 @@ SERVER_SETTINGS: Mapping[str, Setting] = {
     **_server(
         "enable_channelz", "channelz", kinds.SWITCH, "show the state of connections to clients that ask"
     ),
-    **_server("max_message_bytes", "max-message-size", kinds.SIZE, "largest request taken"),
+    **_server("max_message_bytes", "max-message-size", size(1 << 10, 512 << 20), "largest request taken"),
     **_server("max_request_s", "max-request-time", kinds.SECONDS, "deadline of requests that bring none"),
     **_server("drain_grace_s", "drain-grace", kinds.SECONDS, "time for running requests after SIGTERM"),
     **_server(

@@ -53,6 +53,18 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * unit)
 
 
+def size(low: int, high: int) -> Kind:
+    """Sizes from `low` to `high` bytes."""
+
+    def parse(text: str) -> int:
+        num_bytes = parse_size(text)
+        if not low <= num_bytes <= high:
+            raise ValueError(f"{text!r} is not from {show_size(low)} to {show_size(high)}")
+        return num_bytes
+
+    return Kind("SIZE", parse, show_size)
+
+
 def show_size(size: int) -> str:
     """The shortest exact form with a binary unit."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):

@@ -148,6 +148,8 @@ def test_wrong_environment_is_refused_with_its_name(monkeypatch: pytest.MonkeyPa
         ("--model", "./nowhere"),
         ("--model", "."),
         ("--dtype", "int3"),
+        ("--max-message-size", "1GiB"),  # gRPC takes no limit that twice this would fit in
+        ("--max-message-size", "1"),
         ("--quantize", "nf4"),
         ("--adapter-dir", "nowhere"),
         ("--adapter", "no-path"),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 from grpc import aio
 from server_fixture import ADAPTERS, INFERENCE, Served, handled_total, requests_total, to_failure
 
 from fusionserve import metrics
+from fusionserve.config import ServerConfig
+from fusionserve.errors import PreconditionError
 from fusionserve.v1 import inference_pb2 as pb
 
+MAX_MESSAGE_BYTES = ServerConfig().max_message_bytes
 GARBAGE = [b"\xff\xff\xff", b"\x12\x05ab", b"\x12\x02\xff\xfe"]  # no tag, truncated, text that is not UTF-8
 
 
@@ -64,10 +68,55 @@ async def test_unknown_method_is_unimplemented(served: Served) -> None:
     assert caught.value.code().name == "UNIMPLEMENTED"
 
 
-async def test_too_large_request_is_refused(served: Served) -> None:
+async def test_too_large_request_is_refused_with_the_reason(served: Served) -> None:
+    before = handled_total(INFERENCE, "Generate", "RESOURCE_EXHAUSTED")
+    request = pb.GenerateRequest(text="a" * MAX_MESSAGE_BYTES)  # and a few bytes around it
     with pytest.raises(aio.AioRpcError) as caught:
-        await served.inference.Generate(pb.GenerateRequest(text="a" * (4 << 20)))
+        await served.inference.Generate(request)
+    failure = to_failure(caught.value)
+    assert (failure.code.name, failure.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+    assert (
+        failure.text == f"the request has {request.ByteSize()} bytes, at most {MAX_MESSAGE_BYTES} are taken"
+    )
+    assert failure.trailers["grpc-retry-pushback-ms"] == "-1"
+    assert handled_total(INFERENCE, "Generate", "RESOURCE_EXHAUSTED") == before + 1
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+async def test_too_large_stream_request_is_refused_with_the_reason(
+    served: Served, compression: grpc.Compression
+) -> None:
+    request = pb.StreamGenerateRequest(request=pb.GenerateRequest(text="a" * MAX_MESSAGE_BYTES))
+    with pytest.raises(aio.AioRpcError) as caught:
+        await served.inference.StreamGenerate(request, compression=compression).read()
+    assert to_failure(caught.value).reason == "MESSAGE_TOO_LARGE"
+
+
+async def test_too_large_message_of_a_client_stream_is_refused(served: Served) -> None:
+    method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    call = served.channel.stream_stream(method)()
+    await call.write(b"a" * (MAX_MESSAGE_BYTES + 1))
+    with pytest.raises(aio.AioRpcError) as caught:
+        await call.read()
+    assert to_failure(caught.value).reason == "MESSAGE_TOO_LARGE"
+
+
+async def test_largest_request_is_taken(served: Served) -> None:
+    request = pb.TokenizeRequest(text="a" * (MAX_MESSAGE_BYTES - 5))  # tag and length are the other 5
+    assert request.ByteSize() == MAX_MESSAGE_BYTES
+    served.engine.error = PreconditionError("read", reason="READ")
+    with pytest.raises(aio.AioRpcError) as caught:
+        await served.inference.Tokenize(request)
+    assert to_failure(caught.value).reason == "READ"
+
+
+@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
+async def test_request_far_too_large_is_never_read(served: Served, compression: grpc.Compression) -> None:
+    request = pb.GenerateRequest(text="a" * (2 * MAX_MESSAGE_BYTES))
+    with pytest.raises(aio.AioRpcError) as caught:
+        await served.inference.Generate(request, compression=compression)
     assert caught.value.code().name == "RESOURCE_EXHAUSTED"
+    assert "grpc-status-details-bin" not in dict(caught.value.trailing_metadata())  # gRPC's own answer
 
 
 async def test_cancellation_from_inside_is_answered(served: Served) -> None:
