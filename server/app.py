@@ -27,6 +27,7 @@ EXIT_OK = 0
 EXIT_ENGINE_FAILED = 1
 # After the drain every request has its answer; this is for the answers on their way to slow clients.
 STOP_GRACE_S = 2.0
+_WORKERS_GRACE_S = 0.5
 METRICS_OFF = "off"
 _LOADER = "load-engine"
 
@@ -36,8 +37,12 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine:
 
     Raises StartupError if a port or the model cannot be had.
     """
-    code = asyncio.run(_run(engine_config, server_config, load_engine))
-    if is_thread_alive(_LOADER):
+    return asyncio.run(_run(engine_config, server_config, load_engine))
+
+
+async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
+    code = await _serve(engine_config, server_config, load_engine)
+    if is_thread_alive(_LOADER) or not await _workers_end():
         # Told to stop while loading: native code cannot be interrupted, and crashes if Python ends around it.
         sys.stdout.flush()
         logging.shutdown()
@@ -45,7 +50,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine:
     return code
 
 
-async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
+async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
     with StopSignals() as signals:
         app = App(server_config)
         try:
@@ -119,6 +124,14 @@ class App:
             await self._engine.close()
         if self._metrics is not None:
             self._metrics.close()
+
+
+async def _workers_end() -> bool:
+    """Ends the threads that read files for the event loop; False if one still reads after a moment."""
+    # Not `wait_for`: that cancels, and what it cancels joins the threads.
+    ending = asyncio.ensure_future(asyncio.get_running_loop().shutdown_default_executor())
+    await asyncio.wait([ending], timeout=_WORKERS_GRACE_S)
+    return ending.done()
 
 
 def _parse_metrics_listen(listen: str) -> ListenAddress | None:

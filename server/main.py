@@ -10,9 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from fusionserve.errors import FusionServeError
 from fusionserve.server.command_errors import CommandError, UsageError
+from fusionserve.server.early_stop import stop_at_once
 
 COMMANDS = {
     "serve": "serve a model and its adapters over gRPC",
@@ -34,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0 if arguments else EXIT_USAGE
     try:
-        return _command("version" if name == "--version" else name)(arguments[1:])
+        with stop_at_once() if name == "serve" else nullcontext():
+            return _command("version" if name == "--version" else name)(arguments[1:])
     except UsageError as error:
         return _fail(f"fusionserve: {error}", EXIT_USAGE)
     except CommandError as error:

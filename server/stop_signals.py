@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from fusionserve.server.early_stop import SIGNALS
 
 
 class StopSignals:

@@ -114,6 +114,18 @@ def test_closed_pipe_is_no_error_message() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_anything_is_loaded_stops_with_success(number: signal.Signals, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    os.mkfifo(config)  # reading it stands for all that comes before the event loop
+    command = (*FUSIONSERVE, "serve", "--config", str(config))
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    with server, config.open("w"):  # returns when the server opens it, too
+        server.send_signal(number)
+        _, err = server.communicate(timeout=10)
+    assert (server.returncode, err) == (0, "")
+
+
 def test_serve_says_ready_and_stops_on_sigterm(model: str) -> None:
     argv = (
         "--model",

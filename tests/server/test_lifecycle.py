@@ -181,7 +181,7 @@ async def test_failed_load_is_raised_by_load() -> None:
 
 
 MAIN = """
-import sys, time
+import asyncio, sys, time
 sys.path.insert(0, sys.argv[1])
 from fake_engine import FakeEngine
 from fusionserve.config import EngineConfig, ServerConfig
@@ -191,10 +191,13 @@ def load(config, labels):
     print("loading", flush=True)
     time.sleep(float(sys.argv[2]))
     engine = FakeEngine()
+    if sys.argv[3] == "starts":  # by reading an adapter that takes long
+        engine.start = lambda: asyncio.to_thread(time.sleep, 60)
+        print("starting", flush=True)
     if sys.argv[3] == "fails":
         engine.failed.set()
     if sys.argv[3] == "hangs":
-        engine.drain = lambda grace_s: __import__("asyncio").sleep(60)
+        engine.drain = lambda grace_s: asyncio.sleep(60)
     return engine
 
 config = ServerConfig(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0")
@@ -235,6 +238,16 @@ async def test_signal_stops_a_serving_process_with_success(number: signal.Signal
 
 async def test_signal_while_loading_stops_at_once() -> None:
     async with process(60, "works") as server:
+        await asyncio.sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        out, err = await asyncio.wait_for(server.communicate(), 10)
+    assert (server.returncode, out, err) == (0, b"", b"")
+
+
+async def test_signal_while_adapters_load_stops_at_once() -> None:
+    async with process(0, "starts") as server:
+        assert server.stdout is not None
+        assert await server.stdout.readline() == b"starting\n"
         await asyncio.sleep(0.1)
         server.send_signal(signal.SIGTERM)
         out, err = await asyncio.wait_for(server.communicate(), 10)
