@@ -83,9 +83,9 @@ def _help() -> str:
 def _missing(error: ModuleNotFoundError) -> str:
     if (error.name or "").partition(".")[0] == "fusionserve":
         raise error
-    return (
-        f"fusionserve: {error.name} is not installed; this command needs: pip install 'fusionserve[server]'"
-    )
+    # A client needs no more than YAML, and that for its configuration file only.
+    package = "pyyaml" if error.name == "yaml" else "'fusionserve[server]'"
+    return f"fusionserve: {error.name} is not installed; this command needs: pip install {package}"
 
 
 def _fail(line: str, code: int) -> int:

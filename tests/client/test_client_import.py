@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import fusionserve.client
 
 BLOCKED = ("torch", "transformers", "safetensors", "tokenizers", "yaml", "prometheus_client", "numpy", "peft")
@@ -28,6 +30,24 @@ def test_client_commands_run_without_the_servers_dependencies() -> None:
         python(code.format(("generate",)))
     except subprocess.CalledProcessError as error:
         raise AssertionError(error.stderr) from error
+
+
+@pytest.mark.parametrize(
+    ("argv", "needed"),
+    [
+        (
+            ["serve"],
+            "prometheus_client is not installed; this command needs: pip install 'fusionserve[server]'",
+        ),
+        (
+            ["generate", "--prompt", "a", "--config", "a.yaml"],
+            "yaml is not installed; this command needs: pip install pyyaml",
+        ),
+    ],
+)
+def test_what_is_not_installed_is_said_in_one_line(argv: list[str], needed: str) -> None:
+    code = f"from fusionserve.server.main import main\nsys.stderr = sys.stdout\nprint(main({argv}))"
+    assert python(code) == f"fusionserve: {needed}\n1\n"
 
 
 def test_all_names_exist_and_are_sorted() -> None:
