@@ -39,11 +39,8 @@ class AsyncClient:
         timeout_s: float | None = None,
         max_attempts: int = 1,
     ) -> None:
-        options = channel.channel_options(max_attempts)
-        self._channel = (
-            aio.insecure_channel(target, options)
-            if credentials is None
-            else aio.secure_channel(target, credentials, options)
+        self._channel = channel.connect(
+            aio.insecure_channel, aio.secure_channel, target, credentials, max_attempts
         )
         self._timeout_s = timeout_s
         self._inference = InferenceServiceStub(self._channel)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+
+ChannelT = TypeVar("ChannelT")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 << 20  # log-probabilities of a long prompt exceed grpc's default of 4 MiB
@@ -16,12 +21,24 @@ HEALTH_REQUEST = b""
 HEALTH_SERVING = b"\x08\x01"
 
 
-def channel_options(max_attempts: int) -> list[tuple[str, Any]]:
-    """Options for a channel that tries a generation at most `max_attempts` times if it is refused for load.
+def connect(
+    insecure: Callable[[str, list[tuple[str, Any]]], ChannelT],
+    secure: Callable[[str, grpc.ChannelCredentials, list[tuple[str, Any]]], ChannelT],
+    target: str,
+    credentials: grpc.ChannelCredentials | None,
+    max_attempts: int,
+) -> ChannelT:
+    """A channel made by grpc's or grpc.aio's functions, with TLS if there are credentials.
 
-    The retries are grpc's own, at most 5: a call is retried only while nothing of its answer was seen, and
-    the server's `grpc-retry-pushback-ms` decides when, or that it must not be.
+    It tries a generation at most `max_attempts` times if it is refused for load. The retries are grpc's own, at
+    most 5: a call is retried only while nothing of its answer was seen, and the server's `grpc-retry-pushback-ms`
+    decides when, or that it must not be.
     """
+    options = _options(max_attempts)
+    return insecure(target, options) if credentials is None else secure(target, credentials, options)
+
+
+def _options(max_attempts: int) -> list[tuple[str, Any]]:
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is starting is found soon

@@ -37,11 +37,8 @@ class Client:
         timeout_s: float | None = None,
         max_attempts: int = 1,
     ) -> None:
-        options = channel.channel_options(max_attempts)
-        self._channel = (
-            grpc.insecure_channel(target, options)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options)
+        self._channel = channel.connect(
+            grpc.insecure_channel, grpc.secure_channel, target, credentials, max_attempts
         )
         self._timeout_s = timeout_s
         self._inference = InferenceServiceStub(self._channel)
