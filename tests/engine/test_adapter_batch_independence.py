@@ -19,7 +19,6 @@ from served_adapters import (
     make_prompt,
     running_engine,
     write_lora,
-    write_model,
 )
 
 from fusionserve import metrics
@@ -36,11 +35,6 @@ CROWD = [
     blend(d=0.4, c=0.6),
     Adaptation(),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 from served_adapters import (
     KV_BLOCK_BYTES,
+    PROMPT,
     OpenStream,
     TestedEngine,
     begin,
     blend,
     check_at_rest,
     collect,
+    loaded,
+    long_request,
     lora,
     lora_bytes,
     make_params,
-    make_prompt,
     running_engine,
+    tokens_of,
     until,
     write_lora,
-    write_model,
 )
 
 from fusionserve.errors import (
@@ -34,41 +35,7 @@ from fusionserve.errors import (
     DeadlineError,
     UnavailableError,
 )
-from fusionserve.generation import FinishReason, GenerateParams, GenerationStarted
-
-PROMPT = make_prompt(1, 40)  # two full blocks and a half
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("base") / "tiny")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    for seed, name in enumerate("abcd", start=1):
-        write_lora(tmp_path / name, seed=seed)
-    return tmp_path
-
-
-@pytest.fixture
-async def engine(model: Path, root: Path) -> AsyncIterator[TestedEngine]:
-    async with running_engine(model, root) as engine:
-        yield engine
-
-
-def loaded(engine: TestedEngine) -> set[str]:
-    return {entry.adapter.name for entry in engine.registry.entries()}
-
-
-async def tokens_of(engine: TestedEngine, name: str, num_tokens: int = 12) -> tuple[int, ...]:
-    """What adapter `name` says to PROMPT with nobody else around."""
-    params = make_params(f"reference-{name}", lora(name), PROMPT, num_tokens=num_tokens)
-    return (await collect(engine, params)).tokens
-
-
-def long_request(name: str, request_id: str = "long") -> GenerateParams:
-    return make_params(request_id, lora(name), PROMPT, num_tokens=60)
+from fusionserve.generation import FinishReason, GenerationStarted
 
 
 class TestHostBudget:

@@ -105,6 +105,9 @@ def make_prompt(seed: int, length: int = 8) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
 
+PROMPT = make_prompt(1, 40)  # two full blocks and a half
+
+
 def blend(**weights: float) -> Adaptation:
     """Several adapters with fixed weights."""
     return Adaptation("blend", tuple(AdapterTerm(name, weight) for name, weight in weights.items()))
@@ -257,6 +260,11 @@ async def check_at_rest(engine: TestedEngine) -> None:
     assert not engine._open_request_ids
 
 
+def loaded(engine: TestedEngine) -> set[str]:
+    """The names of the adapters on the host."""
+    return {entry.adapter.name for entry in engine.registry.entries()}
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """All events of a request; `tokens` as the last one tells them."""
@@ -282,6 +290,17 @@ async def collect(engine: AsyncEngine, params: GenerateParams) -> Outcome:
         ]
         assert tuple(token for chunk in chunks for token in chunk.token_ids) == candidate.token_ids
     return Outcome(events, finished)
+
+
+async def tokens_of(engine: AsyncEngine, name: str, num_tokens: int = 12) -> tuple[int, ...]:
+    """What adapter `name` says to PROMPT with nobody else around."""
+    params = make_params(f"reference-{name}", lora(name), PROMPT, num_tokens=num_tokens)
+    return (await collect(engine, params)).tokens
+
+
+def long_request(name: str, request_id: str = "long") -> GenerateParams:
+    """PROMPT under adapter `name`, for long enough to meet other things."""
+    return make_params(request_id, lora(name), PROMPT, num_tokens=60)
 
 
 async def collect_all(engine: AsyncEngine, requests: Sequence[GenerateParams]) -> list[Outcome]:
