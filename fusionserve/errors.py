@@ -11,8 +11,10 @@ FusionServeError
 +-- UnavailableError         starting, draining or broken            UNAVAILABLE
 +-- AbortedError             ended by somebody else's command        ABORTED
 +-- DeadlineError            the caller's deadline passed            DEADLINE_EXCEEDED
++-- UnimplementedError       a method the server does not have       UNIMPLEMENTED
 +-- InternalError            our bug; carries no detail              INTERNAL
 +-- StartupError             the server cannot start (command line only)
++-- TrainingError            a training run cannot start or go on (command line only)
 """
 
 from __future__ import annotations
@@ -125,6 +127,12 @@ class DeadlineError(FusionServeError):
     default_reason = "DEADLINE_EXCEEDED"
 
 
+class UnimplementedError(FusionServeError):
+    """The server has no such method; it may be older than its client."""
+
+    default_reason = "METHOD_NOT_FOUND"
+
+
 class InternalError(FusionServeError):
     """A bug of ours; the text never says more than that."""
 
@@ -135,3 +143,9 @@ class StartupError(FusionServeError):
     """The server cannot start with this model or configuration; shown as one line by the command line."""
 
     default_reason = "STARTUP_FAILED"
+
+
+class TrainingError(FusionServeError):
+    """A training run cannot start with these data or this configuration, or cannot go on; shown as one line."""
+
+    default_reason = "TRAINING_FAILED"

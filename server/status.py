@@ -26,7 +26,9 @@ from fusionserve.errors import (
     NotFoundError,
     PreconditionError,
     StartupError,
+    TrainingError,
     UnavailableError,
+    UnimplementedError,
 )
 from fusionserve.server.request_ids import REQUEST_ID_KEY
 
@@ -44,8 +46,10 @@ CODES: Mapping[type[FusionServeError], grpc.StatusCode] = {
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     AbortedError: grpc.StatusCode.ABORTED,
     DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
     InternalError: grpc.StatusCode.INTERNAL,
     StartupError: grpc.StatusCode.INTERNAL,
+    TrainingError: grpc.StatusCode.INTERNAL,
 }
 
 Trailers = tuple[tuple[str, str | bytes], ...]
