@@ -14,9 +14,15 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from fusionserve.errors import CapacityError, FusionServeError, InvalidRequestError, UnavailableError
+from fusionserve.errors import (
+    CapacityError,
+    FusionServeError,
+    InvalidRequestError,
+    UnavailableError,
+    UnimplementedError,
+)
 from fusionserve.server.method_metrics import MethodCall
-from fusionserve.server.request_ids import REQUEST_ID_KEY, request_id_of
+from fusionserve.server.request_ids import REQUEST_ID_KEY, mint_request_id, request_id_of
 from fusionserve.server.status import to_code, to_ended_code, to_status, to_trailers
 
 logger = logging.getLogger(__name__)
@@ -48,11 +54,16 @@ class CallInterceptor(aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """The method's handler, wrapped; None if there is no such method."""
+        """The method's handler, wrapped."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return None
+            return grpc.stream_stream_rpc_method_handler(_refuse_method)
         return _wrap(handler, handler_call_details.method, self._max_message_bytes)
+
+
+async def _refuse_method(requests: AsyncIterator[bytes], context: Context) -> None:
+    """Answers as a method would; not measured, for a client could make up any number of names."""
+    await _answer(UnimplementedError("the server has no such method"), mint_request_id(), context)
 
 
 def _wrap(handler: Handler, method: str, max_message_bytes: int) -> Handler:
@@ -173,6 +184,10 @@ async def _abort(error: Exception, call: MethodCall, request_id: str, context: C
     if code is grpc.StatusCode.INTERNAL:
         logger.error("%s failed, request id %s", call.method, request_id, exc_info=error)
     call.end(code)  # before the client can know
+    await _answer(error, request_id, context)
+
+
+async def _answer(error: Exception, request_id: str, context: Context) -> NoReturn:
     status = to_status(error, request_id)
-    await context.abort(code, status.message, to_trailers(error, status, request_id))
+    await context.abort(to_code(error), status.message, to_trailers(error, status, request_id))
     raise AssertionError("abort raises")

@@ -22,10 +22,15 @@ def request_id_of(request: object) -> str:
     """
     generation = request.request if isinstance(request, inference_pb2.StreamGenerateRequest) else request
     if not isinstance(generation, inference_pb2.GenerateRequest):
-        return uuid.uuid4().hex
+        return mint_request_id()
     if not generation.HasField("request_id"):
-        generation.request_id = uuid.uuid4().hex
-    return generation.request_id if _is_usable(generation.request_id) else uuid.uuid4().hex
+        generation.request_id = mint_request_id()
+    return generation.request_id if _is_usable(generation.request_id) else mint_request_id()
+
+
+def mint_request_id() -> str:
+    """An id that no other call has."""
+    return uuid.uuid4().hex
 
 
 def check_request_id(request_id: str) -> None:

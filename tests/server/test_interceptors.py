@@ -7,6 +7,7 @@ import asyncio
 import grpc
 import pytest
 from grpc import aio
+from prometheus_client import generate_latest
 from server_fixture import ADAPTERS, INFERENCE, Served, handled_total, requests_total, to_failure
 
 from fusionserve import metrics
@@ -62,10 +63,15 @@ async def test_unreadable_message_of_a_client_stream_is_refused(served: Served) 
     assert to_failure(caught.value).reason == "MALFORMED_REQUEST"
 
 
-async def test_unknown_method_is_unimplemented(served: Served) -> None:
+@pytest.mark.parametrize("method", [f"/{ADAPTERS}/LoadFusion", "/other.Service/Do"])
+async def test_unknown_method_is_unimplemented(served: Served, method: str) -> None:
     with pytest.raises(aio.AioRpcError) as caught:
-        await served.channel.unary_unary(f"/{ADAPTERS}/LoadFusion")(b"")
-    assert caught.value.code().name == "UNIMPLEMENTED"
+        await served.channel.unary_unary(method)(b"")
+    failure = to_failure(caught.value)
+    assert (failure.code.name, failure.reason) == ("UNIMPLEMENTED", "METHOD_NOT_FOUND")
+    assert failure.trailers["x-request-id"]
+    name = method.rpartition("/")[2]
+    assert f'grpc_method="{name}"' not in generate_latest(metrics.REGISTRY).decode()
 
 
 async def test_too_large_request_is_refused_with_the_reason(served: Served) -> None:
