@@ -56,7 +56,7 @@ class AsyncClient:
         """The whole result for a text, a sequence of token ids, or chat messages."""
         request = requests.to_generate_request(prompt, options)
         return responses.to_generation(
-            await _call(self._inference.Generate, request, timeout_s or self._timeout_s)
+            await _call(self._inference.Generate, request, self._timeout(timeout_s))
         )
 
     def stream(
@@ -69,7 +69,7 @@ class AsyncClient:
         """The events of a generation as they happen: GenerationStarted, GenerationChunks, Generation."""
         request = inference_pb2.StreamGenerateRequest(request=requests.to_generate_request(prompt, options))
         return AsyncGenerationStream(
-            self._inference.StreamGenerate(request, timeout=timeout_s or self._timeout_s)
+            self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s))
         )
 
     async def tokenize(
@@ -107,6 +107,9 @@ class AsyncClient:
     async def close(self) -> None:
         """Closes the connection; running calls are cancelled."""
         await self._channel.close()
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
 
     async def __aenter__(self) -> Self:
         return self

@@ -53,7 +53,7 @@ class Client:
     ) -> Generation:
         """The whole result for a text, a sequence of token ids, or chat messages."""
         request = requests.to_generate_request(prompt, options)
-        return responses.to_generation(_call(self._inference.Generate, request, timeout_s or self._timeout_s))
+        return responses.to_generation(_call(self._inference.Generate, request, self._timeout(timeout_s)))
 
     def stream(
         self,
@@ -64,7 +64,7 @@ class Client:
     ) -> GenerationStream:
         """The events of a generation as they happen: GenerationStarted, GenerationChunks, Generation."""
         request = inference_pb2.StreamGenerateRequest(request=requests.to_generate_request(prompt, options))
-        return GenerationStream(self._inference.StreamGenerate(request, timeout=timeout_s or self._timeout_s))
+        return GenerationStream(self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s)))
 
     def tokenize(
         self, text: str | requests.ChatMessages, *, add_special_tokens: bool = True
@@ -101,6 +101,9 @@ class Client:
     def close(self) -> None:
         """Closes the connection; running calls are cancelled."""
         self._channel.close()
+
+    def _timeout(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from server_fixture import Served, serving_server
 
 from fusionserve.client import (
     Client,
+    DeadlineExceededError,
     Generation,
     GenerationChunk,
     GenerationStarted,
@@ -51,6 +52,11 @@ async def test_chat_reaches_the_engine_as_messages(served: Served) -> None:
     chat = [{"role": "user", "content": "hi"}]
     await with_client(served, lambda client: client.generate(chat))
     assert served.engine.params[0].prompt.messages == (("user", "hi"),)  # type: ignore[union-attr]
+
+
+async def test_no_time_at_all_is_not_the_default_timeout(served: Served) -> None:
+    with pytest.raises(DeadlineExceededError):
+        await with_client(served, lambda client: client.generate("x", timeout_s=0.0))
 
 
 async def test_stream_yields_typed_events_and_ends(served: Served) -> None:
