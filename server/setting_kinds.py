@@ -152,6 +152,13 @@ def parse_model(text: str) -> str:
     return text
 
 
+def parse_target(text: str) -> str:
+    """What a client can be pointed at: HOST:PORT, or another form of gRPC's."""
+    if not text.strip():
+        raise ValueError(f"{text!r} names no server")
+    return text
+
+
 def parse_folder(text: str) -> Path:
     """A folder that exists."""
     folder = Path(text).expanduser()
@@ -197,5 +204,6 @@ ADDRESS = Kind("HOST:PORT", parse_address)
 ADDRESS_OR_OFF = Kind("HOST:PORT|off", parse_address_or_off)
 MODEL = Kind("DIR|HUB_ID", parse_model)
 FOLDER = Kind("DIR", parse_folder)
+TARGET = Kind("HOST:PORT", parse_target)
 ADAPTER = Kind("NAME=PATH", parse_adapter)
 WEIGHTS = Kind("NAME=WEIGHT,...", parse_weights)

@@ -11,7 +11,7 @@ from fusionserve.server.command_errors import FailedCallError
 from fusionserve.server.settings import Setting, Values
 
 CONNECTION_SETTINGS = (
-    Setting(name="server", kind=kinds.TEXT, help="server to call, HOST:PORT", default="127.0.0.1:50051"),
+    Setting(name="server", kind=kinds.TARGET, help="server to call", default="127.0.0.1:50051"),
     Setting(
         name="timeout", kind=kinds.SECONDS, help="time for each call", default_text="as long as it takes"
     ),

@@ -73,6 +73,7 @@ def test_version_names_what_it_runs_on() -> None:
         ),
         (("serve", "--model", "/nowhere"), "fusionserve: --model: there is no model folder '/nowhere'"),
         (("serve", "--dtype", "int3"), "fusionserve: --dtype: 'int3' is not one of auto, float32"),
+        (("adapters", "list", "--server", ""), "fusionserve: --server: '' names no server"),
         (("adapters",), "fusionserve: the following arguments are required: ACTION"),
     ],
 )
