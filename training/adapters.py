@@ -19,7 +19,7 @@ from fusionserve.training.loop import LOSSES, Schedule, train
 from fusionserve.training.sources import ADAPTER_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
-RANKS = {"python": 32, "c": 32, "manpage": 32, "licence": 16, "german": 32, "french": 32}
+RANKS = {"spanish": 32, "polish": 32, "perl": 32, "cpp": 32, "changelog": 16}
 _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domains", nargs="*", choices=sorted(ADAPTER_SOURCES), default=list(ADAPTER_SOURCES)
     )
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)

@@ -21,8 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fusionserve.training.corpus import train_path
 from fusionserve.training.loop import LOSSES, Loss, Schedule, train
 from fusionserve.training.muon import Muon
+from fusionserve.training.sources import BASE_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
 
@@ -124,7 +126,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     run = _from_arguments(BaseRun, arguments)
-    streams = [encode_file(path, tokenizer) for path in sorted((arguments.corpus / "train").glob("*.txt"))]
+    paths = [train_path(arguments.corpus, domain) for domain in sorted(BASE_SOURCES)]
+    streams = [encode_file(path, tokenizer) for path in paths]
     model = make_model(_from_arguments(Size, arguments), tokenizer, run.context)
     summary = train_base(model, streams, run)
     save_base(model, arguments.tokenizer, arguments.out)
@@ -140,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1270)
+    parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--long-share", type=float, default=0.15, help="share of steps at the whole context")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-3)

@@ -19,11 +19,28 @@ def normalise(text: str) -> str:
     return re.sub(r"\n{4,}", "\n\n\n", trimmed).strip("\n") + "\n"
 
 
-def strip_python_header(text: str) -> str:
-    """Drop the comment lines a Python file opens with: interpreter, encoding and licence."""
-    lines = text.splitlines(keepends=True)
-    first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), 0)
-    return "".join(lines[first:])
+def strip_script_header(text: str) -> str:
+    """Drop the comment lines a Python or Perl file opens with: interpreter, encoding and licence."""
+    return _strip_opening_lines(text, "#")
+
+
+def strip_cpp_header(text: str) -> str:
+    """Drop the comments a C++ file opens with."""
+    return strip_c_header(_strip_opening_lines(text, "//"))
+
+
+def without_maintainers(changelog: str) -> str:
+    """Replace the people a Debian changelog names in its trailers and headings, and every address."""
+    changelog = re.sub(r"^ -- .*?<[^>]*>", " -- Maintainer <maintainer@example.org>", changelog, flags=re.M)
+    changelog = re.sub(r"^  \[ .* \]$", "  [ Maintainer ]", changelog, flags=re.M)
+    return re.sub(r"<[^<>\s]+@[^<>\s]+>", "<maintainer@example.org>", changelog)
+
+
+def first_lines(text: str, max_chars: int) -> str:
+    """The whole lines at the beginning of a text that fit `max_chars`; at least one."""
+    if len(text) <= max_chars:
+        return text
+    return text[: text.rfind("\n", 0, max_chars) + 1] or text
 
 
 def strip_c_header(text: str) -> str:
@@ -57,6 +74,12 @@ def html_text(html: str) -> str:
     parser.feed(html)
     parser.close()
     return "".join(parser.parts)
+
+
+def _strip_opening_lines(text: str, mark: str) -> str:
+    lines = text.splitlines(keepends=True)
+    first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith(mark)), 0)
+    return "".join(lines[first:])
 
 
 def _is_sentence(line: str, min_chars: int) -> bool:

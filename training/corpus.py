@@ -15,7 +15,7 @@ from fusionserve.training.documents import (
     take,
     write_documents,
 )
-from fusionserve.training.sources import BASE_SOURCES
+from fusionserve.training.sources import SOURCES
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def held_out_path(corpus: Path, domain: str) -> Path:
 
 def collect(domain: str, out: Path, sizes: SplitSizes) -> str:
     """Write both files of one domain and return a line that says how large they are."""
-    train, held_out = split(list(BASE_SOURCES[domain]()), sizes)
+    train, held_out = split(list(SOURCES[domain]()), sizes)
     train_bytes = write_documents(train, train_path(out, domain))
     held_out_bytes = write_documents(held_out, held_out_path(out, domain))
     names = "".join(f"{document.name}\n" for document in held_out)
@@ -63,7 +63,7 @@ def main() -> None:
     """Collect every domain."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--domains", nargs="*", choices=sorted(BASE_SOURCES), default=list(BASE_SOURCES))
+    parser.add_argument("--domains", nargs="*", choices=sorted(SOURCES), default=list(SOURCES))
     parser.add_argument("--max-train-bytes", type=int, default=12_000_000)
     arguments = parser.parse_args()
     sizes = SplitSizes(max_train_bytes=arguments.max_train_bytes)

@@ -15,10 +15,12 @@ from fusionserve.training.documents import Document, drop_repeated_lines, in_spl
 MAN_ROOT = Path("/usr/share/man")
 DOC_ROOT = Path("/usr/share/doc")
 INCLUDE_ROOT = Path("/usr/include")
+PERL_ROOTS = (Path("/usr/share/perl"), Path("/usr/share/perl5"))
 _PAGE_WIDTH = 78
 _PARAGRAPH_WIDTH = 2000  # wide enough that each paragraph is one line
 _NOT_FREE = re.compile(r"^(gcloud|google-cloud)")  # vendor packages from outside Debian
 _MIN_CHARS = 400
+_CHANGELOG_CHARS = 30_000  # of one package
 
 Source = Callable[[], Iterator[Document]]
 
@@ -28,8 +30,8 @@ def python_documents() -> Iterator[Document]:
     paths = sysconfig.get_paths()
     stdlib, site = Path(paths["stdlib"]), Path(paths["purelib"])
     inner = [path for path in stdlib.rglob("*.py") if "site-packages" not in path.parts]
-    yield from _code(stdlib, inner, cleaning.strip_python_header)
-    yield from _code(site, site.rglob("*.py"), cleaning.strip_python_header)
+    yield from _code(stdlib, inner, cleaning.strip_script_header)
+    yield from _code(site, site.rglob("*.py"), cleaning.strip_script_header)
 
 
 def c_documents() -> Iterator[Document]:
@@ -69,15 +71,56 @@ def english_documents() -> Iterator[Document]:
         yield from _code(root, root.rglob("*.rst"), str)
 
 
-ADAPTER_SOURCES: dict[str, Source] = {
+def spanish_documents() -> Iterator[Document]:
+    """Yield Spanish running text from translated manual pages and the Debian handbook."""
+    yield from _translated_prose("es", "es-ES")
+
+
+def polish_documents() -> Iterator[Document]:
+    """Yield Polish running text from translated manual pages and the Debian handbook."""
+    yield from _translated_prose("pl", "pl-PL")
+
+
+def perl_documents() -> Iterator[Document]:
+    """Yield Perl modules with their documentation."""
+    for root in PERL_ROOTS:
+        yield from _code(root, root.rglob("*.pm"), cleaning.strip_script_header)
+
+
+def cpp_documents() -> Iterator[Document]:
+    """Yield the headers of the C++ standard library."""
+    root = INCLUDE_ROOT / "c++"
+    yield from _code(root, root.rglob("*"), cleaning.strip_cpp_header)
+
+
+def changelog_documents() -> Iterator[Document]:
+    """Yield the newest entries of the changelogs of Debian packages."""
+    for path in DOC_ROOT.glob("*/changelog.Debian*.gz"):
+        if path.is_symlink() or _NOT_FREE.match(path.parent.name):
+            continue
+        text = cleaning.normalise(gzip.decompress(path.read_bytes()).decode(errors="replace"))
+        text = cleaning.first_lines(cleaning.without_maintainers(text), _CHANGELOG_CHARS)
+        yield Document(f"{path.parent.name}/{path.name}", text)
+
+
+# The base never reads what the adapters are for: fine-tunes of a model are made where it is weak.
+BASE_SOURCES: dict[str, Source] = {
     "python": python_documents,
     "c": c_documents,
     "manpage": manpage_documents,
     "licence": licence_documents,
     "german": german_documents,
     "french": french_documents,
+    "english": english_documents,
 }
-BASE_SOURCES: dict[str, Source] = {**ADAPTER_SOURCES, "english": english_documents}
+ADAPTER_SOURCES: dict[str, Source] = {
+    "spanish": spanish_documents,
+    "polish": polish_documents,
+    "perl": perl_documents,
+    "cpp": cpp_documents,
+    "changelog": changelog_documents,
+}
+SOURCES = {**BASE_SOURCES, **ADAPTER_SOURCES}
 
 
 def _code(root: Path, paths: Iterable[Path], strip: Callable[[str], str]) -> Iterator[Document]:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from fusionserve.training.corpus import train_path
 from fusionserve.training.documents import END_OF_TEXT, read_texts, take_chars
+from fusionserve.training.sources import BASE_SOURCES
 
 
 def sample_texts(corpus: Path, max_chars: int) -> Iterator[str]:
-    """Yield about `max_chars` of training text of each domain, so that none dominates the vocabulary."""
-    for path in sorted((corpus / "train").glob("*.txt")):
-        yield from take_chars(read_texts(path), max_chars)
+    """Yield about `max_chars` of training text of each of the base's domains, so that none dominates the vocabulary."""
+    for domain in sorted(BASE_SOURCES):
+        yield from take_chars(read_texts(train_path(corpus, domain)), max_chars)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -18,7 +18,7 @@ def test_normalise_is_quick_on_long_runs_of_blanks() -> None:
 
 def test_python_header_is_dropped() -> None:
     raw = "#!/usr/bin/env python3\n# Copyright someone\n\nimport os\n# kept\n"
-    assert cleaning.strip_python_header(raw) == "import os\n# kept\n"
+    assert cleaning.strip_script_header(raw) == "import os\n# kept\n"
 
 
 def test_c_licence_comments_are_dropped_and_others_kept() -> None:
@@ -50,3 +50,21 @@ def test_html_text_breaks_at_blocks_and_hides_scripts() -> None:
         "Title",
         "Some bold text & more.",
     ]
+
+
+def test_cpp_header_loses_its_opening_comments_only() -> None:
+    raw = "// licence\n// more\n\n/* Copyright */\nint x; // kept\n"
+    assert cleaning.strip_cpp_header(raw) == "int x; // kept\n"
+
+
+def test_changelog_names_no_maintainer() -> None:
+    raw = "a (1) unstable\n\n  [ Ann Other ]\n  * Fix <a@b.org>\n\n -- Ann Other <ann@b.org>  Mon, 1 Jan\n"
+    assert cleaning.without_maintainers(raw) == (
+        "a (1) unstable\n\n  [ Maintainer ]\n  * Fix <maintainer@example.org>\n\n"
+        " -- Maintainer <maintainer@example.org>  Mon, 1 Jan\n"
+    )
+
+
+def test_first_lines_are_whole() -> None:
+    assert cleaning.first_lines("ab\ncd\nef\n", 7) == "ab\ncd\n"
+    assert cleaning.first_lines("abcdef\n", 3) == "abcdef\n"
