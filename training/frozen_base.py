@@ -1,0 +1,124 @@
+"""The base model that a run adapts: loaded, frozen and described."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fusionserve.adapters.base_modules import BaseModules, describe_base_modules, short_model_name
+from fusionserve.adapters.module_calls import ModuleCalls
+from fusionserve.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
+from fusionserve.errors import TrainingError
+
+# Differences of packed logits, relative to their spread.
+_MAX_LEAK = 1e-3  # when another example stands in front: nothing at all is to change
+_MAX_ERROR = 0.2  # from the example alone, whose products are rounded in another order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrozenBase:
+    """A base model without trainable weights; `modules` are in the order in which a forward pass calls them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # how an artifact names it: without folders
+    modules: BaseModules
+
+
+def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") -> FrozenBase:
+    """Loads a folder, a hub id, or with None the embedded base. Raises TrainingError if it cannot be had."""
+    source = str(EMBEDDED_MODEL) if model is None else model
+    name = EMBEDDED_MODEL_NAME if model is None else short_model_name(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **_quantization(quantize)
+        )
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    loaded.config.use_cache = False
+    _keep_differentiable(loaded)
+    return freeze_base(loaded, tokenizer, name)
+
+
+def freeze_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> FrozenBase:
+    """The same for a model that is in memory."""
+    model.requires_grad_(False)
+    modules = describe_base_modules(model, model_name=name)
+    return FrozenBase(model, tokenizer, name, in_call_order(model, modules))
+
+
+def in_call_order(model: PreTrainedModel, modules: BaseModules) -> BaseModules:
+    """`modules` as a short forward pass calls them, without those that do not see every token once."""
+    token_ids = torch.arange(3, device=model.device).unsqueeze(0)
+    with ModuleCalls(model, modules.by_path) as calls, torch.no_grad():
+        _in_evaluation(model)(input_ids=token_ids, use_cache=False)
+    called = [path for path, num_rows in calls.num_rows.items() if num_rows == token_ids.numel()]
+    return replace(modules, by_path=MappingProxyType({path: modules.by_path[path] for path in called}))
+
+
+@torch.no_grad()
+def check_packing(base: FrozenBase) -> None:
+    """Raises TrainingError if packed examples would see each other in this model."""
+    vocabulary = base.modules.vocab_size
+    first = torch.tensor([1, 2, 3, 4, 5]) % vocabulary
+    second = torch.tensor([7, 6, 5, 4, 3, 2, 1]) % vocabulary
+    alone = _logits(base.model, second)
+    packed, other = (_logits(base.model, beginning, second)[5:] for beginning in (first, first.flip(0)))
+    spread = float(alone.std())
+    if not (
+        _largest(packed - other) <= _MAX_LEAK * spread and _largest(packed - alone) <= _MAX_ERROR * spread
+    ):
+        raise TrainingError(f"in {base.name} packed examples would see each other; train with --packing off")
+
+
+def _logits(model: PreTrainedModel, *texts: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary] of texts packed into one row."""
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    inputs = (torch.cat(texts), positions)
+    token_ids, position_ids = (tensor.unsqueeze(0).to(model.device) for tensor in inputs)
+    logits: Tensor = _in_evaluation(model)(
+        input_ids=token_ids, position_ids=position_ids, use_cache=False
+    ).logits[0]
+    return logits.float()
+
+
+def _in_evaluation(model: PreTrainedModel) -> nn.Module:
+    module: nn.Module = model
+    return module.eval()
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
+
+
+def _quantization(quantize: str) -> dict[str, Any]:
+    if quantize == "none":
+        return {}
+    # Imported here: bitsandbytes looks for devices as it is imported, which only QLoRA should wait for.
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config}
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """On processors with bfloat16 instructions bitsandbytes would repack 4-bit weights at the first evaluation.
+
+    No gradient passes through repacked weights, so every step behind that evaluation would be wrong without a sign.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

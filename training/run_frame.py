@@ -1,0 +1,79 @@
+"""What surrounds the training of either stage: the work folder before it, the summary and the tidying behind it."""
+
+from __future__ import annotations
+
+import shutil
+
+from torch import nn
+
+from fusionserve.training.adaptation_trainer import TrainedRun
+from fusionserve.training.checkpoints import prepare_work_dir
+from fusionserve.training.data import TrainingData
+from fusionserve.training.evaluation import Observe, evaluate_loss
+from fusionserve.training.frozen_base import FrozenBase, check_packing
+from fusionserve.training.peak_memory import PeakMemory
+from fusionserve.training.run_identity import describe_run, identify_run
+from fusionserve.training.training_summary import FusionStatistics, TrainingSummary, last_losses
+from fusionserve.training.weight_bytes import count_parameters, weight_bytes
+from fusionserve.training_config import TrainingRun
+
+
+class RunFrame:
+    """Made once base and data are there and fit each other; `checkpoint` is where to go on from, if anywhere."""
+
+    def __init__(self, run: TrainingRun, base: FrozenBase, data: TrainingData) -> None:
+        if run.data.packing:
+            check_packing(base)
+        self._run = run
+        self._base = base
+        self._data = data
+        self._memory = PeakMemory()
+        self._base_bytes = weight_bytes(base.model)
+        identity = identify_run(run, data.digest, base.modules.fingerprint)
+        self.checkpoint = prepare_work_dir(run.checkpoints, identity, resume=run.resume)
+
+    def judge(self, model: nn.Module, observe: Observe | None = None) -> float | None:
+        """The held-out loss; without held-out rows None, and `observe` sees a batch of training rows."""
+        rows = self._run.optimization.batch_rows
+        if self._data.held_out:
+            return evaluate_loss(model, self._data.held_out, rows, observe).loss
+        evaluate_loss(model, self._data.train[:rows], rows, observe)
+        return None
+
+    def summarize(
+        self,
+        kind: str,
+        name: str,
+        model: nn.Module,
+        trained: TrainedRun,
+        held_out_loss: float | None,
+        fusion: FusionStatistics | None = None,
+    ) -> TrainingSummary:
+        """The summary of a model that has its best weights."""
+        trainable, total = count_parameters(model)
+        train_loss, before = last_losses(trained.history)
+        return TrainingSummary(
+            kind=kind,
+            name=name,
+            base_model=self._base.name,
+            settings=describe_run(self._run),
+            data=self._data.describe(),
+            steps=trained.steps,
+            best_step=trained.best_step,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            seconds=round(trained.seconds, 1),
+            peak_memory_bytes=self._memory.resident_bytes,
+            peak_device_bytes=self._memory.device_bytes,
+            base_bytes=self._base_bytes,
+            train_loss=train_loss,
+            held_out_loss=held_out_loss,
+            held_out_loss_before=before,
+            history=trained.history,
+            fusion=fusion,
+        )
+
+    def close(self) -> None:
+        """Removes the checkpoints, now that the artifact is written, unless they are wanted."""
+        if not self._run.keep_checkpoints:
+            shutil.rmtree(self._run.checkpoints, ignore_errors=True)
