@@ -238,9 +238,12 @@ class _Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {state.global_step}: lower the learning rate")
+        for name in ("loss", "eval_loss"):
+            loss = (logs or {}).get(name, 0.0)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss is {loss} at step {state.global_step}: lower the learning rate"
+                )
 
 
 def _load_trained(model: nn.Module, checkpoint: Path) -> None:

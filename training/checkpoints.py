@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from fusionserve.errors import TrainingError
@@ -36,7 +37,9 @@ def prepare_work_dir(work_dir: Path, identity: str, *, resume: bool) -> Path | N
     Raises TrainingError if checkpoints are there and it is not to resume, or they are of another run.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints = sorted(work_dir.glob(f"{_PREFIX}*"), key=_step_of)
+    checkpoints = _checkpoints_in(work_dir)
+    if checkpoints and not (work_dir / _RUN_FILE).is_file():
+        raise TrainingError(f"{work_dir} has checkpoints of another program: choose another --work-dir")
     complete = [path for path in checkpoints if (path / _MARKER).is_file()]
     if complete and not resume:
         raise TrainingError(f"{work_dir} has checkpoints: go on with --resume, or remove it to begin anew")
@@ -49,6 +52,19 @@ def prepare_work_dir(work_dir: Path, identity: str, *, resume: bool) -> Path | N
             shutil.rmtree(path)
     (work_dir / _RUN_FILE).write_text(json.dumps({"identity": identity}))
     return complete[-1] if complete else None
+
+
+def remove_work_dir(work_dir: Path) -> None:
+    """Removes the checkpoints, and the folder if nothing else is in it."""
+    for path in _checkpoints_in(work_dir):
+        shutil.rmtree(path)
+    (work_dir / _RUN_FILE).unlink(missing_ok=True)
+    with suppress(OSError):
+        work_dir.rmdir()
+
+
+def _checkpoints_in(work_dir: Path) -> list[Path]:
+    return sorted((path for path in work_dir.glob(f"{_PREFIX}*") if path.is_dir()), key=_step_of)
 
 
 def _identity_in(work_dir: Path) -> str:

@@ -39,7 +39,7 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **_quantization(quantize)
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise TrainingError(
             f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error

@@ -88,5 +88,5 @@ class FusionPenalty:
 
 
 def entropy(weights: Tensor) -> Tensor:
-    """-sum a ln a over the last axis, in nats; a weight of 0 adds 0."""
-    return -torch.xlogy(weights, weights).sum(dim=-1)
+    """-sum a ln a over the last axis, in nats; a weight of 0 adds 0, and its gradient is finite."""
+    return -(weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).sum(dim=-1)

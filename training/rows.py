@@ -119,7 +119,7 @@ def _tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     is_learned: list[bool] = []
     for i, piece in enumerate(example.pieces):
         # What opens a text when it is served opens it here; what would end it comes once, below.
-        found = tokenizer.encode(piece.text, add_special_tokens=i == 0 and not example.is_chat)
+        found = tokenizer.encode(piece.text, add_special_tokens=i == 0 and not example.is_chat, verbose=False)
         if found and i == 0 and not example.is_chat and found[-1] == tokenizer.eos_token_id:
             found = found[:-1]
         token_ids += found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+from pathlib import Path
 
 from torch import nn
 
+from fusionserve.errors import TrainingError
 from fusionserve.training.adaptation_trainer import TrainedRun
-from fusionserve.training.checkpoints import prepare_work_dir
+from fusionserve.training.checkpoints import prepare_work_dir, remove_work_dir
 from fusionserve.training.data import TrainingData
 from fusionserve.training.evaluation import Observe, evaluate_loss
 from fusionserve.training.frozen_base import FrozenBase, check_packing
@@ -17,11 +18,14 @@ from fusionserve.training.training_summary import FusionStatistics, TrainingSumm
 from fusionserve.training.weight_bytes import count_parameters, weight_bytes
 from fusionserve.training_config import TrainingRun
 
+_ARTIFACTS = ("adapter_config.json", "fusion_config.json")
+
 
 class RunFrame:
     """Made once base and data are there and fit each other; `checkpoint` is where to go on from, if anywhere."""
 
     def __init__(self, run: TrainingRun, base: FrozenBase, data: TrainingData) -> None:
+        _check_out(run.out)
         if run.data.packing:
             check_packing(base)
         self._run = run
@@ -76,4 +80,12 @@ class RunFrame:
     def close(self) -> None:
         """Removes the checkpoints, now that the artifact is written, unless they are wanted."""
         if not self._run.keep_checkpoints:
-            shutil.rmtree(self._run.checkpoints, ignore_errors=True)
+            remove_work_dir(self._run.checkpoints)
+
+
+def _check_out(out: Path) -> None:
+    """Only an artifact may be replaced: a mistyped path must not cost a folder of something else."""
+    if not out.exists() or any((out / name).is_file() for name in _ARTIFACTS):
+        return
+    if not out.is_dir() or any(out.iterdir()):
+        raise TrainingError(f"{out} is neither free nor an adapter or fusion to replace")

@@ -79,7 +79,7 @@ def _draw_weights(axes: Axes, entries: Sequence[Mapping[str, float]]) -> None:
         )
     axes.set_ylabel("mean weight, held out", color=_INK)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, labelcolor=_INK, ncols=min(4, len(names)), fontsize=9, loc="upper left")
+    axes.legend(frameon=False, labelcolor=_INK, ncols=min(6, len(names)), fontsize=9, loc="upper left")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.25 * (high - low))  # room for the names
 

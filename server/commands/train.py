@@ -1,0 +1,52 @@
+"""`fusionserve train`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+
+from fusionserve.server.command_errors import CommandError
+from fusionserve.server.commands.train_settings import (
+    ALL_ADAPTER_SETTINGS,
+    ALL_FUSION_SETTINGS,
+    to_adapter_run,
+    to_fusion_run,
+)
+from fusionserve.server.settings import CommandParser, add_settings, resolve
+
+STAGES = {
+    "adapter": ("train a LoRA adapter on a frozen base", ALL_ADAPTER_SETTINGS, to_adapter_run),
+    "fusion": ("train an AdapterFusion over frozen adapters", ALL_FUSION_SETTINGS, to_fusion_run),
+}
+OURS = "fusionserve"
+
+
+def main(argv: list[str]) -> int:
+    """Checks every setting, trains, and prints what it came to."""
+    arguments = _parser().parse_args(argv)
+    _, settings, to_run = STAGES[arguments.stage]
+    run = to_run(resolve(settings, arguments))
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it warns, as it is imported, of what it can do without
+    try:
+        # Importing torch takes seconds: it waits until the settings are checked.
+        command = importlib.import_module("fusionserve.training.command")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == OURS:
+            raise
+        raise CommandError(
+            f"{error.name} is not installed; training needs: pip install 'fusionserve[training]'"
+        ) from error
+    print(getattr(command, f"run_{arguments.stage}")(run))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="fusionserve train", description="Train an adapter or a fusion.")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, (text, settings, _) in STAGES.items():
+        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        add_settings(stage, settings)
+    return parser
