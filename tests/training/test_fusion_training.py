@@ -1,0 +1,183 @@
+"""Stage 2 trains the fusion alone, writes what the server loads, and learns which member fits."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft_adapters import adapt, save
+from tiny_training import (
+    DIGITS,
+    LETTERS,
+    adapter_run,
+    fusion_run,
+    optimization,
+    write_base,
+    write_member,
+    write_texts,
+)
+
+from fusionserve.adapters.artifact_directory import open_directory
+from fusionserve.errors import ArtifactError, TrainingError
+from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
+from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
+from fusionserve.fusion.params import FusionParams
+from fusionserve.training.adapter_reading import read_adapter
+from fusionserve.training.adapter_training import train_adapter
+from fusionserve.training.data import load_data
+from fusionserve.training.evaluation import evaluate_loss
+from fusionserve.training.frozen_base import FrozenBase, load_base
+from fusionserve.training.fusion_members import read_members
+from fusionserve.training.fusion_training import fusion_in_place, train_fusion
+from fusionserve.training.fusion_watch import FusionWatch
+from fusionserve.training.training_summary import TrainingSummary
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_base(folder / "base")
+    write_texts(folder / "both.jsonl", LETTERS, DIGITS)
+    for seed in (1, 2, 3):
+        write_member(folder / f"m{seed}", seed)
+    return folder
+
+
+def train(root: Path, members: Mapping[str, Path] | None = None, **changes: object) -> TrainingSummary:
+    members = members or {f"m{seed}": root / f"m{seed}" for seed in (1, 2)}
+    return train_fusion(fusion_run(root, root / "both.jsonl", dict(members), **changes))
+
+
+def load(directory: Path, base: FrozenBase) -> tuple[FusionConfig, FusionParams]:
+    with open_directory(directory) as opened:
+        config = in_call_order(read_fusion_config(opened), base.modules)
+        return config, read_fusion_params(opened, config, base.modules)[0]
+
+
+def test_the_fusion_learns_which_member_fits(root: Path) -> None:
+    """Members that know one kind of text each: the fusion comes close to either on its own kind."""
+    members = {}
+    for name, kind in (("letters", LETTERS), ("digits", DIGITS)):
+        data = write_texts(root / f"{name}.jsonl", kind)
+        train_adapter(adapter_run(root, data, name, optimization=optimization(30)))
+        members[name] = root / name
+    summary = train(root, members, optimization=optimization(60), scope="layer")
+    assert summary.held_out_loss is not None
+    assert summary.held_out_loss_before is not None
+    assert summary.held_out_loss < 0.75 * summary.held_out_loss_before
+
+    base = load_base(str(root / "base"))
+    config, params = load(root / "mix", base)
+    run = fusion_run(root, root / "both.jsonl", members)
+    weights = {}
+    for kind in ("letters", "digits"):
+        data = load_data(fusion_run(root, root / f"{kind}.jsonl", members).data, base.tokenizer, 0)
+        with fusion_in_place(base, config, params, read_members(run, base)) as fusion:
+            watch = FusionWatch(fusion, config.weight_names)
+            evaluate_loss(base.model, data.train, 8, watch.observe)
+            weights[kind] = watch.take().mean_weights
+    assert weights["letters"]["letters"] > weights["digits"]["letters"] + 0.2
+
+
+def test_base_and_members_are_as_before(root: Path) -> None:
+    base = load_base(str(root / "base"))
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    train_fusion(fusion_run(root, root / "both.jsonl", {"m1": root / "m1", "m2": root / "m2"}), base=base)
+    after = base.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_attentions", "num_values"),
+    [
+        ({"scope": "layer"}, 2, 0),
+        ({"scope": "module", "value": "diagonal", "member_keys": False}, 4, 4),
+        ({"value": "low_rank", "value_rank": 3, "base_member": True, "score_dropout": 0.2}, 2, 4),
+        ({"modules": ("down_proj",), "temperature": 3.0, "entropy_penalty": 0.1}, 2, 0),
+        ({"modules": ("*.layers.1.*",), "balance_penalty": 1.0}, 1, 0),
+    ],
+)
+def test_every_option_is_in_the_artifact_and_trained(
+    changes: dict[str, object], num_attentions: int, num_values: int, root: Path
+) -> None:
+    summary = train(root, out=root / "option", optimization=optimization(3), **changes)
+    config, params = load(root / "option", load_base(str(root / "base")))
+    assert (len(params.attentions), len(params.values)) == (num_attentions, num_values)
+    assert config.scope is Scope(changes.get("scope", "layer"))
+    assert config.value is ValueKind(changes.get("value", "none"))
+    assert config.member_keys is changes.get("member_keys", True)
+    assert config.temperature == changes.get("temperature", 1.0)
+    trained = sum(tensor.numel() for _, tensor in params.named_tensors())
+    assert summary.trainable_parameters == trained
+    assert summary.fusion is not None
+    assert sum(summary.fusion.mean_weights.values()) == pytest.approx(1, abs=1e-3)
+    assert list(summary.fusion.mean_weights) == list(config.weight_names)
+    for value in params.values.values():
+        assert float(value.distance_from_identity().detach()) > 0
+
+
+def test_the_written_weights_are_the_best_ones(root: Path) -> None:
+    summary = train(root, optimization=optimization(8))
+    base = load_base(str(root / "base"))
+    run = fusion_run(root, root / "both.jsonl", {"m1": root / "m1", "m2": root / "m2"})
+    config, params = load(root / "mix", base)
+    held_out = load_data(run.data, base.tokenizer, run.optimization.seed).held_out
+    with fusion_in_place(base, config, params, read_members(run, base)):
+        assert evaluate_loss(base.model, held_out, 4).loss == pytest.approx(summary.held_out_loss, rel=1e-5)
+    losses = [entry["eval_loss"] for entry in summary.history if entry.get("eval_loss") and entry["step"]]
+    assert summary.held_out_loss == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_one_member_equals_that_member(root: Path) -> None:
+    """A fusion of one adapter has nothing to choose: its loss is the adapter's."""
+    summary = train(root, {"m1": root / "m1"}, optimization=optimization(2), out=root / "one")
+    losses = {entry["eval_loss"] for entry in summary.history if "eval_loss" in entry}
+    assert max(losses) == pytest.approx(min(losses), rel=1e-5)
+    assert summary.fusion is not None
+    assert summary.fusion.entropy == 0
+
+
+def test_seeds_differ_and_repeat(root: Path) -> None:
+    first, again, other = (
+        train(root, optimization=optimization(3, seed=seed)).held_out_loss for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_the_artifact_names_no_path(root: Path) -> None:
+    train(root, optimization=optimization(2), notes={"experiment": "test"})
+    for name in ("fusion_config.json", "training_summary.json"):
+        text = (root / "mix" / name).read_text()
+        assert not re.search(r"[\"'=]/|" + re.escape(str(root)), text)
+    training = json.loads((root / "mix" / "fusion_config.json").read_text())["training"]
+    assert training["experiment"] == "test"
+    assert training["mean_weights"].keys() == {"m1", "m2"}
+
+
+def test_members_that_cannot_be_had_are_named(root: Path) -> None:
+    with pytest.raises(TrainingError, match="member gone: there is no such adapter directory"):
+        train(root, {"gone": root / "gone"})
+    with pytest.raises(
+        TrainingError, match="no member adapts a module 'v_proj'; they adapt down_proj, q_proj"
+    ):
+        train(root, modules=("v_proj",))
+    run = fusion_run(root, root / "both.jsonl", {"a": root / "m1"})
+    with pytest.raises(TrainingError, match="named twice"):
+        train_fusion(replace(run, members=run.members * 2))
+
+
+def test_a_dora_member_is_refused(root: Path) -> None:
+    base = load_base(str(root / "base"))
+    save(adapt(base.model, target_modules=["q_proj"], use_dora=True), root / "dora")
+    assert read_adapter(root / "dora", base, allow_base_mismatch=True).has_magnitudes
+    with pytest.raises(ArtifactError, match="is a DoRA"):
+        train(root, {"m1": root / "m1", "dora": root / "dora"}, allow_base_mismatch=True)

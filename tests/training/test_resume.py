@@ -1,0 +1,136 @@
+"""A run that is killed goes on from its last complete checkpoint and comes to what it would have come to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_training import (
+    DIGITS,
+    LETTERS,
+    adapter_run,
+    fusion_run,
+    optimization,
+    write_base,
+    write_member,
+    write_texts,
+)
+
+from fusionserve.errors import TrainingError
+from fusionserve.training.adapter_training import train_adapter
+from fusionserve.training.checkpoints import mark_complete, prepare_work_dir, remove_work_dir
+from fusionserve.training.fusion_training import train_fusion
+from fusionserve.training.training_summary import SUMMARY_FILE
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+)
+
+FUSIONSERVE = Path(sys.executable).with_name("fusionserve")
+SETTINGS = {
+    "steps": 60,
+    "batch-rows": 4,
+    "max-tokens": 32,
+    "d-key": 8,
+    "learning-rate": 0.02,
+    "eval-steps": 4,
+}
+SETTINGS |= {"score-dropout": 0.2}  # so that the state of the random numbers counts
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_base(folder / "base")
+    write_texts(folder / "both.jsonl", LETTERS, DIGITS)
+    for seed in (1, 2):
+        write_member(folder / f"m{seed}", seed)
+    return folder
+
+
+def start(root: Path, out: str, *flags: str) -> subprocess.Popen[bytes]:
+    """`fusionserve train fusion` in a process of its own."""
+    flags = (*flags, *(f"--{name}={value}" for name, value in SETTINGS.items()))
+    paths = ("--model", root / "base", "--data", root / "both.jsonl", "--out", root / out)
+    members = ("--member", f"m1={root / 'm1'}", "--member", f"m2={root / 'm2'}")
+    command = [
+        str(part) for part in (FUSIONSERVE, "train", "fusion", *paths, *members, "--name", "mix", *flags)
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
+    process = start(root, "killed")
+    deadline_s = time.monotonic() + 60
+    while not (root / "killed.work" / "checkpoint-8" / "complete.json").exists():
+        assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()  # type: ignore[union-attr]
+    assert not (root / "killed").exists()
+    assert not (root / "killed.work" / "checkpoint-60").exists()
+
+    resumed = start(root, "killed", "--resume")
+    printed = resumed.communicate(timeout=100)[0].decode()
+    assert resumed.returncode == 0, printed
+    config = optimization(SETTINGS["steps"], eval_steps=SETTINGS["eval-steps"])  # type: ignore[arg-type]
+    run = fusion_run(root, root / "both.jsonl", {"m1": root / "m1", "m2": root / "m2"}, score_dropout=0.2)
+    whole = train_fusion(replace(run, optimization=config, out=root / "whole"))
+    found = json.loads((root / "killed" / SUMMARY_FILE).read_text())
+    assert found["steps"] == whole.steps == 60
+    assert found["held_out_loss"] == pytest.approx(whole.held_out_loss, rel=1e-4)
+    losses = [entry["loss"] for entry in whole.history if "loss" in entry]
+    assert [entry["loss"] for entry in found["history"] if "loss" in entry] == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_run_killed_behind_its_last_step_only_writes(root: Path) -> None:
+    run = adapter_run(root, root / "both.jsonl", keep_checkpoints=True)
+    whole = train_adapter(run)
+    resumed = train_adapter(replace(run, resume=True))
+    assert resumed.steps == whole.steps
+    assert resumed.held_out_loss == whole.held_out_loss
+    assert resumed.seconds >= whole.seconds - 0.2
+    remove_work_dir(run.checkpoints)
+
+
+def test_unfinished_work_is_neither_overwritten_nor_mixed_up(root: Path) -> None:
+    run = adapter_run(root, root / "both.jsonl", "kept", keep_checkpoints=True, optimization=optimization(2))
+    train_adapter(run)
+    with pytest.raises(TrainingError, match="go on with --resume"):
+        train_adapter(run)
+    with pytest.raises(TrainingError, match="other settings or data"):
+        train_adapter(replace(run, resume=True, rank=2))
+
+
+def test_incomplete_checkpoints_do_not_count(tmp_path: Path) -> None:
+    assert prepare_work_dir(tmp_path, "a", resume=False) is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    mark_complete(tmp_path / "checkpoint-2", 1.0)
+    mark_complete(tmp_path / "checkpoint-10", 5.0)
+    assert prepare_work_dir(tmp_path, "a", resume=True) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_checkpoints_of_others_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(TrainingError, match="another program"):
+        prepare_work_dir(tmp_path, "a", resume=True)
+    assert (tmp_path / "checkpoint-5").exists()
+
+
+def test_only_checkpoints_are_removed(tmp_path: Path) -> None:
+    prepare_work_dir(tmp_path, "a", resume=False)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "mine.txt").write_text("kept")
+    remove_work_dir(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
