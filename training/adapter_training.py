@@ -19,13 +19,13 @@ from transformers import set_seed
 
 from fusionserve.adapters.base_modules import ModuleKind
 from fusionserve.adapters.lora_loader import WEIGHTS_FILE
-from fusionserve.errors import TrainingError
 from fusionserve.training.adaptation_trainer import run_training
 from fusionserve.training.adapter_reading import read_adapter
 from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.data import TrainingData, load_data
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.run_frame import RunFrame
+from fusionserve.training.target_modules import choose_targets
 from fusionserve.training.training_summary import TrainingSummary, write_summary
 from fusionserve.training_config import AdapterRun
 
@@ -67,7 +67,7 @@ def _add_lora(base: FrozenBase, run: AdapterRun) -> PeftModel:
         r=run.rank,
         lora_alpha=2 * run.rank if run.alpha is None else run.alpha,  # type: ignore[arg-type]
         lora_dropout=run.dropout,
-        target_modules=list(_targets(base, run.target_modules)),
+        target_modules=list(choose_targets(base, run.target_modules)),
         use_rslora=run.use_rslora,
         fan_in_fan_out=any(module.kind is ModuleKind.CONV1D for module in base.modules.by_path.values()),
         task_type="CAUSAL_LM",
@@ -75,18 +75,6 @@ def _add_lora(base: FrozenBase, run: AdapterRun) -> PeftModel:
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def _targets(base: FrozenBase, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Last names of modules, sorted. Raises TrainingError for one that no linear module of the layers has."""
-    kinds = (ModuleKind.LINEAR, ModuleKind.CONV1D)
-    names = {path.rpartition(".")[2] for path, module in base.modules.by_path.items() if module.kind in kinds}
-    for name in wanted:
-        if name not in names:
-            raise TrainingError(
-                f"{base.name} has no module {name!r} to adapt; it has {', '.join(sorted(names))}"
-            )
-    return tuple(sorted(wanted or names))
 
 
 def _check_servable(model: PeftModel, base: FrozenBase) -> None:
