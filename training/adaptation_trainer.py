@@ -161,6 +161,8 @@ def run_training(
         trainer.add_callback(EarlyStoppingCallback(run.optimization.patience))
     if checkpoint is None or not trainer.restore_finished(checkpoint):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Else the model would go on computing in bfloat16, and a base that is used again with it.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return TrainedRun(
         steps=trainer.state.global_step,
         seconds=trainer.seconds,
