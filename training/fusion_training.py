@@ -72,6 +72,7 @@ def fusion_in_place(
 ) -> Iterator[UnfoldedFusion]:
     """The fusion on the base, unfolded, for the block; afterwards the base is as before."""
     fusion = UnfoldedFusion(base.model, config, params, members, dropout=dropout)
+    base.model.to(base.model.device)  # type: ignore[arg-type]  # the fusion's tensors too
     try:
         yield fusion
     finally:

@@ -26,7 +26,7 @@ def draw_training(
     axes = figure.subplots(
         2 if weights else 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(weights)]
     )[:, 0]
-    figure.suptitle(title, x=0.02, ha="left", fontsize=13, color=_INK)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=13, color=_INK, parse_math=False)
     _draw_losses(axes[0], history, best_step)
     if weights:
         _draw_weights(axes[1], weights)

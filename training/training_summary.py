@@ -82,12 +82,8 @@ class TrainingSummary:
             ("peak memory", _memory(self)),
         ]
         if data["examples_cut"] or data["examples_dropped"]:
-            lines.append(
-                (
-                    "too long",
-                    f"{data['examples_cut']} examples cut, {data['examples_dropped']} of them or others left out",
-                )
-            )
+            text = f"{data['examples_cut']} examples cut, {data['examples_dropped']} left out with nothing to learn"
+            lines.append(("too long", text))
         if self.held_out_loss is not None:
             lines.append(("held out", _held_out(self.held_out_loss, self.held_out_loss_before)))
         if self.fusion is not None:

@@ -42,6 +42,12 @@ def parse_file(text: str) -> Path:
     return path
 
 
+def parse_new_folder(text: str) -> Path:
+    """A folder that need not exist, with a name."""
+    path = Path(text).expanduser()
+    return path if path.name not in ("", "..") else path.resolve()
+
+
 def parse_member(text: str) -> tuple[str, Path | None]:
     """NAME=PATH of an adapter, or the NAME of one in an adapter folder."""
     if "=" in text:
@@ -52,7 +58,7 @@ def parse_member(text: str) -> tuple[str, Path | None]:
 
 
 DATA_FILE = Kind("FILE", parse_file)
-NEW_FOLDER = Kind("DIR", lambda text: Path(text).expanduser())
+NEW_FOLDER = Kind("DIR", parse_new_folder)
 MEMBER = Kind("NAME[=PATH]", parse_member)
 SHARE = number(0, 0.9)
 PENALTY = number(0, 1e6)

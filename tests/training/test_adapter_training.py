@@ -96,6 +96,15 @@ def test_options_give_adapters_that_are_served(changes: dict[str, object], root:
     assert len(weights.modules) == (2 if run.target_modules else 14)
 
 
+def test_a_run_without_held_out_rows_writes_its_last_weights(root: Path) -> None:
+    run = run_in(root, out="last")
+    summary = train_adapter(replace(run, data=replace(run.data, held_out_share=0, packing=False)))
+    assert (summary.held_out_loss, summary.best_step, summary.data["held_out_rows"]) == (None, None, 0)
+    assert summary.data["train_rows"] == 24
+    assert "held out" not in summary.to_table()
+    assert json.loads((root / "last" / SUMMARY_FILE).read_text())["held_out_perplexity"] is None
+
+
 def test_conv1d_models_train(tmp_path: Path) -> None:
     write_base(tmp_path / "base")  # for its tokenizer
     config = GPT2Config(

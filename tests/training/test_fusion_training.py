@@ -27,13 +27,14 @@ from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fu
 from fusionserve.fusion.params import FusionParams
 from fusionserve.training.adapter_reading import read_adapter
 from fusionserve.training.adapter_training import train_adapter
-from fusionserve.training.data import load_data
+from fusionserve.training.data import load_data, read_rows
 from fusionserve.training.evaluation import evaluate_loss
 from fusionserve.training.frozen_base import FrozenBase, load_base
+from fusionserve.training.fusion_measuring import placed_fusion
 from fusionserve.training.fusion_members import read_members
 from fusionserve.training.fusion_training import fusion_in_place, train_fusion
-from fusionserve.training.fusion_watch import FusionWatch
 from fusionserve.training.training_summary import TrainingSummary
+from fusionserve.training_config import DataConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
@@ -75,15 +76,11 @@ def test_the_fusion_learns_which_member_fits(root: Path) -> None:
     assert summary.held_out_loss < 0.75 * summary.held_out_loss_before
 
     base = load_base(str(root / "base"))
-    config, params = load(root / "mix", base)
-    run = fusion_run(root, root / "both.jsonl", members)
     weights = {}
-    for kind in ("letters", "digits"):
-        data = load_data(fusion_run(root, root / f"{kind}.jsonl", members).data, base.tokenizer, 0)
-        with fusion_in_place(base, config, params, read_members(run, base)) as fusion:
-            watch = FusionWatch(fusion, config.weight_names)
-            evaluate_loss(base.model, data.train, 8, watch.observe)
-            weights[kind] = watch.take().mean_weights
+    with placed_fusion(root / "mix", base, members) as placed:
+        for kind in members:
+            rows = read_rows(root / f"{kind}.jsonl", base.tokenizer, DataConfig(max_tokens=32))
+            weights[kind] = placed.measure(rows)[1].mean_weights
     assert weights["letters"]["letters"] > weights["digits"]["letters"] + 0.2
 
 
