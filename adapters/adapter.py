@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.adapters.resident import RowPiece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +43,16 @@ class Adapter:
     def num_rows(self) -> int:
         """Rank rows it takes in the pool, the same range in every module."""
         return self.weights.max_rank
+
+    def pieces(self, path: str) -> Sequence[RowPiece]:
+        """Its rows in the module at `path`."""
+        lora = self.weights.modules.get(path)
+        return () if lora is None else (RowPiece(0, lora.shrink, lora.expand, lora.shrink_bias),)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes on the host."""
+        return self.content.nbytes
 
     @property
     def digest(self) -> str:

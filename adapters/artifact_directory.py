@@ -95,7 +95,7 @@ def open_directory(path: Path) -> ArtifactDirectory:
         raise _to_error(error, "the directory") from None
 
 
-def list_adapter_names(root: Path) -> tuple[str, ...]:
+def list_artifact_names(root: Path, config_file: str) -> tuple[str, ...]:
     """The sorted names of the directories in `root` that have a valid name and a configuration file.
 
     Raises NotFoundError or UnavailableError if `root` cannot be read.
@@ -105,16 +105,20 @@ def list_adapter_names(root: Path) -> tuple[str, ...]:
             entries = list(os.scandir(directory._descriptor))
         except OSError as error:
             raise _to_error(error, "the directory") from None
-        return tuple(sorted(entry.name for entry in entries if _may_be_adapter(entry, directory._descriptor)))
+        return tuple(
+            sorted(
+                entry.name for entry in entries if _may_be_artifact(entry, directory._descriptor, config_file)
+            )
+        )
 
 
-def _may_be_adapter(entry: os.DirEntry[str], root_descriptor: int) -> bool:
+def _may_be_artifact(entry: os.DirEntry[str], root_descriptor: int, config_file: str) -> bool:
     if not is_name(entry.name):
         return False
     try:
         if not entry.is_dir(follow_symlinks=False):
             return False
-        config = os.stat(f"{entry.name}/{CONFIG_FILE}", dir_fd=root_descriptor, follow_symlinks=False)
+        config = os.stat(f"{entry.name}/{config_file}", dir_fd=root_descriptor, follow_symlinks=False)
     except OSError:
         return False
     return stat.S_ISREG(config.st_mode)

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fusionserve.adapters.base_fingerprint import base_fingerprint
+
 
 class ModuleKind(Enum):
     """How a module applies its weight; LM_HEAD is a LINEAR that also may be replaced as a whole."""
@@ -59,6 +61,7 @@ class BaseModules:
     num_layers: int
     is_tied: bool
     by_path: Mapping[str, BaseModule]
+    fingerprint: str = ""  # of the base's weights, see base_fingerprint.py
 
     @property
     def embedding(self) -> BaseModule | None:
@@ -91,6 +94,7 @@ def describe_base_modules(model: PreTrainedModel, *, model_name: str = "") -> Ba
         num_layers=config.num_hidden_layers,
         is_tied=head is not None and head.weight is embedding.weight,
         by_path=MappingProxyType({module.path: module for module in _list_modules(model)}),
+        fingerprint=base_fingerprint(model),
     )
 
 

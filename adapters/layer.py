@@ -1,6 +1,6 @@
 """The layers that stand in for the base's: they run the base module and add what the batch's rows say.
 
-    y = W0 x + b0 + sum_i c_i s_i B_i A_i x
+    y = W0 x + b0 + sum_i c_i s_i B_i A_i x      c_i given by the request, or by a fusion's attention
 
 A row plan is read from a cell, because a transformers module can only be handed its input. A base-only batch costs one
 attribute look-up and one comparison per module.
@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Module):
         """x [..., num_tokens, d_in] -> [..., num_tokens, d_out]."""
         output: Tensor = self.base(x)
         plan = self._cell.plan
-        if plan.spans or plan.whole_modules:
+        if not plan.is_empty:
             self._adapt_(x.reshape(-1, x.shape[-1]), output.view(-1, output.shape[-1]), plan)
         return output
 
@@ -59,6 +59,9 @@ class AdaptedLinear(nn.Module):
                 )
         if not self._rows.is_empty:
             _add_low_rank_(self._rows, x, y, plan)
+            rows = self._rows.shrink_rows, self._rows.shrink_bias, self._rows.expand_rows
+            for fused in plan.fused:
+                fused.add_(self._path, x, y, *rows)
         for tokens in plan.whole_modules:
             self._scale_columns_(y[tokens.start : tokens.end], tokens.whole_module)
 
@@ -90,7 +93,7 @@ class AdaptedEmbedding(nn.Module):
         """token_ids [..., num_tokens] -> [..., num_tokens, hidden]."""
         output: Tensor = self.base(token_ids)
         plan = self._cell.plan
-        if plan.spans or plan.whole_modules:
+        if not plan.is_empty:
             self._adapt_(token_ids.reshape(-1), output.view(-1, output.shape[-1]), plan)
         return output
 

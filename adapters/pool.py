@@ -1,18 +1,19 @@
 """The adapter pool: rank rows of A and B for every adapted module, on the device that computes.
 
-An adapter has the same row range in every module, so a batch's rows are planned once per step and not once per module.
-A module gets its tensors when the first adapter that touches it is activated.
+A resident, an adapter or a fusion, has the same row range in every module, so a batch's rows are planned once per step
+and not once per module. A module gets its tensors when the first resident that touches it is activated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
-from fusionserve.adapters.lora_weights import ModuleLoRA
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
+from fusionserve.adapters.resident import Resident, RowPiece
 
 
 class ModuleRows:
@@ -31,20 +32,22 @@ class ModuleRows:
         """True if no adapter has touched this module so far."""
         return self.shrink_bias.numel() == 0
 
-    def write(self, start: int, num_rows: int, lora: ModuleLoRA | None) -> None:
-        """Sets rows [start, start + num_rows) to the adapter's, zeros where its rank here is smaller or None."""
+    def write(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
+        """Sets rows [start, start + num_rows) to the pieces, zeros where there are none."""
         if self.is_empty:
-            if lora is None:
+            if not pieces:
                 return
             self._allocate()
-        rank = 0 if lora is None else lora.shrink.shape[0]
-        rows, rest = slice(start, start + rank), slice(start + rank, start + num_rows)
-        if lora is not None:
-            self.shrink_rows[rows] = lora.shrink
-            self.expand_rows[rows] = lora.expand
-            self.shrink_bias[rows] = 0 if lora.shrink_bias is None else lora.shrink_bias.to(self._like)
         for tensor in self._tensors:
-            tensor[rest] = 0
+            tensor[start : start + num_rows] = 0
+        for piece in pieces:
+            first = start + piece.offset
+            rows = slice(first, first + piece.shrink.shape[0])
+            self.shrink_rows[rows] = piece.shrink
+            if piece.expand is not None:
+                self.expand_rows[rows] = piece.expand
+            if piece.shrink_bias is not None:
+                self.shrink_bias[rows] = piece.shrink_bias
 
     def move(self, source: int, target: int, num_rows: int) -> None:
         """Copies rows down; the ranges may overlap."""
@@ -84,7 +87,7 @@ class AdapterPool:
                 for rows in self._rows.values():
                     rows.move(change.source, change.target, change.num_rows)
             else:
-                self._write(change.adapter, change.start)
+                self._write(change.resident, change.start)
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +95,6 @@ class AdapterPool:
         tensors = [t for r in self._rows.values() for t in (r.shrink_rows, r.shrink_bias, r.expand_rows)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _write(self, adapter: Adapter, start: int) -> None:
+    def _write(self, resident: Resident, start: int) -> None:
         for path, rows in self._rows.items():
-            rows.write(start, adapter.num_rows, adapter.weights.modules.get(path))
+            rows.write(start, resident.num_rows, resident.pieces(path))

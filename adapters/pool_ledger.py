@@ -1,4 +1,4 @@
-"""The book-keeping of the adapter pool: which adapter owns which rank rows. Integers only; `pool.py` holds the tensors.
+"""The book-keeping of the adapter pool: who owns which rank rows. Integers only; `pool.py` holds the tensors.
 
 Capacity is counted in rank rows, so an adapter of rank 8 costs an eighth of one of rank 64. An adapter in use (with at
 least one hold) is never evicted or overwritten; idle ones stay until their rows are needed, least recently used first.
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fusionserve import metrics
-from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.resident import Resident
 
 
 @dataclass(frozen=True, slots=True)
 class WriteRows:
-    """Copy the adapter's weights to the rows from `start`."""
+    """Copy the resident's weights to the rows from `start`."""
 
-    adapter: Adapter
+    resident: Resident
     start: int
 
 
@@ -35,14 +35,14 @@ PoolChange = WriteRows | MoveRows
 
 
 @dataclass(slots=True)
-class _Resident:
-    adapter: Adapter
+class _Place:
+    resident: Resident
     start: int
     num_holds: int = 0
 
     @property
     def end(self) -> int:
-        return self.start + self.adapter.num_rows
+        return self.start + self.resident.num_rows
 
 
 class PoolLedger:
@@ -50,53 +50,53 @@ class PoolLedger:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._residents: OrderedDict[int, _Resident] = OrderedDict()  # by uid, least recently used first
+        self._places: OrderedDict[int, _Place] = OrderedDict()  # by uid, least recently used first
         self._changes: list[PoolChange] = []
 
     @property
     def num_used(self) -> int:
-        """Rank rows that hold an adapter, idle ones included."""
-        return sum(resident.adapter.num_rows for resident in self._residents.values())
+        """Rank rows that are taken, idle residents included."""
+        return sum(place.resident.num_rows for place in self._places.values())
 
     @property
     def resident_uids(self) -> frozenset[int]:
-        """The uids of all adapters in the pool."""
-        return frozenset(self._residents)
+        """The uids of all that is in the pool."""
+        return frozenset(self._places)
 
-    def hold(self, adapters: Sequence[Adapter]) -> bool:
-        """Makes `adapters` resident and holds each once; or, for lack of room, changes nothing and returns False."""
-        missing = {adapter.uid: adapter for adapter in adapters if adapter.uid not in self._residents}
-        needed = sum(adapter.num_rows for adapter in missing.values())
-        if needed > self.capacity - self._num_rows_kept({adapter.uid for adapter in adapters}):
+    def hold(self, residents: Sequence[Resident]) -> bool:
+        """Makes `residents` resident and holds each once; or, for lack of room, changes nothing and returns False."""
+        missing = {resident.uid: resident for resident in residents if resident.uid not in self._places}
+        needed = sum(resident.num_rows for resident in missing.values())
+        if needed > self.capacity - self._num_rows_kept({resident.uid for resident in residents}):
             return False
-        for adapter in adapters:  # first, so that making room for one never evicts another
-            if adapter.uid not in missing:
-                self._touch(adapter.uid)
-        for adapter in adapters:  # one that is named twice is placed once and held twice
-            if adapter.uid in missing:
-                if adapter.uid not in self._residents:
-                    self._place(adapter)
-                self._touch(adapter.uid)
+        for resident in residents:  # first, so that making room for one never evicts another
+            if resident.uid not in missing:
+                self._touch(resident.uid)
+        for resident in residents:  # one that is named twice is placed once and held twice
+            if resident.uid in missing:
+                if resident.uid not in self._places:
+                    self._place(resident)
+                self._touch(resident.uid)
         return True
 
-    def release(self, adapters: Iterable[Adapter]) -> None:
-        """Ends one hold on each of `adapters`."""
-        for adapter in adapters:
-            resident = self._residents[adapter.uid]
-            assert resident.num_holds > 0, f"adapter {adapter.name} is released more often than held"
-            resident.num_holds -= 1
+    def release(self, residents: Iterable[Resident]) -> None:
+        """Ends one hold on each of `residents`."""
+        for resident in residents:
+            place = self._places[resident.uid]
+            assert place.num_holds > 0, f"{resident.name} is released more often than held"
+            place.num_holds -= 1
 
     def forget(self, uid: int) -> None:
-        """Frees the rows of an adapter that nobody holds; unknown uids are fine."""
-        resident = self._residents.get(uid)
-        if resident is None:
+        """Frees the rows of a resident that nobody holds; unknown uids are fine."""
+        place = self._places.get(uid)
+        if place is None:
             return
-        assert resident.num_holds == 0, f"adapter {resident.adapter.name} is forgotten while held"
+        assert place.num_holds == 0, f"{place.resident.name} is forgotten while held"
         self._remove(uid)
 
-    def start_of(self, adapter: Adapter) -> int:
-        """First rank row of a resident adapter."""
-        return self._residents[adapter.uid].start
+    def start_of(self, resident: Resident) -> int:
+        """First rank row of a resident."""
+        return self._places[resident.uid].start
 
     def take_changes(self) -> tuple[PoolChange, ...]:
         """What must be copied, in order; each change is handed out once."""
@@ -106,54 +106,54 @@ class PoolLedger:
 
     def repeat_writes(self) -> None:
         """Has every resident copied again: changes handed out before may not have been carried out."""
-        self._changes = [WriteRows(resident.adapter, resident.start) for resident in self._residents.values()]
+        self._changes = [WriteRows(place.resident, place.start) for place in self._places.values()]
 
     def check_integrity(self, num_holds: int | None = None) -> None:
         """Asserts that no rows overlap, and that there are `num_holds` holds in all if given."""
         end = 0
-        for resident in self._in_order():
-            assert resident.start >= end, "rank rows overlap"
-            end = resident.end
+        for place in self._in_order():
+            assert place.start >= end, "rank rows overlap"
+            end = place.end
         assert end <= self.capacity, "rank rows past the end"
         if num_holds is not None:
-            assert sum(r.num_holds for r in self._residents.values()) == num_holds, "holds do not add up"
+            assert sum(place.num_holds for place in self._places.values()) == num_holds, "holds do not add up"
 
     def _touch(self, uid: int) -> None:
-        self._residents[uid].num_holds += 1
-        self._residents.move_to_end(uid)
+        self._places[uid].num_holds += 1
+        self._places.move_to_end(uid)
 
     def _num_rows_kept(self, wanted: set[int]) -> int:
         """Rows that cannot be evicted while `wanted` is made resident."""
-        kept = (r for uid, r in self._residents.items() if r.num_holds > 0 or uid in wanted)
-        return sum(resident.adapter.num_rows for resident in kept)
+        kept = (place for uid, place in self._places.items() if place.num_holds > 0 or uid in wanted)
+        return sum(place.resident.num_rows for place in kept)
 
-    def _place(self, adapter: Adapter) -> None:
-        start = self._find_gap(adapter.num_rows)
+    def _place(self, resident: Resident) -> None:
+        start = self._find_gap(resident.num_rows)
         while start is None and self._evict_one():
-            start = self._find_gap(adapter.num_rows)
+            start = self._find_gap(resident.num_rows)
         if start is None:
             self._compact()
-            start = self._find_gap(adapter.num_rows)
+            start = self._find_gap(resident.num_rows)
         assert start is not None, "room was counted before placing"
-        self._residents[adapter.uid] = _Resident(adapter, start)
-        self._changes.append(WriteRows(adapter, start))
+        self._places[resident.uid] = _Place(resident, start)
+        self._changes.append(WriteRows(resident, start))
 
     def _find_gap(self, num_rows: int) -> int | None:
         """The lowest start of `num_rows` free rows in a row, so that adapters in use lie close together."""
         start = 0
-        for resident in self._in_order():
-            if resident.start - start >= num_rows:
+        for place in self._in_order():
+            if place.start - start >= num_rows:
                 return start
-            start = resident.end
+            start = place.end
         return start if self.capacity - start >= num_rows else None
 
-    def _in_order(self) -> list[_Resident]:
-        """All residents by their place; one without rank rows comes before the rows at its start."""
-        return sorted(self._residents.values(), key=lambda resident: (resident.start, resident.end))
+    def _in_order(self) -> list[_Place]:
+        """All places in order; one without rank rows comes before the rows at its start."""
+        return sorted(self._places.values(), key=lambda place: (place.start, place.end))
 
     def _evict_one(self) -> bool:
-        for uid, resident in self._residents.items():
-            if resident.num_holds == 0:
+        for uid, place in self._places.items():
+            if place.num_holds == 0:
                 self._remove(uid)
                 metrics.ADAPTER_EVICTIONS.labels("device").inc()
                 return True
@@ -161,14 +161,14 @@ class PoolLedger:
 
     def _remove(self, uid: int) -> None:
         """Drops a resident; a write that was not yet handed out goes with it."""
-        del self._residents[uid]
-        self._changes = [c for c in self._changes if not (isinstance(c, WriteRows) and c.adapter.uid == uid)]
+        del self._places[uid]
+        self._changes = [c for c in self._changes if not (isinstance(c, WriteRows) and c.resident.uid == uid)]
 
     def _compact(self) -> None:
         """Moves every resident down to close the gaps."""
         start = 0
-        for resident in self._in_order():
-            if resident.start != start:
-                self._changes.append(MoveRows(resident.start, start, resident.adapter.num_rows))
-                resident.start = start
-            start = resident.end
+        for place in self._in_order():
+            if place.start != start:
+                self._changes.append(MoveRows(place.start, start, place.resident.num_rows))
+                place.start = start
+            start = place.end

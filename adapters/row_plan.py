@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.fused_tokens import FusedTokens
 
 # Measured on two cores in units of one token by one rank row of a 2,048-wide pair of A and B (about 40 ns):
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
@@ -61,11 +62,17 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What the adapted layers need to know of a batch: spans, and the tokens with whole-module changes."""
+    """What the adapted layers need to know of a batch: spans, fused tokens, and tokens with whole-module changes."""
 
     num_tokens: int
     spans: tuple[Span, ...] = ()
+    fused: tuple[FusedTokens, ...] = ()
     whole_modules: tuple[WholeModuleTokens, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """True if every token is the base's."""
+        return not (self.spans or self.fused or self.whole_modules)
 
 
 EMPTY_PLAN = RowPlan(num_tokens=0)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.store import AdapterStore
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import CapacityError, InvalidRequestError, PreconditionError
-from fusionserve.generation import GenerateParams, Prompt
+from fusionserve.fusion.fusion import Fusion
+from fusionserve.fusion.store import FusionStore
+from fusionserve.generation import Adaptation, GenerateParams, Prompt
 
 
 class Admission:
@@ -23,6 +27,7 @@ class Admission:
         self,
         tokenizer: Tokenizer,
         store: AdapterStore,
+        fusions: FusionStore,
         *,
         vocab_size: int,
         max_context_tokens: int,
@@ -31,6 +36,7 @@ class Admission:
     ) -> None:
         self._tokenizer = tokenizer
         self._store = store
+        self._fusions = fusions
         self._vocab_size = vocab_size
         self._max_context_tokens = max_context_tokens
         self._default_max_new_tokens = default_max_new_tokens
@@ -51,11 +57,11 @@ class Admission:
                 "stop strings need a tokenizer, and this model has none", reason="NO_TOKENIZER"
             )
         max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
-        adapters = await self._lease(params)
+        adaptation = await self._lease(params.adaptation)
         generation = Generation(
             params=params,
             prompt_token_ids=prompt_ids,
-            adapters=adapters,
+            adaptation=adaptation,
             max_new_tokens=max_new_tokens,
             seed=secrets.randbits(63) if params.sampling.seed is None else params.sampling.seed,
             arrival_s=arrival_s,
@@ -123,20 +129,30 @@ class Admission:
             )
         return granted
 
-    async def _lease(self, params: GenerateParams) -> tuple[Adapter, ...]:
-        """Leases every adapter of the request, or none of them."""
-        adapters = await self._store.lease([term.name for term in params.adaptation.terms])
+    async def _lease(self, wanted: Adaptation) -> LeasedAdaptation:
+        """Leases every adapter of the request, or the fusion, or nothing at all."""
+        if wanted.kind == "fusion":
+            return await self._lease_fusion(wanted)
+        adapters = await self._store.lease([term.name for term in wanted.terms])
         try:
-            self._check_adaptation(params, adapters)
+            self._check_adapters(wanted, adapters)
         except BaseException:
             self._store.registry.release(adapters)
             raise
-        return adapters
+        return LeasedAdaptation(wanted.kind, adapters, tuple(term.scale for term in wanted.terms))
 
-    def _check_adaptation(self, params: GenerateParams, adapters: tuple[Adapter, ...]) -> None:
-        adaptation = params.adaptation
-        for term, adapter in zip(adaptation.terms, adapters, strict=True):
-            if adaptation.kind == "blend" and not adapter.weights.is_low_rank_only:
+    async def _lease_fusion(self, wanted: Adaptation) -> LeasedAdaptation:
+        (fusion,) = await self._fusions.lease([wanted.fusion])
+        try:
+            excluded = _excluded_members(fusion, wanted.excluded_members)
+        except BaseException:
+            self._fusions.registry.release((fusion,))
+            raise
+        return LeasedAdaptation(wanted.kind, fusion=fusion, excluded=excluded)
+
+    def _check_adapters(self, wanted: Adaptation, adapters: tuple[Adapter, ...]) -> None:
+        for term, adapter in zip(wanted.terms, adapters, strict=True):
+            if wanted.kind == "blend" and not adapter.weights.is_low_rank_only:
                 raise PreconditionError(
                     f"adapter {adapter.name} cannot take part in a blend: DoRA and whole saved modules do not add up",
                     reason="BLEND_UNSUPPORTED",
@@ -164,3 +180,24 @@ class Admission:
             include_stop=stopping.include_stop,
         )
         return Request(generation, index, text)
+
+
+def _excluded_members(fusion: Fusion, names: Sequence[str]) -> frozenset[int]:
+    """Indices of the members a request leaves out. Raises InvalidRequestError for a stranger, or if none is left."""
+    members = [member.name for member in fusion.config.members]
+    for name in names:
+        if name not in members:
+            raise InvalidRequestError(
+                f"fusion {fusion.name} has no member {name}",
+                field="fusion.excluded_members",
+                reason="UNKNOWN_MEMBER",
+                metadata={"fusion": fusion.name, "member": name},
+            )
+    if set(names) >= set(members):
+        raise InvalidRequestError(
+            "every member of the fusion is excluded",
+            field="fusion.excluded_members",
+            reason="NO_MEMBER_LEFT",
+            metadata={"fusion": fusion.name},
+        )
+    return frozenset(members.index(name) for name in names)

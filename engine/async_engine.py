@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from itertools import count
 
-from fusionserve import metrics
-from fusionserve.adapter_status import AdapterStatus
+from fusionserve.adapter_status import AdapterStatus, FusionStatus
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.dora import column_scales
 from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
-from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.adapters.registry import AdapterRegistry
+from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.config import EngineConfig
 from fusionserve.engine.admission import Admission
 from fusionserve.engine.base_model import BaseModel, load_base_model
-from fusionserve.engine.block_pool import BlockPool
-from fusionserve.engine.engine import Engine, Output
+from fusionserve.engine.engine import Output
+from fusionserve.engine.engine_build import build_engine
 from fusionserve.engine.engine_thread import EngineThread
+from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.generation_stream import GenerationStream
-from fusionserve.engine.model_runner import ModelRunner, num_cache_blocks
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation
-from fusionserve.engine.scheduler import Scheduler, SchedulerLimits
 from fusionserve.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -35,6 +35,10 @@ from fusionserve.errors import (
     StartupError,
     UnavailableError,
 )
+from fusionserve.fusion.fusion import Fusion
+from fusionserve.fusion.loader import FusionPolicy
+from fusionserve.fusion.registry import FusionRegistry
+from fusionserve.fusion.store import FusionStore
 from fusionserve.generation import (
     GenerateParams,
     GenerationEvent,
@@ -44,7 +48,7 @@ from fusionserve.generation import (
     StoppingCriteria,
     TokenPrompt,
 )
-from fusionserve.metrics import AdapterLabels
+from fusionserve.metrics import AdapterLabels, FusionLabels
 from fusionserve.model_info import ModelInfo
 
 _QUEUE_RETRY_S = 1.0
@@ -71,17 +75,36 @@ class AsyncEngine:
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
         )
-        registry = AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone)
-        self._store = AdapterStore(registry, config.adapter_dirs, self._load_content)
+        self._fusion_labels = FusionLabels(adapter_labels.limit)
+        uids = count(1)
+        registry = AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids)
+        self._store = AdapterStore(
+            registry, config.adapter_dirs, self._load_content, lambda name: self._fusions.holds(name)
+        )
+        self._fusions = FusionStore(
+            FusionRegistry(config.fusion_host_bytes, self._on_fusion_gone, uids),
+            config.fusion_dirs,
+            self._store,
+            base.modules,
+            FusionPolicy(
+                dtype=base.dtype,
+                budget_bytes=config.fusion_host_bytes,
+                max_rows=config.adapter_pool_ranks,
+                allow_base_mismatch=config.allow_base_mismatch,
+            ),
+        )
         self._admission = Admission(
             base.tokenizer,
             self._store,
+            self._fusions,
             vocab_size=base.vocab_size,
             max_context_tokens=base.max_context_tokens,
             default_max_new_tokens=config.default_max_new_tokens,
             pool_ranks=config.adapter_pool_ranks,
         )
-        self.engine = _build_engine(config, base, registry, adapter_labels)
+        self.engine = build_engine(
+            config, base, self._release, adapter_labels, FusionMetrics(self._fusion_labels)
+        )
         self._thread = EngineThread(self.engine, self._deliver_soon, self._die_soon)
 
     @classmethod
@@ -102,6 +125,11 @@ class AsyncEngine:
                 await self._store.load_from(name, directory)
             except FusionServeError as error:
                 raise StartupError(f"adapter {name}: {error.message}", reason=error.reason) from error
+        for name, directory in self._config.fusions:
+            try:
+                await self._fusions.load_from(name, directory)
+            except FusionServeError as error:
+                raise StartupError(f"fusion {name}: {error.message}", reason=error.reason) from error
         await self._warm_up()
 
     async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
@@ -155,7 +183,7 @@ class AsyncEngine:
 
     async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
         """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
-        return await self._store.unload(name, self._abort_users if force else _leave_alone)
+        return await self._store.unload(name, self._abort_users_of("adapter") if force else _leave_alone)
 
     async def get_adapter(self, name: str) -> AdapterStatus:
         """The adapter, loaded or on disk. Raises NotFoundError."""
@@ -164,6 +192,23 @@ class AsyncEngine:
     async def list_adapters(self) -> list[AdapterStatus]:
         """All adapters, loaded or on disk, by name."""
         return await self._store.statuses(self.engine.scheduler.ledger.resident_uids)
+
+    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+        """Loads from under the fusion folders, and the members with it; returns when requests may use the fusion."""
+        await self._fusions.load(name, path, pin=pin, replace=replace)
+        return await self.get_fusion(name)
+
+    async def unload_fusion(self, name: str, *, force: bool) -> FusionStatus:
+        """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
+        return await self._fusions.unload(name, self._abort_users_of("fusion") if force else _leave_alone)
+
+    async def get_fusion(self, name: str) -> FusionStatus:
+        """The fusion, loaded or on disk. Raises NotFoundError."""
+        return await self._fusions.status(name, self.engine.scheduler.ledger.resident_uids)
+
+    async def list_fusions(self) -> list[FusionStatus]:
+        """All fusions, loaded or on disk, by name."""
+        return await self._fusions.statuses(self.engine.scheduler.ledger.resident_uids)
 
     async def wait_failed(self) -> None:
         """Returns when the engine thread has died, never otherwise."""
@@ -188,6 +233,7 @@ class AsyncEngine:
         self._is_closed = True
         self._end_streams(_shutting_down())
         self._admission.close()
+        await self._fusions.close(_LAST_WORDS_S)
         await self._store.close(_LAST_WORDS_S)
 
     @contextmanager
@@ -213,7 +259,7 @@ class AsyncEngine:
         except TimeoutError:
             raise DeadlineError("the deadline passed before the request was admitted") from None
         if self._failed.is_set() or self._is_closed:  # nobody is left to run it or to end its stream
-            self._store.registry.release(generation.adapters)
+            self._release(generation.adaptation)
             raise _engine_failed() if self._failed.is_set() else _shutting_down()
         return generation
 
@@ -256,19 +302,34 @@ class AsyncEngine:
         )
         return AdapterContent(weights, column_scales(weights, base.base_weight))
 
-    def _abort_users(self, adapter: Adapter) -> None:
-        error = AbortedError(
-            f"adapter {adapter.name} was unloaded",
-            reason="ADAPTER_UNLOADED",
-            metadata={"adapter": adapter.name},
-        )
-        self._thread.post(lambda engine: engine.abort_adapter(adapter, error))
+    def _abort_users_of(self, noun: str) -> Callable[[Resident], None]:
+        def abort(resident: Resident) -> None:
+            error = AbortedError(
+                f"{noun} {resident.name} was unloaded",
+                reason=f"{noun.upper()}_UNLOADED",
+                metadata={noun: resident.name},
+            )
+            self._thread.post(lambda engine: engine.abort_users(resident, error))
+
+        return abort
+
+    def _release(self, adaptation: LeasedAdaptation) -> None:
+        """Ends the leases of a request; on any thread."""
+        self._store.registry.release(adaptation.adapters)
+        if adaptation.fusion is not None:
+            self._fusions.registry.release((adaptation.fusion,))
 
     def _on_adapter_gone(self, adapter: Adapter) -> None:
         # Unloaded or evicted, not replaced. Its requests, which count under the label, have ended before.
         if self._store.registry.get(adapter.name) is None:
             self._adapter_labels.drop(adapter.name)
-        self._thread.post(lambda engine: engine.forget_adapter(adapter.uid))
+        self._thread.post(lambda engine: engine.forget(adapter.uid))
+
+    def _on_fusion_gone(self, fusion: Fusion) -> None:
+        if self._fusions.registry.get(fusion.name) is None:
+            self._fusion_labels.drop(fusion.name)
+        self._fusions.release_members(fusion)
+        self._thread.post(lambda engine: engine.forget(fusion.uid))
 
     def _deliver_soon(self, outputs: list[Output]) -> None:
         self._loop.call_soon_threadsafe(self._deliver, outputs)
@@ -312,35 +373,5 @@ def _shutting_down() -> UnavailableError:
     return UnavailableError("the server is shutting down", reason="DRAINING")
 
 
-def _leave_alone(adapter: Adapter) -> None:
-    """What an unload without force does to the adapter's requests."""
-
-
-def _build_engine(
-    config: EngineConfig, base: BaseModel, registry: AdapterRegistry, adapter_labels: AdapterLabels
-) -> Engine:
-    num_blocks = num_cache_blocks(
-        base,
-        block_size=config.block_size,
-        budget_bytes=config.kv_cache_bytes,
-        max_requests=config.max_batch_requests,
-    )
-    metrics.KV_BLOCKS.set(num_blocks)
-    metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
-    limits = SchedulerLimits(
-        max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
-    )
-    scheduler = Scheduler(
-        BlockPool(num_blocks, config.block_size),
-        PoolLedger(config.adapter_pool_ranks),
-        limits,
-        enable_prefix_cache=config.enable_prefix_cache,
-    )
-    return Engine(
-        scheduler,
-        ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks),
-        eos_token_ids=base.eos_token_ids,
-        release_leases=registry.release,
-        token_text=base.tokenizer.text_of,
-        adapter_labels=adapter_labels,
-    )
+def _leave_alone(resident: Resident) -> None:
+    """What an unload without force does to the requests of an adapter or a fusion."""

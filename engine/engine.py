@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from fusionserve import metrics
-from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.resident import Resident
+from fusionserve.engine.fusion_metrics import FusionMetrics
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request, RequestStatus
 from fusionserve.engine.sampler import Logprobs
@@ -18,6 +20,8 @@ from fusionserve.errors import ArtifactError, DeadlineError, FusionServeError, I
 from fusionserve.generation import (
     Candidate,
     FinishReason,
+    FusionWeightDetail,
+    FusionWeights,
     GenerationChunk,
     GenerationEvent,
     GenerationFinished,
@@ -49,7 +53,7 @@ class Output:
 class Engine:
     """Holds every generation between its admission and its one terminal event.
 
-    `release_leases` gives adapters back to the host registry; `token_text` shows one token for log-probabilities.
+    `release_leases` gives an adaptation back to the host registries; `token_text` shows one token of a report.
     """
 
     def __init__(
@@ -58,9 +62,10 @@ class Engine:
         runner: Runner,
         *,
         eos_token_ids: frozenset[int],
-        release_leases: Callable[[Sequence[Adapter]], None],
+        release_leases: Callable[[LeasedAdaptation], None],
         token_text: Callable[[int], str],
         adapter_labels: metrics.AdapterLabels,
+        fusion_metrics: FusionMetrics,
     ) -> None:
         self.scheduler = scheduler
         self._runner = runner
@@ -68,6 +73,7 @@ class Engine:
         self._release_leases = release_leases
         self._token_text = token_text
         self._adapter_labels = adapter_labels
+        self._fusion_metrics = fusion_metrics
         self._generations: set[Generation] = set()
         self._outputs: list[Output] = []
         self.is_stalled = False  # the last step computed nothing although requests wait
@@ -83,6 +89,8 @@ class Engine:
         metrics.PROMPT_TOKENS.inc(len(generation.prompt_token_ids))
         for adapter in generation.adapters:
             metrics.ADAPTER_REQUESTS.labels(self._adapter_labels.label(adapter.name)).inc()
+        if generation.adaptation.fusion is not None:
+            self._fusion_metrics.count_request(generation.adaptation.fusion)
         for request in generation.requests:
             self.scheduler.add(request)
 
@@ -91,9 +99,9 @@ class Engine:
         if generation in self._generations:
             self._finish(generation, None)
 
-    def abort_adapter(self, adapter: Adapter, error: FusionServeError) -> None:
-        """Ends every request that uses this version of an adapter with `error`."""
-        for generation in [g for g in self._generations if adapter in g.adapters]:
+    def abort_users(self, resident: Resident, error: FusionServeError) -> None:
+        """Ends every request that uses this version of an adapter or a fusion with `error`."""
+        for generation in [g for g in self._generations if resident in g.adaptation.residents]:
             self._finish(generation, error)
 
     def abort_all(self, error: FusionServeError) -> None:
@@ -101,7 +109,7 @@ class Engine:
         for generation in list(self._generations):
             self._finish(generation, error)
 
-    def forget_adapter(self, uid: int) -> None:
+    def forget(self, uid: int) -> None:
         """Frees the pool rows of a version that the host has let go; the last lease has ended before."""
         self.scheduler.ledger.forget(uid)
         self._measure_holdings()
@@ -164,6 +172,7 @@ class Engine:
         self._emit_started_once(request.generation)
         self.scheduler.advance(result.chunk)
         self._record_prompt_logprobs(result)
+        self._record_fusion_weights(result)
         if not result.is_finite:
             self._finish(request.generation, _not_finite())
         elif result.token_id is not None:
@@ -179,7 +188,7 @@ class Engine:
         self._emit(
             generation,
             GenerationStarted(
-                request_id=generation.request_id, usage=usage, adaptation=generation.resolved_adaptation
+                request_id=generation.request_id, usage=usage, adaptation=generation.adaptation.resolve()
             ),
         )
 
@@ -188,6 +197,15 @@ class Engine:
         recorded = result.chunk.request.generation.prompt_logprobs
         num_known = max(0, len(recorded) - result.chunk.start)
         recorded += [self._to_token_logprobs(logprobs) for logprobs in result.prompt_logprobs[num_known:]]
+
+    def _record_fusion_weights(self, result: ChunkResult) -> None:
+        request, weights = result.chunk.request, result.fusion_weights
+        fusion = request.generation.adaptation.fusion
+        if fusion is None or weights is None:
+            return
+        self._fusion_metrics.count_tokens(fusion, weights)
+        if request.reports_fusion_weights:
+            request.fusion_report.add(weights, result.chunk.start)
 
     def _accept_token(self, request: Request, token_id: int, logprobs: Logprobs | None, now_s: float) -> None:
         stopping = request.generation.params.stopping
@@ -244,7 +262,7 @@ class Engine:
         for request in generation.requests:
             if not request.is_finished:
                 self.scheduler.remove(request)
-        self._release_leases(generation.adapters)
+        self._release_leases(generation.adaptation)
         metrics.REQUEST_SECONDS.observe(time.monotonic() - generation.arrival_s)
         self._measure_holdings()
         if last is not None:
@@ -260,10 +278,15 @@ class Engine:
         token_ids = tuple(request.generated_ids[request.num_told_tokens :])
         if not token_ids and not text:
             return
+        is_told = request.generation.params.output.fusion_weights is FusionWeightDetail.PER_TOKEN
         logprobs = tuple(request.logprobs[request.num_told_tokens :])
         request.num_told_tokens += len(token_ids)
         chunk = GenerationChunk(
-            candidate_index=request.index, text=text, token_ids=token_ids, logprobs=logprobs
+            candidate_index=request.index,
+            text=text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            fusion_weights=request.fusion_report.take_untold() if is_told else (),
         )
         self._emit(request.generation, chunk)
 
@@ -325,7 +348,16 @@ def _finished(generation: Generation, now_s: float) -> GenerationFinished:
         request_id=generation.request_id,
         candidates=candidates,
         usage=usage,
-        adaptation=generation.resolved_adaptation,
+        adaptation=generation.adaptation.resolve(),
         timings=timings,
         prompt_logprobs=tuple(generation.prompt_logprobs),
+        fusion_weights=_fusion_weights(generation),
     )
+
+
+def _fusion_weights(generation: Generation) -> FusionWeights | None:
+    """The report of the first candidate, if one was asked for."""
+    fusion, first = generation.adaptation.fusion, generation.requests[0]
+    if fusion is None or not first.reports_fusion_weights:
+        return None
+    return first.fusion_report.finish(fusion.config.weight_names, generation.params.output.fusion_weights)

@@ -8,7 +8,6 @@ see every token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.adapters.module_calls import ModuleCalls
 from fusionserve.engine.attention import ATTENTION_NAME, register_attention
 from fusionserve.engine.config_check import num_windowed_layers
 from fusionserve.errors import StartupError
@@ -38,7 +38,10 @@ class CacheShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
-    """What the check found: the cache shape of each attention module, and the modules that adapters may touch."""
+    """What the check found: the cache shape of each attention module, and the modules that adapters may touch.
+
+    `modules` are in the order in which a forward pass calls them.
+    """
 
     cache_shapes: dict[nn.Module, CacheShape]
     modules: BaseModules
@@ -81,15 +84,14 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     batch = _RecordingBatch()
-    seen: dict[str, int] = {}
-    with _TokenCounter(model, modules, seen):
+    with ModuleCalls(model, modules.by_path) as calls:
         packed = _run_packed(model, prompts, batch)
     _check_attention(model, batch, max_context_tokens)
     max_error = _MAX_ERROR if model.dtype == torch.float32 else _MAX_ERROR_16_BIT
     if not _relative_error(apart.float(), packed.float()) <= max_error:
         raise _unsupported(model, "its output is not that of plain attention over the request's own tokens")
     num_tokens = sum(_PROMPT_LENGTHS)
-    usable = {path: module for path, module in modules.by_path.items() if seen.get(path) == num_tokens}
+    usable = {path: modules.by_path[path] for path, rows in calls.num_rows.items() if rows == num_tokens}
     return ModelFit(batch.shapes, replace(modules, by_path=MappingProxyType(usable)))
 
 
@@ -145,32 +147,6 @@ def _run(model: PreTrainedModel, why_not: str, **inputs: object) -> Tensor:
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise _unsupported(model, why_not) from error
     return logits[0]
-
-
-class _TokenCounter:
-    """While entered, notes how many input rows each adaptable module saw; 0 for one called twice."""
-
-    def __init__(self, model: nn.Module, modules: BaseModules, seen: dict[str, int]) -> None:
-        self._handles = [
-            model.get_submodule(path).register_forward_pre_hook(self._note(path, module.kind.value, seen))
-            for path, module in modules.by_path.items()
-        ]
-
-    def _note(
-        self, path: str, kind: str, seen: dict[str, int]
-    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].numel() if kind == "embedding" else inputs[0].numel() // inputs[0].shape[-1]
-            seen[path] = 0 if path in seen else rows
-
-        return hook
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> StartupError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -14,7 +14,6 @@ from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
 from fusionserve.adapters.row_plan import (
     EMPTY_PLAN,
     AdaptedTokens,
-    PlanCell,
     RowPlan,
     RowRange,
     WholeModuleTokens,
@@ -23,6 +22,8 @@ from fusionserve.adapters.row_plan import (
 from fusionserve.engine.attention import AttentionBatch, LayerCache, PackedSequence
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.fit_check import CacheShape
+from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks, gather_weights, plan_fused
+from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.request import Request
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
@@ -41,6 +42,7 @@ class ChunkResult:
     is_finite: bool = True
     logprobs: Logprobs | None = None
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    fusion_weights: ChunkWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +71,30 @@ class ModelRunner:
         chunks = sorted(batch.chunks, key=_batch_order)
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
         logit_rows = _plan_logits(chunks)
-        logits = self._forward(chunks, starts, logit_rows)
-        return _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
+        fused = plan_fused(_ranges(chunks, starts))
+        logits = self._forward(chunks, starts, logit_rows, fused)
+        results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
+        weights = gather_weights(fused)
+        return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
 
     def _apply(self, changes: tuple[PoolChange, ...]) -> None:
         self._base.pool.apply(changes)
         metrics.ADAPTER_ACTIVATIONS.inc(sum(isinstance(change, WriteRows) for change in changes))
 
     def _forward(
-        self, chunks: Sequence[ScheduledChunk], starts: Sequence[int], logit_rows: Sequence[_LogitRows]
+        self,
+        chunks: Sequence[ScheduledChunk],
+        starts: Sequence[int],
+        logit_rows: Sequence[_LogitRows],
+        fused: Sequence[FusedChunks],
     ) -> Tensor:
         """Logits [logit rows, vocab] of the packed chunks."""
         base = self._base
         sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
         wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
-        _set_plan(base.token_rows, _ranges(chunks, starts), starts[-1], base)
-        _set_plan(
-            base.logit_rows, [(r.chunk, r.start, r.end) for r in logit_rows], sum(map(len, wanted)), base
-        )
+        logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows]
+        base.token_rows.plan = _plan(_ranges(chunks, starts), starts[-1], fused, base)
+        base.logit_rows.plan = _plan(logit_ranges, sum(map(len, wanted)), plan_fused(logit_ranges), base)
         try:
             output = base.model(
                 input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
@@ -146,18 +154,23 @@ def allocate_cache(
     }
 
 
-def _batch_order(chunk: ScheduledChunk) -> tuple[bool, bool, tuple[int, ...]]:
-    """Base tokens first, then short chunks by their place in the pool, so that they share spans, then long ones."""
-    return (bool(chunk.adapter_starts), chunk.num_tokens > 1, chunk.adapter_starts)
+def _batch_order(chunk: ScheduledChunk) -> tuple[int, tuple[int, ...]]:
+    """Base tokens first, then adapted ones by their place in the pool, so that neighbours share spans.
+
+    Short chunks of adapters come before long ones; fusions come last, each in one piece.
+    """
+    if chunk.request.generation.adaptation.fusion is not None:
+        return (3, chunk.row_starts)
+    return (bool(chunk.row_starts) * (1 + (chunk.num_tokens > 1)), chunk.row_starts)
 
 
-def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[tuple[ScheduledChunk, int, int]]:
+def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[ChunkRange]:
     return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
 
 
-def _set_plan(
-    cell: PlanCell, ranges: Sequence[tuple[ScheduledChunk, int, int]], num_tokens: int, base: BaseModel
-) -> None:
+def _plan(
+    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], base: BaseModel
+) -> RowPlan:
     adapted = [
         AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
     ]
@@ -167,12 +180,19 @@ def _set_plan(
         for adapter in chunk.request.generation.adapters
         if not adapter.weights.is_low_rank_only
     ]
-    cell.plan = RowPlan(num_tokens, plan_spans(adapted, dtype=base.dtype, device=base.device), tuple(whole))
+    return RowPlan(
+        num_tokens,
+        spans=plan_spans(adapted, dtype=base.dtype, device=base.device),
+        fused=tuple(group.tokens for group in fused),
+        whole_modules=tuple(whole),
+    )
 
 
 def _row_ranges(chunk: ScheduledChunk) -> tuple[RowRange, ...]:
-    generation = chunk.request.generation
-    terms = zip(chunk.adapter_starts, generation.adapters, generation.coefficients, strict=True)
+    adaptation = chunk.request.generation.adaptation
+    if adaptation.fusion is not None:
+        return ()
+    terms = zip(chunk.row_starts, adaptation.adapters, adaptation.coefficients, strict=True)
     return tuple(
         RowRange(start, start + a.num_rows, coefficient) for start, a, coefficient in terms if a.num_rows
     )
@@ -219,9 +239,7 @@ def _to_results(
         if _reports_prompt(rows.chunk):
             prompt = _prompt_logprobs(rows.chunk, logits[rows.start : rows.end])
             result = results[rows.chunk]
-            results[rows.chunk] = ChunkResult(
-                rows.chunk, result.token_id, result.is_finite, result.logprobs, prompt
-            )
+            results[rows.chunk] = replace(result, prompt_logprobs=prompt)
     return list(results.values())
 
 

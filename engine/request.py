@@ -9,13 +9,14 @@ from hashlib import blake2b
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.engine.block_pool import BlockHash
+from fusionserve.engine.fusion_report import FusionReport
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.sampler import NUM_UNIFORMS
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.generation import (
     Candidate,
+    FusionWeightDetail,
     GenerateParams,
-    ResolvedAdaptation,
-    ResolvedMember,
     TokenLogprobs,
 )
 
@@ -30,11 +31,11 @@ class RequestStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One client request: the prompt its candidates share, its leased adapters, and what has come of it so far."""
+    """One client request: the prompt its candidates share, its leased adaptation, and what has come of it so far."""
 
     params: GenerateParams
     prompt_token_ids: tuple[int, ...]
-    adapters: tuple[Adapter, ...]
+    adaptation: LeasedAdaptation
     max_new_tokens: int
     seed: int
     arrival_s: float
@@ -52,24 +53,14 @@ class Generation:
         return self.params.request_id
 
     @property
-    def coefficients(self) -> tuple[float, ...]:
-        """The coefficient of each adapter's delta."""
-        return tuple(term.scale for term in self.params.adaptation.terms)
-
-    @property
-    def resolved_adaptation(self) -> ResolvedAdaptation:
-        """The adaptation with the versions and digests it was admitted with."""
-        members = tuple(
-            ResolvedMember(adapter.name, adapter.version, adapter.digest, coefficient)
-            for adapter, coefficient in zip(self.adapters, self.coefficients, strict=True)
-        )
-        return ResolvedAdaptation(self.params.adaptation.kind, members)
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters whose deltas are added with fixed coefficients; none for base and fusion."""
+        return self.adaptation.adapters
 
     @property
     def cache_seed(self) -> bytes:
-        """Everything besides the tokens that shapes the keys and values: adapter uids, coefficients and the salt."""
-        terms = zip((adapter.uid for adapter in self.adapters), self.coefficients, strict=True)
-        return repr((self.params.cache_salt, sorted(terms))).encode()
+        """Everything besides the tokens that shapes the keys and values: the adaptation and the salt."""
+        return repr((self.params.cache_salt, self.adaptation.cache_key)).encode()
 
     @property
     def time_limit_at_s(self) -> float | None:
@@ -94,6 +85,7 @@ class Request:
         self.num_published_blocks = 0
         self.num_told_tokens = 0  # generated tokens that have left in chunks
         self.last_token_s: float | None = None
+        self.fusion_report = FusionReport()
 
     @property
     def prompt_length(self) -> int:
@@ -119,6 +111,18 @@ class Request:
     def is_finished(self) -> bool:
         """True once the request has left the engine."""
         return self.status is RequestStatus.FINISHED
+
+    @property
+    def reports_fusion_weights(self) -> bool:
+        """True if this candidate's fusion weights are gathered for the client."""
+        output = self.generation.params.output
+        is_fusion = self.generation.adaptation.fusion is not None
+        return self.index == 0 and is_fusion and output.fusion_weights is not FusionWeightDetail.NONE
+
+    @property
+    def needs_every_token(self) -> bool:
+        """True if something is reported of every prompt token, so that none may come from the prefix cache."""
+        return self.wants_prompt_logprobs or self.reports_fusion_weights
 
     @property
     def wants_prompt_logprobs(self) -> bool:

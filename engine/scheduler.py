@@ -20,12 +20,12 @@ _MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapte
 
 @dataclass(frozen=True, slots=True)
 class ScheduledChunk:
-    """The next `num_tokens` tokens of `request` from position `start`; `adapter_starts` are its rows in the pool."""
+    """The next `num_tokens` tokens of `request` from position `start`; `row_starts` are its residents' in the pool."""
 
     request: Request
     start: int
     num_tokens: int
-    adapter_starts: tuple[int, ...]
+    row_starts: tuple[int, ...]
 
     @property
     def end(self) -> int:
@@ -125,7 +125,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts that blocks and pool holds are exactly those of the running requests."""
         self.blocks.check_integrity(sum(len(request.blocks) for request in self.running))
-        self.ledger.check_integrity(sum(len(request.generation.adapters) for request in self.running))
+        self.ledger.check_integrity(
+            sum(len(request.generation.adaptation.residents) for request in self.running)
+        )
         assert all(not request.blocks for request in self.waiting), "a waiting request holds blocks"
 
     def _plan_running(self, planned: dict[Request, int]) -> int:
@@ -174,11 +176,11 @@ class Scheduler:
                 return
             if self._waits_for_sibling(request):
                 continue
-            if not self.ledger.hold(request.generation.adapters):
+            if not self.ledger.hold(request.generation.adaptation.residents):
                 overtaken.append(request)
                 continue
             if not self._start(request, budget):
-                self.ledger.release(request.generation.adapters)
+                self.ledger.release(request.generation.adaptation.residents)
                 return
             for blocked in overtaken:
                 self._num_overtakes[blocked] = self._num_overtakes.get(blocked, 0) + 1
@@ -207,7 +209,7 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning; at least one token is left to compute, for its logits."""
-        if not self._enable_prefix_cache or request.wants_prompt_logprobs:
+        if not self._enable_prefix_cache or request.needs_every_token:
             return []
         self._extend_hashes(request)
         return self.blocks.find(
@@ -228,7 +230,8 @@ class Scheduler:
         return num_tokens
 
     def _chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
-        starts = tuple(self.ledger.start_of(adapter) for adapter in request.generation.adapters)
+        residents = request.generation.adaptation.residents
+        starts = tuple(self.ledger.start_of(resident) for resident in residents)
         return ScheduledChunk(request, request.num_computed_tokens, num_tokens, starts)
 
     def _waits_for_sibling(self, request: Request) -> bool:
@@ -240,7 +243,7 @@ class Scheduler:
 
     def _give_back(self, request: Request) -> None:
         self.blocks.free(request.blocks)
-        self.ledger.release(request.generation.adapters)
+        self.ledger.release(request.generation.adaptation.residents)
         request.blocks = []
         request.num_computed_tokens = 0
         request.num_published_blocks = 0

@@ -22,7 +22,7 @@ from fusionserve.client import Client, Generation, NotFoundError
 
 PROMPT = "The"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 11, "max_new_tokens": 56, "ignore_eos": True}
-BLEND = {"python": 0.5, "german": 0.5}
+BLEND = {"perl": 0.5, "spanish": 0.5}
 SHOWN_METRICS = (
     "fusionserve_requests_total",
     "fusionserve_generated_tokens_total",

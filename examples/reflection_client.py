@@ -14,8 +14,8 @@ def main(target: str) -> None:
     for adapter in client.request("fusionserve.v1.AdapterService", "ListAdapters", {})["adapters"]:
         print(f"{adapter['name']:10} {adapter['state']}")
     request = {
-        "text": "def main(",
-        "adapter": {"name": "python"},
+        "text": "sub new {",
+        "adapter": {"name": "perl"},
         "sampling": {"temperature": 0.7, "seed": 3},
         "stopping": {"max_new_tokens": 40},
     }

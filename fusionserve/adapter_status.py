@@ -1,4 +1,4 @@
-"""What the server tells about an adapter."""
+"""What the server tells about an adapter or a fusion."""
 
 from __future__ import annotations
 
@@ -34,6 +34,39 @@ class AdapterStatus:
     residency: Residency
     max_rank: int = 0
     target_modules: tuple[str, ...] = ()
+    host_bytes: int = 0
+    pinned: bool = False
+    active_requests: int = 0
+    held_by_fusions: tuple[str, ...] = ()  # loaded fusions that it is a member of
+    load_time_s: float | None = None  # seconds since the epoch, UTC
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionMemberStatus:
+    """A member by name, with the digest of the weights that the fusion was trained with."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionStatus:
+    """A snapshot of one fusion; `version` 0 and an empty digest mean it has not been loaded."""
+
+    name: str
+    version: int = 0
+    digest: str = ""
+    state: AdapterState
+    residency: Residency
+    members: tuple[FusionMemberStatus, ...] = ()
+    modules: tuple[str, ...] = ()  # paths
+    scope: str = ""
+    d_key: int = 0
+    member_keys: bool = False
+    value_kind: str = ""
+    temperature: float = 0.0
+    base_member: bool = False
+    pool_ranks: int = 0  # rank rows it takes in the device's pool
     host_bytes: int = 0
     pinned: bool = False
     active_requests: int = 0

@@ -18,7 +18,7 @@ class EngineConfig:
     """Everything the engine needs to know before it loads the model.
 
     `model` is a directory or a hub id. `dtype` "auto" takes the checkpoint's. Adapters are found as NAME under any of
-    `adapter_dirs` (loaded on demand) and as the named `adapters` (loaded at start).
+    `adapter_dirs` (loaded on demand) and as the named `adapters` (loaded at start); fusions likewise.
     """
 
     model: str
@@ -26,6 +26,8 @@ class EngineConfig:
     dtype: str = "auto"
     adapter_dirs: tuple[Path, ...] = ()
     adapters: tuple[tuple[str, Path], ...] = ()
+    fusion_dirs: tuple[Path, ...] = ()
+    fusions: tuple[tuple[str, Path], ...] = ()
     max_context_tokens: int | None = None  # None: the model's own limit
     max_batch_tokens: int = 512  # tokens computed per step
     max_batch_requests: int = 64  # requests running at once
@@ -33,8 +35,9 @@ class EngineConfig:
     default_max_new_tokens: int = 128
     block_size: int = 16  # tokens per KV block
     kv_cache_bytes: int = 512 * MEBIBYTE
-    adapter_pool_ranks: int = 256  # rank rows on the device
+    adapter_pool_ranks: int = 512  # rank rows on the device
     adapter_host_bytes: int = 1024 * MEBIBYTE
+    fusion_host_bytes: int = 256 * MEBIBYTE
     max_adapter_rank: int = 256
     allow_base_mismatch: bool = False
     enable_prefix_cache: bool = True

@@ -43,11 +43,14 @@ class AdapterTerm:
 class Adaptation:
     """How a request adapts the base model: no terms is base, one is LoRA, `kind` "blend" sums several.
 
-    `kind` is "base", "lora" or "blend": a blend of one member stays a blend in metrics and responses.
+    `kind` is "base", "lora", "blend" or "fusion": a blend of one member stays a blend in metrics and responses. A
+    fusion has no terms but a name, and maybe members that are left out.
     """
 
     kind: str = "base"
     terms: tuple[AdapterTerm, ...] = ()
+    fusion: str = ""
+    excluded_members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +90,22 @@ class StoppingCriteria:
     time_limit_s: float | None = None
 
 
+class FusionWeightDetail(Enum):
+    """Which weights of a fusion are reported: the mean of each member alone, or also by token or by module."""
+
+    NONE = "none"
+    MEAN = "mean"
+    PER_TOKEN = "per_token"
+    PER_MODULE = "per_module"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
     """What is reported besides text: None is nothing, 0 the chosen token only, N also the N most likely ones."""
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    fusion_weights: FusionWeightDetail = FusionWeightDetail.NONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +162,53 @@ class ResolvedMember:
 
 
 @dataclass(frozen=True, slots=True)
+class ResolvedFusion:
+    """A fusion as it was found when the request was admitted."""
+
+    name: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedAdaptation:
-    """The adaptation a request really ran with; `members` is empty for base and one entry for LoRA."""
+    """The adaptation a request really ran with; `members` is empty for base and one entry for LoRA.
+
+    `fusion` is set for a fusion, whose members' scales are 1, or 0 where the request left them out.
+    """
 
     kind: str = "base"
     members: tuple[ResolvedMember, ...] = ()
+    fusion: ResolvedFusion | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFusionWeights:
+    """The fusion weights at one position of prompt and output, mean over attentions."""
+
+    position: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFusionWeights:
+    """The fusion weights of one attention, mean over tokens."""
+
+    module: str
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionWeights:
+    """How a fusion weighed its members: each row sums to 1 over `members`, of which the last may be `base`.
+
+    The last token generated has no weights: nothing is computed from it.
+    """
+
+    members: tuple[str, ...]
+    mean: tuple[float, ...]
+    tokens: tuple[TokenFusionWeights, ...] = ()
+    modules: tuple[ModuleFusionWeights, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +259,7 @@ class GenerationChunk:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    fusion_weights: tuple[TokenFusionWeights, ...] = ()  # of the positions computed since the last chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +272,7 @@ class GenerationFinished:
     adaptation: ResolvedAdaptation
     timings: Timings
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    fusion_weights: FusionWeights | None = None
 
 
 GenerationEvent = GenerationStarted | GenerationChunk | GenerationFinished

@@ -7,6 +7,7 @@ adapter go through `AdapterLabels`, which caps their number.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
@@ -125,6 +126,92 @@ ADAPTER_GENERATED_TOKENS = Counter(
 )
 
 
+FUSIONS = Gauge("fusionserve_fusions", "Fusions by state.", ("state",), registry=REGISTRY)
+FUSION_HOST_BYTES = Gauge(
+    "fusionserve_fusion_host_bytes", "Bytes of folded fusion weights on the host.", registry=REGISTRY
+)
+FUSION_HOST_LIMIT_BYTES = Gauge(
+    "fusionserve_fusion_host_limit_bytes", "Budget for folded fusion weights on the host.", registry=REGISTRY
+)
+FUSION_EVICTIONS = Counter(
+    "fusionserve_fusion_evictions_total", "Fusions dropped from the host to make room.", registry=REGISTRY
+)
+FUSION_PINS = Gauge(
+    "fusionserve_fusion_pinned_members", "Adapters kept loaded by fusions.", registry=REGISTRY
+)
+FUSION_LOADS = Counter("fusionserve_fusion_loads_total", "Fusions loaded from disk.", registry=REGISTRY)
+FUSION_LOAD_FAILURES = Counter(
+    "fusionserve_fusion_load_failures_total",
+    "Fusion loads refused, by reason.",
+    ("reason",),
+    registry=REGISTRY,
+)
+FUSION_LOAD_SECONDS = Histogram(
+    "fusionserve_fusion_load_seconds",
+    "Reading, checking and folding one fusion, its members included.",
+    buckets=_LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+FUSION_REQUESTS = Counter(
+    "fusionserve_fusion_requests_total",
+    "Requests by fusion (capped; the rest are other).",
+    ("fusion",),
+    registry=REGISTRY,
+)
+FUSION_TOKENS = Counter(
+    "fusionserve_fusion_tokens_total",
+    "Tokens computed under a fusion (capped; the rest are other).",
+    ("fusion",),
+    registry=REGISTRY,
+)
+FUSION_MEMBER_WEIGHT = Counter(
+    "fusionserve_fusion_member_weight_total",
+    "Fusion weight of each member, mean over attentions, summed over tokens: its rate over that of "
+    "fusionserve_fusion_tokens_total is the member's mean weight.",
+    ("fusion", "member"),
+    registry=REGISTRY,
+)
+FUSION_ENTROPY = Counter(
+    "fusionserve_fusion_entropy_nats_total",
+    "Entropy of the fusion weights, mean over attentions, summed over tokens.",
+    ("fusion",),
+    registry=REGISTRY,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMetrics:
+    """What a registry of things on the host keeps up to date."""
+
+    used_bytes: Gauge
+    limit_bytes: Gauge
+    states: Gauge  # by state
+    evictions: Counter
+    loads: Counter
+    load_failures: Counter  # by reason
+    load_seconds: Histogram
+
+
+ADAPTER_HOST = HostMetrics(
+    used_bytes=ADAPTER_HOST_BYTES,
+    limit_bytes=ADAPTER_HOST_LIMIT_BYTES,
+    states=ADAPTERS,
+    evictions=ADAPTER_EVICTIONS.labels("host"),
+    loads=ADAPTER_LOADS,
+    load_failures=ADAPTER_LOAD_FAILURES,
+    load_seconds=ADAPTER_LOAD_SECONDS,
+)
+FUSION_HOST = HostMetrics(
+    used_bytes=FUSION_HOST_BYTES,
+    limit_bytes=FUSION_HOST_LIMIT_BYTES,
+    states=FUSIONS,
+    evictions=FUSION_EVICTIONS,
+    loads=FUSION_LOADS,
+    load_failures=FUSION_LOAD_FAILURES,
+    load_seconds=FUSION_LOAD_SECONDS,
+)
+
+
 class AdapterLabels:
     """Gives at most `limit` loaded adapters a label of their own; everything else is "other".
 
@@ -132,10 +219,9 @@ class AdapterLabels:
     """
 
     OTHER = "other"
-    _FAMILIES = (ADAPTER_REQUESTS, ADAPTER_GENERATED_TOKENS)
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._named: set[str] = set()
         self._lock = threading.Lock()
 
@@ -144,7 +230,7 @@ class AdapterLabels:
         with self._lock:
             if name in self._named:
                 return name
-            if len(self._named) >= self._limit:
+            if len(self._named) >= self.limit:
                 return self.OTHER
             self._named.add(name)
             return name
@@ -155,5 +241,16 @@ class AdapterLabels:
             if name not in self._named:
                 return
             self._named.discard(name)
-            for family in self._FAMILIES:
-                family.remove(name)
+            self._remove_series(name)
+
+    def _remove_series(self, name: str) -> None:
+        for family in (ADAPTER_REQUESTS, ADAPTER_GENERATED_TOKENS):
+            family.remove(name)
+
+
+class FusionLabels(AdapterLabels):
+    """The same for fusions."""
+
+    def _remove_series(self, name: str) -> None:
+        for family in (FUSION_REQUESTS, FUSION_TOKENS, FUSION_ENTROPY, FUSION_MEMBER_WEIGHT):
+            family.remove_by_labels({"fusion": name})

@@ -34,8 +34,8 @@ function stream(request) {
 for (const adapter of await listAdapters()) console.log(`${adapter.name.padEnd(10)} ${adapter.state}`);
 
 const finished = await stream({
-  text: "def main(",
-  adapter: { name: "python" },
+  text: "sub new {",
+  adapter: { name: "perl" },
   sampling: { temperature: 0.7, seed: 3 },
   stopping: { max_new_tokens: 40 },
 });

@@ -9,7 +9,7 @@ import pytest
 from lora_files import write_adapter
 
 from fusionserve.adapters.artifact_directory import (
-    list_adapter_names,
+    list_artifact_names,
     open_artifact_directory,
     open_directory,
 )
@@ -146,12 +146,12 @@ def test_adapters_are_listed_by_name(root: Path) -> None:
     (root / "linked").symlink_to("good")
     (root / "linked-config").mkdir()
     (root / "linked-config" / "adapter_config.json").symlink_to("../good/adapter_config.json")
-    assert list_adapter_names(root) == ("b.1", "good")
+    assert list_artifact_names(root, "adapter_config.json") == ("b.1", "good")
 
 
 def test_missing_root_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        list_adapter_names(tmp_path / "gone")
+        list_artifact_names(tmp_path / "gone", "adapter_config.json")
     with pytest.raises(NotFoundError):
         open_directory(tmp_path / "gone")
 

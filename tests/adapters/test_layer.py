@@ -68,7 +68,7 @@ class Bench:
             whole += [WholeModuleTokens(start, end, a) for a, _ in members if not a.weights.is_low_rank_only]
             start = end
         spans = plan_spans(adapted, dtype=torch.float32, device=torch.device("cpu"))
-        self.cell.plan = RowPlan(start, spans, tuple(whole))
+        self.cell.plan = RowPlan(start, spans, whole_modules=tuple(whole))
         return self.layer(x[None])[0]
 
 

@@ -28,8 +28,8 @@ class Rows:
                 moved = self.rows[change.source : change.source + change.num_rows]
                 self.rows[change.target : change.target + change.num_rows] = moved
             else:
-                for row in range(change.adapter.num_rows):
-                    self.rows[change.start + row] = (change.adapter.uid, row)
+                for row in range(change.resident.num_rows):
+                    self.rows[change.start + row] = (change.resident.uid, row)
 
     def assert_holds(self, ledger: PoolLedger, adapters: Sequence[Adapter]) -> None:
         for adapter in adapters:

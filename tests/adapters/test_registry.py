@@ -42,7 +42,7 @@ class Watched:
 
     @property
     def names(self) -> set[str]:
-        return {entry.adapter.name for entry in self.registry.entries()}
+        return {entry.loaded.name for entry in self.registry.entries()}
 
 
 def test_lease_counts_and_is_given_back() -> None:
@@ -93,7 +93,7 @@ def test_replaced_version_drains_until_its_last_lease() -> None:
     assert watched.gone == [("a", 1)]
     entry = watched.registry.get("a")
     assert entry is not None
-    assert (entry.adapter, entry.state, entry.num_leases) == (new, AdapterState.READY, 1)
+    assert (entry.loaded, entry.state, entry.num_leases) == (new, AdapterState.READY, 1)
     watched.registry.release([new])
 
 
@@ -110,7 +110,7 @@ def test_retire_of_an_idle_adapter_is_immediate() -> None:
     watched.publish("a")
     told: list[str] = []
     entries = watched.registry.retire("a", lambda: told.append("gone"))
-    assert [(entry.adapter.name, entry.num_leases) for entry in entries] == [("a", 0)]
+    assert [(entry.loaded.name, entry.num_leases) for entry in entries] == [("a", 0)]
     assert (told, watched.gone, watched.names) == (["gone"], [("a", 1)], set())
     assert watched.registry.retire("a", lambda: told.append("again")) == []
     assert told == ["gone"]
@@ -143,7 +143,7 @@ def test_retire_covers_every_version_newest_first() -> None:
     watched.publish("a", replace=True)
     told: list[int] = []
     entries = watched.registry.retire("a", lambda: told.append(len(watched.gone)))
-    assert [entry.adapter.version for entry in entries] == [3, 2, 1]
+    assert [entry.loaded.version for entry in entries] == [3, 2, 1]
     assert (told, watched.gone) == ([1], [("a", 3)])
     for adapter in versions:
         watched.registry.release([adapter])

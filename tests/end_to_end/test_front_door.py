@@ -79,31 +79,31 @@ def test_adaptations_differ_and_are_the_same_in_company(client: Client) -> None:
 
 
 def test_stream_is_the_generation_in_pieces(client: Client) -> None:
-    expected = client.generate("def main(", adapter="python", **GREEDY)
-    *earlier, last = client.stream("def main(", adapter="python", **GREEDY)
+    expected = client.generate("sub new {", adapter="perl", **GREEDY)
+    *earlier, last = client.stream("sub new {", adapter="perl", **GREEDY)
     assert isinstance(last, Generation)
     assert last.candidates == expected.candidates
     assert "".join(event.text for event in earlier if isinstance(event, GenerationChunk)) == expected.text
-    assert last.adaptation.members[0].digest == client.adapters.get("python").digest
+    assert last.adaptation.members[0].digest == client.adapters.get("perl").digest
 
 
 def test_reload_and_unload_leave_other_streams_alone(client: Client) -> None:
     expected = client.generate("The", **LONG).candidates
-    client.generate("The", adapter="german", **GREEDY)
+    client.generate("The", adapter="spanish", **GREEDY)
     with client.stream("The", **LONG) as stream:
         next(stream)
-        version = client.adapters.get("german").version
-        assert client.adapters.reload("german").version == version + 1
-        client.adapters.unload("german")
+        version = client.adapters.get("spanish").version
+        assert client.adapters.reload("spanish").version == version + 1
+        client.adapters.unload("spanish")
         *_, last = stream
     assert isinstance(last, Generation)
     assert last.candidates == expected
 
 
 def test_forced_unload_ends_its_streams_with_a_status(client: Client) -> None:
-    with client.stream("The", adapter="german", **LONG) as stream:
+    with client.stream("The", adapter="spanish", **LONG) as stream:
         next(stream)
-        client.adapters.unload("german", force=True)
+        client.adapters.unload("spanish", force=True)
         with pytest.raises(AbortedError) as caught:
             list(stream)
     assert caught.value.reason == "ADAPTER_UNLOADED"
@@ -119,7 +119,7 @@ def test_mistakes_get_their_status(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="CONTEXT_EXCEEDED"):
         client.generate("x", max_new_tokens=10**6)
     with pytest.raises(InvalidRequestError):
-        client.generate("x", adapter="../python")
+        client.generate("x", adapter="../perl")
     with pytest.raises(FailedPreconditionError, match="NO_CHAT_TEMPLATE"):
         client.generate([{"role": "user", "content": "hi"}])
 
@@ -127,10 +127,10 @@ def test_mistakes_get_their_status(client: Client) -> None:
 def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
     key = 'fusionserve_requests_total{finish_reason="length",kind="lora",status="OK"}'
     before = scrape(server)
-    client.generate("The", adapter="python", **GREEDY)
+    client.generate("The", adapter="perl", **GREEDY)
     after = scrape(server)
     assert after[key] == before.get(key, 0) + 1
-    tokens = 'fusionserve_adapter_generated_tokens_total{adapter="python"}'
+    tokens = 'fusionserve_adapter_generated_tokens_total{adapter="perl"}'
     assert after[tokens] == before.get(tokens, 0) + GREEDY["max_new_tokens"]
     assert after["fusionserve_requests_running"] == 0
     assert after["fusionserve_kv_blocks_used"] == 0
@@ -139,7 +139,7 @@ def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
 def test_reflection_client_needs_no_proto(server: Server) -> None:
     client = ReflectionClient.get_by_endpoint(server.grpc)
     answer = client.request("fusionserve.v1.AdapterService", "ListAdapters", {})
-    assert any(adapter["name"] == "python" for adapter in answer["adapters"])
+    assert any(adapter["name"] == "perl" for adapter in answer["adapters"])
     request = {"request": {"text": "The", "stopping": {"max_new_tokens": 4}}}
     *_, last = client.request("fusionserve.v1.InferenceService", "StreamGenerate", request)
     assert last["finished"]["usage"]["generated_tokens"] == 4
@@ -165,4 +165,4 @@ def test_command_line_generates_and_lists(server: Server, client: Client) -> Non
         timeout=60,
         check=True,
     )
-    assert "python" in listed.stdout
+    assert "perl" in listed.stdout

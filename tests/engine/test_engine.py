@@ -168,7 +168,7 @@ def test_forgotten_adapter_leaves_the_pool_and_its_gauge() -> None:
     adapter = make_adapter(8)
     run_one(harness, adapters=(adapter,))
     assert metrics.ADAPTER_POOL_RANKS_USED._value.get() == 8
-    harness.engine.forget_adapter(adapter.uid)
+    harness.engine.forget(adapter.uid)
     assert metrics.ADAPTER_POOL_RANKS_USED._value.get() == 0
     assert harness.engine.scheduler.ledger.resident_uids == frozenset()
 
@@ -183,7 +183,7 @@ def test_abort_adapter_ends_its_users_and_no_others() -> None:
     harness.add(*generations)
     harness.step()
     error = AbortedError("unloaded")
-    harness.engine.abort_adapter(doomed, error)
+    harness.engine.abort_users(doomed, error)
     harness.run()
     assert harness.last(generations[0]) is error and harness.last(generations[2]) is error
     for generation in (generations[1], generations[3]):

@@ -6,7 +6,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace as changed
 
-from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
+from fusionserve.adapter_status import (
+    AdapterState,
+    AdapterStatus,
+    FusionMemberStatus,
+    FusionStatus,
+    Residency,
+)
 from fusionserve.errors import (
     AlreadyExistsError,
     FusionServeError,
@@ -19,16 +25,21 @@ from fusionserve.generation import (
     Candidate,
     ChatPrompt,
     FinishReason,
+    FusionWeightDetail,
+    FusionWeights,
     GenerateParams,
     GenerationChunk,
     GenerationEvent,
     GenerationFinished,
     GenerationStarted,
+    ModuleFusionWeights,
     Prompt,
     ResolvedAdaptation,
+    ResolvedFusion,
     ResolvedMember,
     TextPrompt,
     Timings,
+    TokenFusionWeights,
     TokenLogprob,
     TokenLogprobs,
     TokenPrompt,
@@ -50,6 +61,7 @@ class FakeEngine:
 
     def __init__(self, adapters: tuple[str, ...] = ("alpha", "beta")) -> None:
         self.adapters = {name: _status(name) for name in adapters}
+        self.fusions = {"mix": _fusion_status("mix", adapters)}
         self.params: list[GenerateParams] = []
         self.error: BaseException | None = None
         self.error_midway: BaseException | None = None
@@ -134,6 +146,36 @@ class FakeEngine:
         self._raise_error()
         return [self.adapters[name] for name in sorted(self.adapters)]
 
+    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+        if self.load_error is not None:
+            raise self.load_error
+        old = self.fusions.get(name)
+        if old is not None and not replace:
+            raise AlreadyExistsError(
+                "the fusion is loaded", reason="FUSION_EXISTS", metadata={"fusion": name}
+            )
+        version = 1 if old is None else old.version + 1
+        status = _fusion_status(name, tuple(self.adapters))
+        self.fusions[name] = changed(status, version=version, pinned=pin, digest=path or name)
+        return self.fusions[name]
+
+    async def unload_fusion(self, name: str, *, force: bool) -> FusionStatus:
+        status = await self.get_fusion(name)
+        if status.active_requests and not force:
+            raise PreconditionError("the fusion is in use", reason="FUSION_IN_USE")
+        del self.fusions[name]
+        return FusionStatus(name=name, state=AdapterState.AVAILABLE, residency=Residency.DISK)
+
+    async def get_fusion(self, name: str) -> FusionStatus:
+        self._raise_error()
+        if name not in self.fusions:
+            raise _not_found(name, "fusion")
+        return self.fusions[name]
+
+    async def list_fusions(self) -> list[FusionStatus]:
+        self._raise_error()
+        return [self.fusions[name] for name in sorted(self.fusions)]
+
     async def wait_failed(self) -> None:
         await self.failed.wait()
 
@@ -162,7 +204,11 @@ class FakeEngine:
                 raise self.error_midway
             await self._wait_for_gate()
             yield GenerationChunk(
-                candidate_index=0, text=word, token_ids=(number,), logprobs=_logprobs(params, number, word)
+                candidate_index=0,
+                text=word,
+                token_ids=(number,),
+                logprobs=_logprobs(params, number, word),
+                fusion_weights=_token_weights(params, number),
             )
         yield _finished(params, words, prompt_tokens, adaptation)
 
@@ -180,6 +226,8 @@ class FakeEngine:
             raise UnavailableError("the server is draining", reason="DRAINING")
 
     def _resolve(self, adaptation: Adaptation) -> ResolvedAdaptation:
+        if adaptation.kind == "fusion":
+            return self._resolve_fusion(adaptation)
         for term in adaptation.terms:
             if term.name not in self.adapters:
                 raise _not_found(term.name)
@@ -189,6 +237,19 @@ class FakeEngine:
             for status, term in zip(statuses, adaptation.terms, strict=True)
         )
         return ResolvedAdaptation(adaptation.kind, members)
+
+    def _resolve_fusion(self, adaptation: Adaptation) -> ResolvedAdaptation:
+        if adaptation.fusion not in self.fusions:
+            raise _not_found(adaptation.fusion, "fusion")
+        status = self.fusions[adaptation.fusion]
+        members = tuple(
+            ResolvedMember(
+                member.name, 1, member.digest, float(member.name not in adaptation.excluded_members)
+            )
+            for member in status.members
+        )
+        fusion = ResolvedFusion(status.name, status.version, status.digest)
+        return ResolvedAdaptation("fusion", members, fusion)
 
     def _raise_error(self) -> None:
         error, self.error = self.error, None
@@ -219,9 +280,33 @@ def _status(name: str) -> AdapterStatus:
     )
 
 
-def _not_found(name: str) -> NotFoundError:
+def _fusion_status(name: str, members: tuple[str, ...]) -> FusionStatus:
+    return FusionStatus(
+        name=name,
+        version=1,
+        digest=f"digest-of-{name}",
+        state=AdapterState.READY,
+        residency=Residency.DEVICE,
+        members=tuple(FusionMemberStatus(name=member, digest=f"digest-of-{member}") for member in members),
+        modules=("layers.0.q_proj", "layers.0.v_proj"),
+        scope="layer",
+        d_key=16,
+        member_keys=True,
+        value_kind="low_rank",
+        temperature=0.5,
+        base_member=True,
+        pool_ranks=34,
+        host_bytes=8192,
+        load_time_s=LOAD_TIME_S,
+    )
+
+
+def _not_found(name: str, what: str = "adapter") -> NotFoundError:
     return NotFoundError(
-        "there is no such adapter", resource_type="adapter", resource_name=name, reason="ADAPTER_NOT_FOUND"
+        f"there is no such {what}",
+        resource_type=what,
+        resource_name=name,
+        reason=f"{what.upper()}_NOT_FOUND",
     )
 
 
@@ -269,4 +354,24 @@ def _finished(
         usage=Usage(prompt_tokens=prompt_tokens, generated_tokens=len(words) * params.num_candidates),
         adaptation=adaptation,
         timings=Timings(queue_s=0.001, time_to_first_token_s=0.002, total_s=0.003),
+        fusion_weights=_fusion_weights(params, adaptation),
+    )
+
+
+def _token_weights(params: GenerateParams, position: int) -> tuple[TokenFusionWeights, ...]:
+    if params.output.fusion_weights is not FusionWeightDetail.PER_TOKEN:
+        return ()
+    return (TokenFusionWeights(position, (0.75, 0.25)),)
+
+
+def _fusion_weights(params: GenerateParams, adaptation: ResolvedAdaptation) -> FusionWeights | None:
+    detail = params.output.fusion_weights
+    if detail is FusionWeightDetail.NONE:
+        return None
+    modules = (ModuleFusionWeights("layers.0.q_proj", (0.5, 0.5)),)
+    return FusionWeights(
+        members=tuple(member.name for member in adaptation.members),
+        mean=(0.75, 0.25),
+        tokens=_token_weights(params, 0),
+        modules=modules if detail is FusionWeightDetail.PER_MODULE else (),
     )

@@ -16,13 +16,14 @@ from schedules import BLOCK_SIZE, make_scheduler
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
 from fusionserve.engine.engine import Engine, Output
+from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import FusionServeError
 from fusionserve.generation import GenerationFinished
-from fusionserve.metrics import AdapterLabels
+from fusionserve.metrics import AdapterLabels, FusionLabels
 
 VOCAB = 50
 EOS = 0
@@ -66,8 +67,8 @@ class FakeRunner:
                     assert uid is not None, "rows are moved that nobody wrote"
                     self._rows[change.target + row] = uid
             else:
-                for row in range(change.adapter.num_rows):
-                    self._rows[change.start + row] = change.adapter.uid
+                for row in range(change.resident.num_rows):
+                    self._rows[change.start + row] = change.resident.uid
 
     def _check(self, chunk: ScheduledChunk) -> None:
         request = chunk.request
@@ -79,7 +80,7 @@ class FakeRunner:
             assert self._slots.get(slots[position]) == states[position], f"foreign context at {position}"
         for position in range(chunk.start, chunk.end):
             self._slots[slots[position]] = states[position]
-        for adapter, start in zip(request.generation.adapters, chunk.adapter_starts, strict=True):
+        for adapter, start in zip(request.generation.adapters, chunk.row_starts, strict=True):
             rows = {self._rows.get(start + row) for row in range(adapter.num_rows)}
             assert rows == {adapter.uid}, f"the rows of {adapter.name} hold something else"
 
@@ -109,9 +110,10 @@ class EngineHarness:
             make_scheduler(**scheduler_fields),
             self.runner,
             eos_token_ids=frozenset({EOS}),
-            release_leases=self.released.extend,
+            release_leases=lambda adaptation: self.released.extend(adaptation.adapters),
             token_text=str,
             adapter_labels=AdapterLabels(4),
+            fusion_metrics=FusionMetrics(FusionLabels(4)),
         )
 
     def add(self, *generations: Generation) -> None:
@@ -171,7 +173,9 @@ def expected_tokens(generation: Generation) -> list[tuple[int, ...]]:
 def _states(request: Request) -> list[bytes]:
     """What the keys and values at each position stand for: the adaptation and all tokens up to there."""
     generation = request.generation
-    terms = sorted((a.uid, c) for a, c in zip(generation.adapters, generation.coefficients, strict=True))
+    terms = sorted(
+        (a.uid, c) for a, c in zip(generation.adapters, generation.adaptation.coefficients, strict=True)
+    )
     state, states = f"{generation.params.cache_salt}{terms}".encode(), []
     for token_id in request.token_ids:
         state = blake2b(state + b"/%d" % token_id, digest_size=8).digest()

@@ -13,6 +13,7 @@ from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
 from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.engine.block_pool import BlockPool
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.scheduler import ScheduledBatch, Scheduler, SchedulerLimits
 from fusionserve.engine.text_output import TextOutput
@@ -89,7 +90,7 @@ def make_generation(**spec_fields: Any) -> Generation:
     generation = Generation(
         params=params,
         prompt_token_ids=tuple(spec.prompt),
-        adapters=spec.adapters,
+        adaptation=LeasedAdaptation(kind, spec.adapters, tuple(term.scale for term in terms)),
         max_new_tokens=spec.max_new_tokens,
         seed=spec.seed,
         arrival_s=float(number) if spec.arrival_s is None else spec.arrival_s,

@@ -262,7 +262,7 @@ async def check_at_rest(engine: TestedEngine) -> None:
 
 def loaded(engine: TestedEngine) -> set[str]:
     """The names of the adapters on the host."""
-    return {entry.adapter.name for entry in engine.registry.entries()}
+    return {entry.loaded.name for entry in engine.registry.entries()}
 
 
 @dataclass(frozen=True, slots=True)

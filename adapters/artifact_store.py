@@ -1,0 +1,310 @@
+"""Getting artifacts from disk to a host registry and back out: on demand, by command, one load per name at a time.
+
+Runs on the event loop; files are read on worker threads, so neither the loop nor the engine's thread ever waits for a
+disk, and other streams go on. Adapters and fusions have a store each; how one is read is the subclass's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from fusionserve.adapters.artifact_directory import (
+    ArtifactDirectory,
+    list_artifact_names,
+    open_artifact_directory,
+    open_directory,
+)
+from fusionserve.adapters.host_registry import C, HostRegistry, L, RegistryEntry
+from fusionserve.errors import CapacityError, FusionServeError, NotFoundError
+from fusionserve.metrics import HostMetrics
+
+_MAX_CONCURRENT_LOADS = 2
+_MAX_LEASE_ATTEMPTS = 8
+
+S = TypeVar("S")  # what is told of one name
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactSource:
+    """Where a name's files are: `relative` under `root`, or `root` itself if the operator named it."""
+
+    root: Path
+    relative: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What a load was asked to do; no source means wherever the name is found."""
+
+    source: ArtifactSource | None
+    pin: bool
+    replace: bool
+
+
+_ON_DEMAND = _Wish(source=None, pin=False, replace=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight(Generic[L]):
+    """A load under way."""
+
+    wish: _Wish
+    task: asyncio.Task[L]
+
+
+class ArtifactStore(ABC, Generic[C, L, S]):
+    """Names to loaded versions of one kind, whose `noun` errors name and whose directories have a `config_file`."""
+
+    def __init__(
+        self,
+        noun: str,
+        config_file: str,
+        registry: HostRegistry[C, L],
+        roots: tuple[Path, ...],
+        host_metrics: HostMetrics,
+    ) -> None:
+        self.registry = registry
+        self._noun = noun
+        self._config_file = config_file
+        self._roots = roots
+        self._metrics = host_metrics
+        self._sources: dict[str, ArtifactSource] = {}  # of loaded names, so that an evicted one can come back
+        self._loads: dict[str, _Flight[L]] = {}
+        self._load_slots = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
+
+    @abstractmethod
+    async def _read(self, name: str, source: ArtifactSource) -> C:
+        """Reads and checks an artifact. What it holds on to goes with `_discard`, or with the version published."""
+
+    @abstractmethod
+    def _is_current(self, content: C) -> bool:
+        """False if content just read must be read again before it may be published."""
+
+    @abstractmethod
+    def _discard(self, content: C) -> None:
+        """Lets go of content that is not published."""
+
+    @abstractmethod
+    def _to_status(self, entry: RegistryEntry[L], device_uids: frozenset[int]) -> S:
+        """What is told of a loaded version."""
+
+    @abstractmethod
+    def _to_unloaded_status(self, name: str, *, is_loading: bool) -> S:
+        """What is told of a name that is on disk only."""
+
+    @abstractmethod
+    def _to_withdrawn_status(self, entry: RegistryEntry[L], *, on_disk: bool) -> S:
+        """The last word on an unloaded version: AVAILABLE if its name would load again on demand."""
+
+    def _on_published(self, loaded: L) -> None:
+        """Notes that what `_read` held on to is the published version's."""
+
+    def _refuse_unload(self, name: str) -> None:
+        """Raises PreconditionError if something else needs the name."""
+
+    async def lease(self, names: Sequence[str]) -> tuple[L, ...]:
+        """Leases everything in `names`, loading what is on disk, or none; the caller gives them to the registry.
+
+        When it returns, each is the version that takes new leases: loading one may take a while, and one that is
+        unloaded or replaced meanwhile is leased anew. Raises NotFoundError, and whatever loading raises.
+        """
+        for _ in range(_MAX_LEASE_ATTEMPTS):
+            leased = await self._lease_each(names)
+            if self.registry.are_ready(leased):
+                return tuple(leased)
+            self.registry.release(leased)
+        raise self._unstable(", ".join(names))
+
+    async def load(self, name: str, path: str | None, *, pin: bool, replace: bool) -> L:
+        """Loads `name` from the relative `path` (default: the name) under a root.
+
+        Joins a load under way if it is the same first load, else waits for it: it may read another path, or files
+        that have changed since.
+        Raises AlreadyExistsError if it is loaded and not `replace`; NotFoundError, ArtifactError, CapacityError.
+        """
+        source = None if path is None else ArtifactSource(await self._find_root(name, path), path)
+        wish = _Wish(source, pin, replace)
+        while (flight := self._loads.get(name)) is not None and (flight.wish != wish or replace):
+            await asyncio.wait([flight.task])
+        return await self._load_once(name, wish)
+
+    async def load_from(self, name: str, directory: Path) -> L:
+        """Loads `name` from a directory the operator chose, which need not lie under a root."""
+        return await self._load_once(name, _Wish(ArtifactSource(directory, None), pin=False, replace=True))
+
+    async def unload(self, name: str, on_retired: Callable[[L], None]) -> S:
+        """Withdraws `name` at once and waits until the last lease on any version of it ends.
+
+        `on_retired` is called in between for each version. Raises NotFoundError if none is loaded.
+        """
+        if name in self._loads:
+            await asyncio.wait([self._loads[name].task])
+        self._refuse_unload(name)
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Semaphore(0)
+        entries = self.registry.retire(name, partial(loop.call_soon_threadsafe, gone.release))
+        if not entries:
+            raise NotFoundError(
+                f"{self._noun} {name} is not loaded",
+                resource_type=self._noun,
+                resource_name=name,
+                reason=f"{self._noun.upper()}_NOT_LOADED",
+            )
+        self._sources.pop(name, None)
+        for entry in entries:
+            on_retired(entry.loaded)
+        for _ in entries:
+            await gone.acquire()
+        return self._to_withdrawn_status(
+            entries[0], on_disk=name in await asyncio.to_thread(self._names_on_disk)
+        )
+
+    async def status(self, name: str, device_uids: frozenset[int]) -> S:
+        """What is known of one name. Raises NotFoundError."""
+        entry = self.registry.get(name)
+        if entry is not None:
+            return self._to_status(entry, device_uids)
+        if (
+            name in self._loads
+            or name in self._sources
+            or name in await asyncio.to_thread(self._names_on_disk)
+        ):
+            return self._on_disk(name)
+        raise self._unknown(name)
+
+    async def statuses(self, device_uids: frozenset[int]) -> list[S]:
+        """All names, loaded and on disk, sorted by name."""
+        loaded = {e.loaded.name: self._to_status(e, device_uids) for e in self.registry.entries()}
+        names = {*loaded, *self._loads, *self._sources, *await asyncio.to_thread(self._names_on_disk)}
+        return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
+
+    async def close(self, grace_s: float) -> None:
+        """Waits up to `grace_s` for the loads under way."""
+        if self._loads:
+            await asyncio.wait([flight.task for flight in self._loads.values()], timeout=grace_s)
+
+    async def _lease_each(self, names: Sequence[str]) -> list[L]:
+        leased: list[L] = []
+        try:
+            for name in names:
+                leased.append(await self._lease_one(name))
+        except BaseException:
+            self.registry.release(leased)
+            raise
+        return leased
+
+    async def _lease_one(self, name: str) -> L:
+        for _ in range(_MAX_LEASE_ATTEMPTS):
+            loaded = self.registry.lease(name)
+            if loaded is not None:
+                return loaded
+            await self._load_once(name, _ON_DEMAND)
+        raise self._unstable(name)
+
+    async def _load_once(self, name: str, wish: _Wish) -> L:
+        """Single flight: whoever asks for a name that is being loaded waits for that load."""
+        flight = self._loads.get(name)
+        if flight is None:
+            flight = self._loads[name] = _Flight(wish, asyncio.create_task(self._fly(name, wish)))
+            flight.task.add_done_callback(_see_exception)
+        return await asyncio.shield(flight.task)  # one caller's cancellation must not end the others' load
+
+    async def _fly(self, name: str, wish: _Wish) -> L:
+        try:
+            return await self._load(name, wish)
+        finally:
+            del self._loads[name]  # before the task is done, so that no done load is ever waited for
+
+    async def _load(self, name: str, wish: _Wish) -> L:
+        if not wish.replace:
+            self.registry.refuse_if_loaded(name)
+        started_s = time.monotonic()
+        try:
+            async with self._load_slots:
+                found = (
+                    wish.source
+                    or self._sources.get(name)
+                    or ArtifactSource(await self._find_root(name, name), name)
+                )
+                loaded = await self._read_and_publish(name, found, wish)
+        except FusionServeError as error:
+            self._metrics.load_failures.labels(error.reason).inc()
+            raise
+        self._sources[name] = found
+        self._metrics.loads.inc()
+        self._metrics.load_seconds.observe(time.monotonic() - started_s)
+        return loaded
+
+    async def _read_and_publish(self, name: str, source: ArtifactSource, wish: _Wish) -> L:
+        for _ in range(_MAX_LEASE_ATTEMPTS):
+            content = await self._read(name, source)
+            try:
+                if self._is_current(content):
+                    loaded = self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
+                    self._on_published(loaded)
+                    return loaded
+            except FusionServeError:
+                self._discard(content)
+                raise
+            self._discard(content)
+        raise self._unstable(name)
+
+    async def _find_root(self, name: str, path: str) -> Path:
+        return await asyncio.to_thread(self._root_of, name, path)
+
+    def _root_of(self, name: str, path: str) -> Path:
+        """The first root that has a directory at the relative `path`."""
+        for root in self._roots:
+            try:
+                open_artifact_directory(root, path).close()
+            except NotFoundError:
+                continue
+            return root
+        raise self._unknown(name)
+
+    def _names_on_disk(self) -> set[str]:
+        names: set[str] = set()
+        for root in self._roots:
+            try:
+                names.update(list_artifact_names(root, self._config_file))
+            except NotFoundError:  # a root that was removed has none
+                continue
+        return names
+
+    def _on_disk(self, name: str) -> S:
+        return self._to_unloaded_status(name, is_loading=name in self._loads)
+
+    def _unstable(self, names: str) -> CapacityError:
+        return CapacityError(
+            f"{self._noun} {names} is evicted or replaced as often as it is loaded",
+            reason=f"{self._noun.upper()}_HOST_FULL",
+            retry_after_s=1.0,
+        )
+
+    def _unknown(self, name: str) -> NotFoundError:
+        return NotFoundError(
+            f"no {self._noun} is named {name}",
+            resource_type=self._noun,
+            resource_name=name,
+            reason=f"{self._noun.upper()}_NOT_FOUND",
+        )
+
+
+def open_source(source: ArtifactSource) -> ArtifactDirectory:
+    """Opens the directory of a source; the caller closes it. Raises what opening raises."""
+    if source.relative is None:
+        return open_directory(source.root)
+    return open_artifact_directory(source.root, source.relative)
+
+
+def _see_exception(task: asyncio.Task[L]) -> None:
+    """Keeps asyncio from reporting a failed load as unseen when every caller has gone."""
+    if not task.cancelled():
+        task.exception()

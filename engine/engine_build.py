@@ -1,0 +1,53 @@
+"""Puts an engine together: scheduler, block pool, pool ledger and model runner, sized by the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fusionserve import metrics
+from fusionserve.adapters.pool_ledger import PoolLedger
+from fusionserve.config import EngineConfig
+from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.block_pool import BlockPool
+from fusionserve.engine.engine import Engine
+from fusionserve.engine.fusion_metrics import FusionMetrics
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
+from fusionserve.engine.model_runner import ModelRunner, num_cache_blocks
+from fusionserve.engine.scheduler import Scheduler, SchedulerLimits
+from fusionserve.metrics import AdapterLabels
+
+
+def build_engine(
+    config: EngineConfig,
+    base: BaseModel,
+    release_leases: Callable[[LeasedAdaptation], None],
+    adapter_labels: AdapterLabels,
+    fusion_metrics: FusionMetrics,
+) -> Engine:
+    """The engine of a loaded base. Raises StartupError if its KV cache does not fit the budget."""
+    num_blocks = num_cache_blocks(
+        base,
+        block_size=config.block_size,
+        budget_bytes=config.kv_cache_bytes,
+        max_requests=config.max_batch_requests,
+    )
+    metrics.KV_BLOCKS.set(num_blocks)
+    metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
+    limits = SchedulerLimits(
+        max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
+    )
+    scheduler = Scheduler(
+        BlockPool(num_blocks, config.block_size),
+        PoolLedger(config.adapter_pool_ranks),
+        limits,
+        enable_prefix_cache=config.enable_prefix_cache,
+    )
+    return Engine(
+        scheduler,
+        ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks),
+        eos_token_ids=base.eos_token_ids,
+        release_leases=release_leases,
+        token_text=base.tokenizer.text_of,
+        adapter_labels=adapter_labels,
+        fusion_metrics=fusion_metrics,
+    )

@@ -1,0 +1,60 @@
+"""Groups the chunks of a batch that one fusion adapts, and gives each its part of the fusion weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from fusionserve.adapters.fused_tokens import FusedTokens
+from fusionserve.engine.fusion_report import ChunkWeights
+from fusionserve.engine.scheduler import ScheduledChunk
+
+ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end) in the batch
+
+
+@dataclass(frozen=True, slots=True)
+class FusedChunks:
+    """Neighbouring chunks of one fusion, served together."""
+
+    tokens: FusedTokens
+    ranges: tuple[ChunkRange, ...]
+
+
+def plan_fused(ranges: Sequence[ChunkRange]) -> list[FusedChunks]:
+    """One group for each fusion in the batch, in which chunks of a fusion stand side by side."""
+    fused = [r for r in ranges if r[0].request.generation.adaptation.fusion is not None]
+    return [_group(tuple(group)) for _, group in groupby(fused, key=lambda r: r[0].row_starts)]
+
+
+def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkWeights]:
+    """The fusion weights of every fused chunk after the forward pass."""
+    found: dict[ScheduledChunk, ChunkWeights] = {}
+    for group in groups:
+        if group.tokens.weights:
+            weights = ChunkWeights.gather(group.tokens.weights)
+            first = group.ranges[0][1]
+            found |= {chunk: weights.part(start - first, end - first) for chunk, start, end in group.ranges}
+    return found
+
+
+def _group(ranges: tuple[ChunkRange, ...]) -> FusedChunks:
+    chunk, start, _ = ranges[0]
+    fusion = chunk.request.generation.adaptation.fusion
+    assert fusion is not None
+    tokens = FusedTokens(
+        start, ranges[-1][2], chunk.row_starts[0], fusion.content.folded.rows, _allowed(ranges)
+    )
+    return FusedChunks(tokens, ranges)
+
+
+def _allowed(ranges: Sequence[ChunkRange]) -> Tensor:
+    """Which members may take part: [members] if all chunks agree, else [tokens, members]."""
+    adaptations = [chunk.request.generation.adaptation for chunk, _, _ in ranges]
+    if all(adaptation.excluded == adaptations[0].excluded for adaptation in adaptations):
+        return adaptations[0].allowed_members
+    rows = zip(adaptations, ranges, strict=True)
+    return torch.cat([a.allowed_members.expand(end - start, -1) for a, (_, start, end) in rows])

@@ -1,0 +1,84 @@
+"""Gathers the fusion weights of one candidate, step by step, for the report its client asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionserve.generation import (
+    FusionWeightDetail,
+    FusionWeights,
+    ModuleFusionWeights,
+    TokenFusionWeights,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChunkWeights:
+    """The fusion weights of neighbouring tokens."""
+
+    modules: tuple[str, ...]  # the paths of the attentions
+    by_module: Tensor  # [attentions, tokens, members (+ 1)]
+    mean: Tensor  # [tokens, members (+ 1)], over the attentions
+    entropy: Tensor  # [tokens] in nats, mean over the attentions
+
+    @classmethod
+    def gather(cls, by_module: Mapping[str, Tensor]) -> ChunkWeights:
+        """From the weights [tokens, members (+ 1)] of each attention by its path."""
+        stacked = torch.stack(list(by_module.values())).cpu()
+        entropy = torch.special.entr(stacked).sum(dim=-1).mean(dim=0)
+        return cls(tuple(by_module), stacked, stacked.mean(dim=0), entropy)
+
+    def part(self, start: int, end: int) -> ChunkWeights:
+        """The tokens [start, end) of these."""
+        return ChunkWeights(
+            self.modules, self.by_module[:, start:end], self.mean[start:end], self.entropy[start:end]
+        )
+
+
+class FusionReport:
+    """Sums by attention, and rows by token. A position that is computed again after a preemption counts once."""
+
+    def __init__(self) -> None:
+        self._modules: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # [attentions, members (+ 1)], float64
+        self._num_tokens = 0
+        self._tokens: list[TokenFusionWeights] = []
+        self._num_told = 0
+
+    def add(self, chunk: ChunkWeights, start: int) -> None:
+        """Adds the weights of tokens from position `start` on; those known before are skipped."""
+        new = chunk.part(max(0, self._num_tokens - start), len(chunk.mean))
+        if not len(new.mean):
+            return
+        self._modules = chunk.modules
+        sums = new.by_module.double().sum(dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
+        for row in new.mean.tolist():
+            self._tokens.append(TokenFusionWeights(self._num_tokens, tuple(row)))
+            self._num_tokens += 1
+
+    def take_untold(self) -> tuple[TokenFusionWeights, ...]:
+        """The rows of the tokens added since the last call."""
+        untold = tuple(self._tokens[self._num_told :])
+        self._num_told = len(self._tokens)
+        return untold
+
+    def finish(self, members: Sequence[str], detail: FusionWeightDetail) -> FusionWeights | None:
+        """The report; None if no token was computed."""
+        if self._sums is None:
+            return None
+        means = self._sums / self._num_tokens
+        modules: tuple[ModuleFusionWeights, ...] = ()
+        if detail is FusionWeightDetail.PER_MODULE:
+            rows = zip(self._modules, means.tolist(), strict=True)
+            modules = tuple(ModuleFusionWeights(path, tuple(row)) for path, row in rows)
+        return FusionWeights(
+            members=tuple(members),
+            mean=tuple(means.mean(dim=0).tolist()),
+            tokens=tuple(self._tokens) if detail is FusionWeightDetail.PER_TOKEN else (),
+            modules=modules,
+        )

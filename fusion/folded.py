@@ -1,0 +1,95 @@
+"""A fusion as it is served: the rank rows it takes in the adapter pool, its members' rows among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
+from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.adapters.resident import RowPiece
+from fusionserve.fusion.config import FusionConfig
+from fusionserve.fusion.fold import ScoreRows, fold_attention, fold_value
+from fusionserve.fusion.params import FusionParams
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # no slots: the cached properties need a place
+class FoldedFusion:
+    """The folded weights. In the pool come first the rows of all members, [A_i; C_i], then those of the scores.
+
+    `members` are referred to and not copied; they must stay loaded as long as this.
+    """
+
+    config: FusionConfig
+    digest: str  # sha256 of the weights file
+    members: tuple[LoRAWeights, ...]
+    scores: Mapping[str, ScoreRows]  # by the path of each attention
+    values: Mapping[
+        str, tuple[Tensor | None, ...]
+    ]  # by path, C_i^T [rank, d_out] of each member; empty without V
+    rows: FusionRows
+
+    @property
+    def num_rows(self) -> int:
+        """Rank rows it takes in the pool."""
+        return self.rows.num_rows
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its own tensors; the members' are counted with the members."""
+        folded = [tensor for tensors in self.values.values() for tensor in tensors if tensor is not None]
+        return sum(rows.nbytes for rows in self.scores.values()) + sum(tensor.nbytes for tensor in folded)
+
+    def pieces(self, path: str) -> Sequence[RowPiece]:
+        """What the pool holds for the module at `path`."""
+        if path not in self.rows.modules:
+            return ()
+        pieces, start = [], 0
+        folded = self.values.get(path, (None,) * len(self.members))
+        for member, expand in zip(self.members, folded, strict=True):
+            lora = member.modules.get(path)
+            if lora is not None:
+                pieces.append(
+                    RowPiece(start, lora.shrink, lora.expand if expand is None else expand, lora.shrink_bias)
+                )
+            start += member.max_rank
+        scores = self.scores.get(path)
+        if scores is not None:
+            pieces.append(RowPiece(start, scores.shrink, None, scores.shrink_bias))
+        return pieces
+
+
+def fold_fusion(
+    config: FusionConfig,
+    digest: str,
+    params: FusionParams,
+    members: Sequence[LoRAWeights],
+    dtype: torch.dtype,
+) -> FoldedFusion:
+    """Folds trained parameters over the members' weights, which are those that will be served."""
+    counts = [member.max_rank for member in members]
+    modules = {path: [member.modules.get(path) for member in members] for path in config.modules}
+    scores = {
+        path: fold_attention(attention, modules[path], counts, config.temperature, dtype)
+        for path, attention in params.attentions.items()
+    }
+    values = {
+        path: tuple(None if lora is None else fold_value(value, lora, dtype) for lora in modules[path])
+        for path, value in params.values.items()
+    }
+    rows = FusionRows(
+        row_counts=tuple(counts),
+        has_member_keys=config.member_keys,
+        has_base_member=config.base_member,
+        modules={
+            path: FusionModule(path in scores, torch.tensor([lora is not None for lora in modules[path]]))
+            for path in config.modules
+        },
+    )
+    return FoldedFusion(
+        config=config, digest=digest, members=tuple(members), scores=scores, values=values, rows=rows
+    )

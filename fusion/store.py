@@ -1,0 +1,136 @@
+"""The store of fusions: a fusion is read, its members are leased, and both are folded together.
+
+The members stay leased as long as a version of the fusion is loaded, so they are neither evicted nor unloaded under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from fusionserve import metrics
+from fusionserve.adapter_status import AdapterState, FusionMemberStatus, FusionStatus, Residency
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.artifact_store import ArtifactSource, ArtifactStore, open_source
+from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.adapters.host_registry import RegistryEntry
+from fusionserve.adapters.store import AdapterStore, FusionHold
+from fusionserve.errors import ArtifactError, NotFoundError
+from fusionserve.fusion.config import CONFIG_FILE, FusionConfig
+from fusionserve.fusion.fusion import Fusion, FusionContent
+from fusionserve.fusion.loader import FusionPolicy, load_folded, read_fusion_config
+from fusionserve.fusion.registry import FusionRegistry
+
+
+class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
+    """Names to fusions over `adapters`. Files are read and folded on worker threads."""
+
+    def __init__(
+        self,
+        registry: FusionRegistry,
+        roots: tuple[Path, ...],
+        adapters: AdapterStore,
+        base: BaseModules,
+        policy: FusionPolicy,
+    ) -> None:
+        super().__init__("fusion", CONFIG_FILE, registry, roots, metrics.FUSION_HOST)
+        self._adapters = adapters
+        self._base = base
+        self._policy = policy
+
+    def holds(self, adapter_name: str) -> Sequence[FusionHold]:
+        """The loaded fusions that an adapter of this name is a member of."""
+        return [
+            FusionHold(fusion.name, member.uid)
+            for fusion in self.registry.versions()
+            for member in fusion.members
+            if member.name == adapter_name
+        ]
+
+    def release_members(self, fusion: Fusion) -> None:
+        """Ends the leases of a version that has been let go."""
+        self._adapters.registry.release(fusion.members)
+        metrics.FUSION_PINS.dec(len(fusion.members))
+
+    async def _read(self, name: str, source: ArtifactSource) -> FusionContent:
+        config = await asyncio.to_thread(self._read_config, source)
+        members = await self._lease_members(config)
+        try:
+            return await asyncio.to_thread(self._fold, source, config, members)
+        except BaseException:
+            self._adapters.registry.release(members)
+            raise
+
+    def _read_config(self, source: ArtifactSource) -> FusionConfig:
+        with open_source(source) as directory:
+            return read_fusion_config(directory)
+
+    def _fold(
+        self, source: ArtifactSource, config: FusionConfig, members: tuple[Adapter, ...]
+    ) -> FusionContent:
+        weights = [member.weights for member in members]
+        with open_source(source) as directory:
+            return FusionContent(load_folded(directory, config, weights, self._base, self._policy), members)
+
+    async def _lease_members(self, config: FusionConfig) -> tuple[Adapter, ...]:
+        try:
+            return await self._adapters.lease([member.name for member in config.members])
+        except NotFoundError as error:
+            raise ArtifactError(
+                f"member {error.resource_name} is neither loaded nor found on disk",
+                reason="MEMBER_MISSING",
+                metadata={"member": error.resource_name},
+            ) from None
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"a member cannot be loaded: {error.message}", reason=error.reason, metadata=error.metadata
+            ) from None
+
+    def _is_current(self, content: FusionContent) -> bool:
+        """A member that was unloaded or replaced meanwhile must not be kept from going."""
+        return self._adapters.registry.are_ready(content.members)
+
+    def _discard(self, content: FusionContent) -> None:
+        self._adapters.registry.release(content.members)
+
+    def _on_published(self, loaded: Fusion) -> None:
+        metrics.FUSION_PINS.inc(len(loaded.members))
+
+    def _to_status(self, entry: RegistryEntry[Fusion], device_uids: frozenset[int]) -> FusionStatus:
+        fusion, config = entry.loaded, entry.loaded.config
+        return FusionStatus(
+            name=fusion.name,
+            version=fusion.version,
+            digest=fusion.digest,
+            state=entry.state,
+            residency=Residency.DEVICE if fusion.uid in device_uids else Residency.HOST,
+            members=tuple(
+                FusionMemberStatus(name=member.name, digest=member.digest) for member in fusion.members
+            ),
+            modules=config.modules,
+            scope=config.scope.value,
+            d_key=config.d_key,
+            member_keys=config.member_keys,
+            value_kind=config.value.value,
+            temperature=config.temperature,
+            base_member=config.base_member,
+            pool_ranks=fusion.num_rows,
+            host_bytes=fusion.nbytes,
+            pinned=entry.pinned,
+            active_requests=entry.num_leases,
+            load_time_s=fusion.load_time_s,
+        )
+
+    def _to_unloaded_status(self, name: str, *, is_loading: bool) -> FusionStatus:
+        state = AdapterState.LOADING if is_loading else AdapterState.AVAILABLE
+        return FusionStatus(name=name, state=state, residency=Residency.DISK)
+
+    def _to_withdrawn_status(self, entry: RegistryEntry[Fusion], *, on_disk: bool) -> FusionStatus:
+        return FusionStatus(
+            name=entry.loaded.name,
+            version=entry.loaded.version,
+            digest=entry.loaded.digest,
+            state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
+            residency=Residency.DISK,
+        )
