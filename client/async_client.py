@@ -7,15 +7,16 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
 from grpc import aio
 
 from fusionserve.client import channel, requests, responses
+from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.errors import UnavailableError, typed_errors
-from fusionserve.client.results import Adapter, Generation, GenerationEvent, Model
-from fusionserve.v1 import adapter_pb2, inference_pb2
+from fusionserve.client.results import Generation, GenerationEvent, Model
+from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
 from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -44,7 +45,8 @@ class AsyncClient:
         )
         self._timeout_s = timeout_s
         self._inference = InferenceServiceStub(self._channel)
-        self.adapters = AsyncAdapters(self._channel, timeout_s)
+        self.adapters = AsyncArtifacts(self._channel, ADAPTERS, timeout_s)
+        self.fusions = AsyncArtifacts(self._channel, FUSIONS, timeout_s)
 
     async def generate(
         self,
@@ -165,49 +167,45 @@ class AsyncGenerationStream:
         self._call.cancel()
 
 
-class AsyncAdapters:
-    """The life of adapters on the server."""
+class AsyncArtifacts(Generic[ItemT]):
+    """The life of adapters, or of fusions, on the server."""
 
-    def __init__(self, channel: aio.Channel, timeout_s: float | None) -> None:
+    def __init__(self, channel: aio.Channel, kind: ArtifactKind[ItemT], timeout_s: float | None) -> None:
         self._service = AdapterServiceStub(channel)
+        self._kind = kind
         self._timeout_s = timeout_s
 
-    async def load(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
-        """Loads an adapter from `path` under the server's adapter folders; without a path, from its name."""
-        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin)
-        return responses.to_adapter(
-            (await _call(self._service.LoadAdapter, request, self._timeout_s)).adapter
-        )
+    async def load(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        """Loads it from `path` under the server's folders for its kind; without a path, from its name."""
+        return await self._call("Load", name=name, path=path, pin=pin)
 
-    async def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
-        """Publishes a new version of an adapter; requests that run finish on the old one."""
-        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin, replace=True)
-        return responses.to_adapter(
-            (await _call(self._service.LoadAdapter, request, self._timeout_s)).adapter
-        )
+    async def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        """Publishes a new version; requests that run finish on the old one."""
+        return await self._call("Load", name=name, path=path, pin=pin, replace=True)
 
-    async def unload(self, name: str, *, force: bool = False) -> Adapter:
-        """Withdraws an adapter and waits for its requests; with `force` they end with AbortedError."""
-        request = adapter_pb2.UnloadAdapterRequest(name=name, force=force)
-        return responses.to_adapter(
-            (await _call(self._service.UnloadAdapter, request, self._timeout_s)).adapter
-        )
+    async def unload(self, name: str, *, force: bool = False) -> ItemT:
+        """Withdraws it and waits for its requests; with `force` they end with AbortedError."""
+        return await self._call("Unload", name=name, force=force)
 
-    async def get(self, name: str) -> Adapter:
-        """A snapshot of one adapter, loaded or available on disk."""
-        request = adapter_pb2.GetAdapterRequest(name=name)
-        return responses.to_adapter((await _call(self._service.GetAdapter, request, self._timeout_s)).adapter)
+    async def get(self, name: str) -> ItemT:
+        """A snapshot of one, loaded or available on disk."""
+        return await self._call("Get", name=name)
 
-    async def list(self) -> AsyncIterator[Adapter]:
-        """All adapters by name, loaded or available on disk, fetched page by page."""
-        request = adapter_pb2.ListAdaptersRequest()
+    async def list(self) -> AsyncIterator[ItemT]:
+        """All by name, loaded or available on disk, fetched page by page."""
+        request = self._kind.list_request()
         while True:
-            page = await _call(self._service.ListAdapters, request, self._timeout_s)
-            for adapter in page.adapters:
-                yield responses.to_adapter(adapter)
+            page = await _call(self._kind.list_method(self._service), request, self._timeout_s)
+            for item in self._kind.items(page):
+                yield item
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    async def _call(self, verb: str, **fields: Any) -> ItemT:
+        request = self._kind.request(verb, **fields)
+        method = self._kind.method(self._service, verb)
+        return self._kind.item(await _call(method, request, self._timeout_s))
 
 
 async def _call(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -15,6 +15,8 @@ from fusionserve.v1.inference_pb2 import (
     BlendSelection,
     Chat,
     ChatMessage,
+    FusionSelection,
+    FusionWeightDetail,
     GenerateRequest,
     OutputOptions,
     SamplingParams,
@@ -22,6 +24,12 @@ from fusionserve.v1.inference_pb2 import (
     TokenIds,
     TokenizeRequest,
 )
+
+FUSION_WEIGHT_DETAILS = {
+    "mean": FusionWeightDetail.FUSION_WEIGHT_DETAIL_MEAN,
+    "per_token": FusionWeightDetail.FUSION_WEIGHT_DETAIL_PER_TOKEN,
+    "per_module": FusionWeightDetail.FUSION_WEIGHT_DETAIL_PER_MODULE,
+}
 
 ChatMessages = Sequence[Mapping[str, str]]
 Prompt = str | Sequence[int] | ChatMessages
@@ -35,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     adapter: str | None  # one LoRA adapter ...
     scale: float | None  # ... and what its delta is multiplied with
     blend: Mapping[str, float] | None  # or several adapters with their weights
+    fusion: str | None  # or a trained fusion of adapters ...
+    excluded_members: Sequence[str] | None  # ... without some of its members
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -53,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     time_limit_s: float | None  # ends with the text so far; a call's timeout ends with an error
     logprobs: int | None
     prompt_logprobs: int | None
+    fusion_weights: Literal["mean", "per_token", "per_module"] | None
     num_candidates: int | None
     priority: int | None
     cache_salt: str | None
@@ -70,7 +81,7 @@ def to_generate_request(prompt: Prompt, options: GenerateOptions) -> GenerateReq
     request = _from_options(GenerateRequest, given, **_prompt(prompt), **_adaptation(given))
     request.sampling.CopyFrom(_from_options(SamplingParams, given))
     request.stopping.CopyFrom(_stopping(given))
-    request.output.CopyFrom(_from_options(OutputOptions, given))
+    request.output.CopyFrom(_output(given))
     return request
 
 
@@ -89,15 +100,20 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
 
 
 def _adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
-    if "adapter" in given and "blend" in given:
-        raise ValueError("adapter and blend exclude each other")
+    if len(given.keys() & {"adapter", "blend", "fusion"}) > 1:
+        raise ValueError("adapter, blend and fusion exclude each other")
     if "scale" in given and "adapter" not in given:
         raise ValueError("scale needs an adapter")
+    if "excluded_members" in given and "fusion" not in given:
+        raise ValueError("excluded_members needs a fusion")
     if "adapter" in given:
         return {"adapter": AdapterSelection(name=given["adapter"], scale=given.get("scale"))}
     if "blend" in given:
         members = [BlendMember(name=name, weight=weight) for name, weight in given["blend"].items()]
         return {"blend": BlendSelection(members=members)}
+    if "fusion" in given:
+        excluded = given.get("excluded_members", ())
+        return {"fusion": FusionSelection(name=given["fusion"], excluded_members=excluded)}
     return {}
 
 
@@ -111,6 +127,14 @@ def _stopping(given: Mapping[str, Any]) -> StoppingCriteria:
         stop=[stop] if isinstance(stop, str) else stop,
         time_limit=limit if "time_limit_s" in given else None,
     )
+
+
+def _output(given: Mapping[str, Any]) -> OutputOptions:
+    detail = given.get("fusion_weights")
+    if detail is not None and detail not in FUSION_WEIGHT_DETAILS:
+        raise ValueError(f"fusion_weights must be one of {', '.join(FUSION_WEIGHT_DETAILS)}")
+    weights = None if detail is None else FUSION_WEIGHT_DETAILS[detail]
+    return _from_options(OutputOptions, given, fusion_weights=weights)
 
 
 def _from_options(kind: type[MessageT], given: Mapping[str, Any], **fields: Any) -> MessageT:

@@ -35,6 +35,9 @@ def to_generation(response: inference_pb2.GenerateResponse) -> results.Generatio
             total_s=timings.total.ToTimedelta().total_seconds(),
         ),
         prompt_logprobs=_logprobs(response.prompt_logprobs),
+        fusion_weights=(
+            _fusion_weights(response.fusion_weights) if response.HasField("fusion_weights") else None
+        ),
     )
 
 
@@ -54,6 +57,7 @@ def to_event(response: inference_pb2.StreamGenerateResponse) -> results.Generati
                 text=chunk.text,
                 token_ids=tuple(chunk.token_ids),
                 logprobs=_logprobs(chunk.logprobs),
+                fusion_weights=_token_weights(chunk.fusion_weights),
             )
         case "finished":
             return to_generation(response.finished)
@@ -74,7 +78,34 @@ def to_adapter(adapter: adapter_pb2.Adapter) -> results.Adapter:
         host_bytes=adapter.host_bytes,
         pinned=adapter.pinned,
         active_requests=adapter.active_requests,
+        held_by_fusions=tuple(adapter.held_by_fusions),
         load_time=adapter.load_time.ToDatetime(UTC) if adapter.HasField("load_time") else None,
+    )
+
+
+def to_fusion(fusion: adapter_pb2.Fusion) -> results.Fusion:
+    """A snapshot of one fusion."""
+    pb = adapter_pb2.Adapter
+    members = (results.FusionMember(name=member.name, digest=member.digest) for member in fusion.members)
+    return results.Fusion(
+        name=fusion.name,
+        version=fusion.version,
+        digest=fusion.digest,
+        state=_enum(results.AdapterState, pb.State, fusion.state, "STATE_"),
+        residency=_enum(results.Residency, pb.Residency, fusion.residency, "RESIDENCY_"),
+        members=tuple(members),
+        modules=tuple(fusion.modules),
+        scope=fusion.scope,
+        d_key=fusion.d_key,
+        member_keys=fusion.member_keys,
+        value_kind=fusion.value_kind,
+        temperature=fusion.temperature,
+        base_member=fusion.base_member,
+        pool_ranks=fusion.pool_ranks,
+        host_bytes=fusion.host_bytes,
+        pinned=fusion.pinned,
+        active_requests=fusion.active_requests,
+        load_time=fusion.load_time.ToDatetime(UTC) if fusion.HasField("load_time") else None,
     )
 
 
@@ -132,7 +163,31 @@ def _adaptation(adaptation: inference_pb2.ResolvedAdaptation) -> results.Resolve
         )
         for member in adaptation.members
     )
-    return results.ResolvedAdaptation(kind=adaptation.kind, members=members)
+    return results.ResolvedAdaptation(
+        kind=adaptation.kind,
+        members=members,
+        name=adaptation.name,
+        version=adaptation.version,
+        digest=adaptation.digest,
+    )
+
+
+def _fusion_weights(weights: inference_pb2.FusionWeights) -> results.FusionWeights:
+    modules = (
+        results.ModuleWeights(module=entry.module, weights=tuple(entry.weights)) for entry in weights.modules
+    )
+    return results.FusionWeights(
+        members=tuple(weights.members),
+        mean=tuple(weights.mean),
+        tokens=_token_weights(weights.tokens),
+        modules=tuple(modules),
+    )
+
+
+def _token_weights(entries: Iterable[inference_pb2.TokenWeights]) -> tuple[results.TokenWeights, ...]:
+    return tuple(
+        results.TokenWeights(position=entry.position, weights=tuple(entry.weights)) for entry in entries
+    )
 
 
 def _logprobs(positions: Iterable[inference_pb2.TokenLogprobs]) -> tuple[results.TokenLogprobs, ...]:

@@ -86,10 +86,46 @@ class ResolvedMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedAdaptation:
-    """The adaptation a request really ran with: `kind` is "base", "lora" or "blend"."""
+    """The adaptation a request really ran with: `kind` is "base", "lora", "blend" or "fusion".
+
+    `name`, `version` and `digest` are those of the one adapter or of the fusion, else empty and 0. A fusion's
+    members have weight 1, or 0 where the request left them out.
+    """
 
     kind: str
     members: tuple[ResolvedMember, ...]
+    name: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWeights:
+    """The fusion weights at one position of prompt and output, mean over attentions."""
+
+    position: int
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleWeights:
+    """The fusion weights of one attention, mean over tokens."""
+
+    module: str
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionWeights:
+    """How a fusion weighed `members` in the first candidate; the last of them may be `base`.
+
+    `tokens` and `modules` are empty unless asked for. The last generated token has no weights.
+    """
+
+    members: tuple[str, ...]
+    mean: tuple[float, ...]
+    tokens: tuple[TokenWeights, ...]
+    modules: tuple[ModuleWeights, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +158,7 @@ class GenerationChunk:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    fusion_weights: tuple[TokenWeights, ...]  # of the tokens computed since the last chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +171,7 @@ class Generation:
     adaptation: ResolvedAdaptation
     timings: Timings
     prompt_logprobs: tuple[TokenLogprobs, ...]
+    fusion_weights: FusionWeights | None  # None unless asked for
 
     @property
     def text(self) -> str:
@@ -165,6 +203,39 @@ class Adapter:
     residency: Residency
     max_rank: int
     target_modules: tuple[str, ...]
+    host_bytes: int
+    pinned: bool
+    active_requests: int
+    held_by_fusions: tuple[str, ...]  # loaded fusions that it is a member of
+    load_time: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionMember:
+    """An adapter by name, with the digest of the weights that the fusion was trained with."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """A snapshot of one fusion; `version` 0 means it has not been loaded."""
+
+    name: str
+    version: int
+    digest: str
+    state: AdapterState
+    residency: Residency
+    members: tuple[FusionMember, ...]
+    modules: tuple[str, ...]
+    scope: str
+    d_key: int
+    member_keys: bool
+    value_kind: str
+    temperature: float
+    base_member: bool
+    pool_ranks: int
     host_bytes: int
     pinned: bool
     active_requests: int

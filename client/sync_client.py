@@ -6,14 +6,15 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeVar, Unpack
+from typing import Any, Generic, Protocol, Self, TypeVar, Unpack
 
 import grpc
 
 from fusionserve.client import channel, requests, responses
+from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.errors import CancelledError, UnavailableError, typed_errors
-from fusionserve.client.results import Adapter, Generation, GenerationEvent, Model
-from fusionserve.v1 import adapter_pb2, inference_pb2
+from fusionserve.client.results import Generation, GenerationEvent, Model
+from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
 from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -42,7 +43,8 @@ class Client:
         )
         self._timeout_s = timeout_s
         self._inference = InferenceServiceStub(self._channel)
-        self.adapters = Adapters(self._channel, timeout_s)
+        self.adapters = Artifacts(self._channel, ADAPTERS, timeout_s)
+        self.fusions = Artifacts(self._channel, FUSIONS, timeout_s)
 
     def generate(
         self,
@@ -157,42 +159,44 @@ class GenerationStream:
         self.close()
 
 
-class Adapters:
-    """The life of adapters on the server."""
+class Artifacts(Generic[ItemT]):
+    """The life of adapters, or of fusions, on the server."""
 
-    def __init__(self, channel: grpc.Channel, timeout_s: float | None) -> None:
+    def __init__(self, channel: grpc.Channel, kind: ArtifactKind[ItemT], timeout_s: float | None) -> None:
         self._service = AdapterServiceStub(channel)
+        self._kind = kind
         self._timeout_s = timeout_s
 
-    def load(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
-        """Loads an adapter from `path` under the server's adapter folders; without a path, from its name."""
-        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin)
-        return responses.to_adapter(_call(self._service.LoadAdapter, request, self._timeout_s).adapter)
+    def load(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        """Loads it from `path` under the server's folders for its kind; without a path, from its name."""
+        return self._call("Load", name=name, path=path, pin=pin)
 
-    def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> Adapter:
-        """Publishes a new version of an adapter; requests that run finish on the old one."""
-        request = adapter_pb2.LoadAdapterRequest(name=name, path=path, pin=pin, replace=True)
-        return responses.to_adapter(_call(self._service.LoadAdapter, request, self._timeout_s).adapter)
+    def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        """Publishes a new version; requests that run finish on the old one."""
+        return self._call("Load", name=name, path=path, pin=pin, replace=True)
 
-    def unload(self, name: str, *, force: bool = False) -> Adapter:
-        """Withdraws an adapter and waits for its requests; with `force` they end with AbortedError."""
-        request = adapter_pb2.UnloadAdapterRequest(name=name, force=force)
-        return responses.to_adapter(_call(self._service.UnloadAdapter, request, self._timeout_s).adapter)
+    def unload(self, name: str, *, force: bool = False) -> ItemT:
+        """Withdraws it and waits for its requests; with `force` they end with AbortedError."""
+        return self._call("Unload", name=name, force=force)
 
-    def get(self, name: str) -> Adapter:
-        """A snapshot of one adapter, loaded or available on disk."""
-        request = adapter_pb2.GetAdapterRequest(name=name)
-        return responses.to_adapter(_call(self._service.GetAdapter, request, self._timeout_s).adapter)
+    def get(self, name: str) -> ItemT:
+        """A snapshot of one, loaded or available on disk."""
+        return self._call("Get", name=name)
 
-    def list(self) -> Iterator[Adapter]:
-        """All adapters by name, loaded or available on disk, fetched page by page."""
-        request = adapter_pb2.ListAdaptersRequest()
+    def list(self) -> Iterator[ItemT]:
+        """All by name, loaded or available on disk, fetched page by page."""
+        request = self._kind.list_request()
         while True:
-            page = _call(self._service.ListAdapters, request, self._timeout_s)
-            yield from map(responses.to_adapter, page.adapters)
+            page = _call(self._kind.list_method(self._service), request, self._timeout_s)
+            yield from self._kind.items(page)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def _call(self, verb: str, **fields: Any) -> ItemT:
+        request = self._kind.request(verb, **fields)
+        method = self._kind.method(self._service, verb)
+        return self._kind.item(_call(method, request, self._timeout_s))
 
 
 def _call(

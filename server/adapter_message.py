@@ -33,11 +33,15 @@ def to_adapter(status: AdapterStatus) -> adapter_pb2.Adapter:
         host_bytes=status.host_bytes,
         pinned=status.pinned,
         active_requests=status.active_requests,
-        load_time=None if status.load_time_s is None else _to_timestamp(status.load_time_s),
+        held_by_fusions=status.held_by_fusions,
+        load_time=to_timestamp(status.load_time_s),
     )
 
 
-def _to_timestamp(epoch_s: float) -> Timestamp:
+def to_timestamp(epoch_s: float | None) -> Timestamp | None:
+    """The time, or none."""
+    if epoch_s is None:
+        return None
     timestamp = Timestamp()
     timestamp.FromMilliseconds(round(epoch_s * 1000))
     return timestamp

@@ -1,40 +1,39 @@
-"""One page of the list of adapters."""
+"""One page of a list of adapters or fusions."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import bisect
+from typing import TypeVar
 
-from fusionserve.adapter_status import AdapterStatus
+from fusionserve.adapter_status import AdapterStatus, FusionStatus
 from fusionserve.errors import InvalidRequestError
 from fusionserve.limits import is_name
-from fusionserve.server.adapter_message import to_adapter
 from fusionserve.v1 import adapter_pb2
 
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 
+StatusT = TypeVar("StatusT", AdapterStatus, FusionStatus)
+
 
 def to_page(
-    request: adapter_pb2.ListAdaptersRequest, adapters: list[AdapterStatus]
-) -> adapter_pb2.ListAdaptersResponse:
-    """The page of `adapters` (sorted by name) that `request` asks for.
+    request: adapter_pb2.ListAdaptersRequest | adapter_pb2.ListFusionsRequest, statuses: list[StatusT]
+) -> tuple[list[StatusT], str]:
+    """The page of `statuses` (sorted by name) that `request` asks for, and the token of the next one.
 
-    A token holds the last name sent, so adapters that come or go between two pages make no other one appear
-    twice or not at all. Raises InvalidRequestError for a token that no page had.
+    A token holds the last name sent, so what comes or goes between two pages makes nothing else appear twice
+    or not at all. Raises InvalidRequestError for a token that no page had.
     """
     size = min(request.page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
     first = 0
     if request.page_token:
         last_name = _to_name(request.page_token)
-        first = bisect.bisect_right(adapters, last_name, key=lambda status: status.name)
-    page = adapters[first : first + size]
-    has_more = first + size < len(adapters)
-    return adapter_pb2.ListAdaptersResponse(
-        adapters=[to_adapter(status) for status in page],
-        next_page_token=_to_token(page[-1].name) if has_more else "",
-    )
+        first = bisect.bisect_right(statuses, last_name, key=lambda status: status.name)
+    page = statuses[first : first + size]
+    has_more = first + size < len(statuses)
+    return page, _to_token(page[-1].name) if has_more else ""
 
 
 def _to_token(name: str) -> str:

@@ -8,12 +8,13 @@ from fusionserve.server import checks
 from fusionserve.server.adapter_message import to_adapter
 from fusionserve.server.adapter_page import to_page
 from fusionserve.server.engine_gate import EngineGate
+from fusionserve.server.fusion_message import to_fusion
 from fusionserve.v1 import adapter_pb2 as pb
 from fusionserve.v1 import adapter_pb2_grpc
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
-    """The life of adapters; only loading counts as new work, which a draining server refuses."""
+    """The life of adapters and fusions; only loading counts as new work, which a draining server refuses."""
 
     def __init__(self, gate: EngineGate) -> None:
         self._gate = gate
@@ -25,10 +26,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.LoadAdapterResponse:
         """The adapter, ready."""
         engine = self._gate.admit()
-        checks.check_new_adapter_name("name", request.name, engine.model_info().name)
-        path = request.path if request.HasField("path") else None
-        if path is not None:
-            checks.check_adapter_path("path", path)
+        path = _checked_path(request, engine.model_info().name, "adapter")
         status = await engine.load_adapter(request.name, path, pin=request.pin, replace=request.replace)
         return pb.LoadAdapterResponse(adapter=to_adapter(status))
 
@@ -39,7 +37,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UnloadAdapterResponse:
         """The adapter as it was left."""
         engine = self._gate.engine()
-        checks.check_adapter_name("name", request.name)
+        checks.check_name("name", request.name)
         status = await engine.unload_adapter(request.name, force=request.force)
         return pb.UnloadAdapterResponse(adapter=to_adapter(status))
 
@@ -50,7 +48,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.GetAdapterResponse:
         """One adapter."""
         engine = self._gate.engine()
-        checks.check_adapter_name("name", request.name)
+        checks.check_name("name", request.name)
         return pb.GetAdapterResponse(adapter=to_adapter(await engine.get_adapter(request.name)))
 
     async def ListAdapters(
@@ -59,4 +57,57 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         context: aio.ServicerContext[pb.ListAdaptersRequest, pb.ListAdaptersResponse],
     ) -> pb.ListAdaptersResponse:
         """One page of all adapters."""
-        return to_page(request, await self._gate.engine().list_adapters())
+        page, token = to_page(request, await self._gate.engine().list_adapters())
+        return pb.ListAdaptersResponse(adapters=map(to_adapter, page), next_page_token=token)
+
+    async def LoadFusion(
+        self,
+        request: pb.LoadFusionRequest,
+        context: aio.ServicerContext[pb.LoadFusionRequest, pb.LoadFusionResponse],
+    ) -> pb.LoadFusionResponse:
+        """The fusion, ready."""
+        engine = self._gate.admit()
+        path = _checked_path(request, engine.model_info().name, "fusion")
+        status = await engine.load_fusion(request.name, path, pin=request.pin, replace=request.replace)
+        return pb.LoadFusionResponse(fusion=to_fusion(status))
+
+    async def UnloadFusion(
+        self,
+        request: pb.UnloadFusionRequest,
+        context: aio.ServicerContext[pb.UnloadFusionRequest, pb.UnloadFusionResponse],
+    ) -> pb.UnloadFusionResponse:
+        """The fusion as it was left."""
+        engine = self._gate.engine()
+        checks.check_name("name", request.name, "fusion")
+        status = await engine.unload_fusion(request.name, force=request.force)
+        return pb.UnloadFusionResponse(fusion=to_fusion(status))
+
+    async def GetFusion(
+        self,
+        request: pb.GetFusionRequest,
+        context: aio.ServicerContext[pb.GetFusionRequest, pb.GetFusionResponse],
+    ) -> pb.GetFusionResponse:
+        """One fusion."""
+        engine = self._gate.engine()
+        checks.check_name("name", request.name, "fusion")
+        return pb.GetFusionResponse(fusion=to_fusion(await engine.get_fusion(request.name)))
+
+    async def ListFusions(
+        self,
+        request: pb.ListFusionsRequest,
+        context: aio.ServicerContext[pb.ListFusionsRequest, pb.ListFusionsResponse],
+    ) -> pb.ListFusionsResponse:
+        """One page of all fusions."""
+        page, token = to_page(request, await self._gate.engine().list_fusions())
+        return pb.ListFusionsResponse(fusions=map(to_fusion, page), next_page_token=token)
+
+
+def _checked_path(
+    request: pb.LoadAdapterRequest | pb.LoadFusionRequest, model_name: str, what: str
+) -> str | None:
+    """The path of a request to load, if it brings one. Raises InvalidRequestError for the name or the path."""
+    checks.check_new_name("name", request.name, model_name, what)
+    if not request.HasField("path"):
+        return None
+    checks.check_path("path", request.path, what)
+    return request.path

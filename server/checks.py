@@ -8,7 +8,7 @@ from collections.abc import Sized
 from fusionserve.errors import InvalidRequestError
 from fusionserve.limits import is_name
 
-MAX_ADAPTER_PATH_LENGTH = 1024
+MAX_PATH_LENGTH = 1024
 
 
 def check_between(field: str, value: float, low: float, high: float) -> None:
@@ -59,34 +59,35 @@ def check_length(field: str, text: str, low: int, high: int) -> None:
         )
 
 
-def check_adapter_name(field: str, name: str) -> None:
-    """Raises ADAPTER_ID_INVALID unless `name` has the form of an adapter's name."""
+def check_name(field: str, name: str, what: str = "adapter") -> None:
+    """Raises ADAPTER_ID_INVALID, or FUSION_ID_INVALID, unless `name` has the form of a name."""
     if not is_name(name):
         raise InvalidRequestError(
             f"{field} must be 1 to 63 of a-z 0-9 . _ -, start with a letter or digit and have no double dot",
             field=field,
-            reason="ADAPTER_ID_INVALID",
+            reason=f"{what.upper()}_ID_INVALID",
         )
 
 
-def check_new_adapter_name(field: str, name: str, model_name: str) -> None:
-    """Raises ADAPTER_ID_INVALID unless `name` may be given to an adapter of the model `model_name`."""
-    check_adapter_name(field, name)
+def check_new_name(field: str, name: str, model_name: str, what: str = "adapter") -> None:
+    """Raises as `check_name`, also if `name` is that of the model."""
+    check_name(field, name, what)
     if name == model_name:
         raise InvalidRequestError(
-            f"{field} is the name of the base model", field=field, reason="ADAPTER_ID_INVALID"
+            f"{field} is the name of the base model", field=field, reason=f"{what.upper()}_ID_INVALID"
         )
 
 
-def check_adapter_path(field: str, path: str) -> None:
-    """Raises ADAPTER_PATH_INVALID unless `path` is relative and names every folder on its way."""
+def check_path(field: str, path: str, what: str = "adapter") -> None:
+    """Raises ADAPTER_PATH_INVALID, or FUSION_PATH_INVALID, unless `path` is relative and names every folder."""
     parts = path.split("/")
-    is_plain = path.isprintable() and "\\" not in path and len(path) <= MAX_ADAPTER_PATH_LENGTH
+    is_plain = path.isprintable() and "\\" not in path and len(path) <= MAX_PATH_LENGTH
     if not is_plain or any(part in ("", ".", "..") for part in parts):
         raise InvalidRequestError(
-            f'{field} must be relative to an adapter folder of the server, without empty parts, "." and ".."',
+            f"{field} must be relative to one of the server's {what} folders, without empty parts, "
+            '"." and ".."',
             field=field,
-            reason="ADAPTER_PATH_INVALID",
+            reason=f"{what.upper()}_PATH_INVALID",
         )
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from fusionserve.adapter_status import AdapterStatus
+from fusionserve.adapter_status import AdapterStatus, FusionStatus
 from fusionserve.generation import GenerateParams, GenerationEvent, Prompt
 from fusionserve.model_info import ModelInfo
 
 
 class EngineFacade(Protocol):
-    """Generation and the life of adapters. Called on the event loop; methods may raise FusionServeErrors."""
+    """Generation and the life of adapters and fusions. Called on the event loop; may raise FusionServeErrors."""
 
     async def start(self) -> None:
-        """Starts the engine thread, loads the adapters named at start and warms up."""
+        """Starts the engine thread, loads the adapters and fusions named at start and warms up."""
 
     def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
         """Yields started, chunks and finished; closing the generator aborts the request."""
@@ -39,6 +39,18 @@ class EngineFacade(Protocol):
 
     async def list_adapters(self) -> list[AdapterStatus]:
         """All adapters, loaded or on disk, by name."""
+
+    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+        """Loads from under the engine's fusion folders, the members with it; returns when it may be used."""
+
+    async def unload_fusion(self, name: str, *, force: bool) -> FusionStatus:
+        """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
+
+    async def get_fusion(self, name: str) -> FusionStatus:
+        """The fusion, loaded or on disk. Raises NotFoundError."""
+
+    async def list_fusions(self) -> list[FusionStatus]:
+        """All fusions, loaded or on disk, by name."""
 
     async def wait_failed(self) -> None:
         """Returns when the engine has died, never otherwise."""

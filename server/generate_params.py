@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fusionserve import limits
 from fusionserve.errors import InvalidRequestError
@@ -10,6 +10,7 @@ from fusionserve.generation import (
     Adaptation,
     AdapterTerm,
     ChatPrompt,
+    FusionWeightDetail,
     GenerateParams,
     OutputOptions,
     Prompt,
@@ -23,7 +24,13 @@ from fusionserve.server.request_ids import check_request_id
 from fusionserve.v1 import inference_pb2
 
 MAX_ROLE_LENGTH = 64
-KINDS: Mapping[str | None, str] = {None: "base", "adapter": "lora", "blend": "blend"}
+KINDS: Mapping[str | None, str] = {None: "base", "adapter": "lora", "blend": "blend", "fusion": "fusion"}
+FUSION_WEIGHT_DETAILS = {
+    inference_pb2.FUSION_WEIGHT_DETAIL_UNSPECIFIED: FusionWeightDetail.NONE,
+    inference_pb2.FUSION_WEIGHT_DETAIL_MEAN: FusionWeightDetail.MEAN,
+    inference_pb2.FUSION_WEIGHT_DETAIL_PER_TOKEN: FusionWeightDetail.PER_TOKEN,
+    inference_pb2.FUSION_WEIGHT_DETAIL_PER_MODULE: FusionWeightDetail.PER_MODULE,
+}
 
 
 def to_generate_params(request: inference_pb2.GenerateRequest, deadline_s: float) -> GenerateParams:
@@ -39,7 +46,7 @@ def to_generate_params(request: inference_pb2.GenerateRequest, deadline_s: float
         adaptation=_to_adaptation(request),
         sampling=_to_sampling(request.sampling),
         stopping=_to_stopping(request.stopping),
-        output=_to_output(request.output),
+        output=_to_output(request),
         num_candidates=num_candidates,
         priority=request.priority,
         cache_salt=request.cache_salt,
@@ -48,7 +55,7 @@ def to_generate_params(request: inference_pb2.GenerateRequest, deadline_s: float
 
 
 def kind_of(request: inference_pb2.GenerateRequest) -> str:
-    """The kind of adaptation a request asks for: base, lora or blend."""
+    """The kind of adaptation a request asks for: base, lora, blend or fusion."""
     return KINDS[request.WhichOneof("adaptation")]
 
 
@@ -87,12 +94,14 @@ def _to_adaptation(request: inference_pb2.GenerateRequest) -> Adaptation:
             return Adaptation(kind="lora", terms=(_to_term(request.adapter),))
         case "blend":
             return Adaptation(kind="blend", terms=_to_terms(request.blend))
+        case "fusion":
+            return _to_fusion(request.fusion)
     return Adaptation()
 
 
 def _to_term(selection: inference_pb2.AdapterSelection) -> AdapterTerm:
     scale = selection.scale if selection.HasField("scale") else 1.0
-    checks.check_adapter_name("adapter.name", selection.name)
+    checks.check_name("adapter.name", selection.name)
     checks.check_between("adapter.scale", scale, -limits.MAX_ADAPTER_SCALE, limits.MAX_ADAPTER_SCALE)
     return AdapterTerm(selection.name, scale)
 
@@ -102,15 +111,29 @@ def _to_terms(blend: inference_pb2.BlendSelection) -> tuple[AdapterTerm, ...]:
     checks.check_count(field, blend.members, limits.MAX_BLEND_MEMBERS, "TOO_MANY_MEMBERS")
     for index, member in enumerate(blend.members):
         bound = limits.MAX_ADAPTER_SCALE
-        checks.check_adapter_name(f"{field}[{index}].name", member.name)
+        checks.check_name(f"{field}[{index}].name", member.name)
         checks.check_between(f"{field}[{index}].weight", member.weight, -bound, bound)
-    if len({member.name for member in blend.members}) < len(blend.members):
-        raise InvalidRequestError(f"{field} names an adapter twice", field=field, reason="MEMBER_DUPLICATE")
+    _check_distinct(field, [member.name for member in blend.members])
     if not any(member.weight for member in blend.members):
         raise InvalidRequestError(
             f"{field} must have a member whose weight is not zero", field=field, reason="BLEND_EMPTY"
         )
     return tuple(AdapterTerm(member.name, member.weight) for member in blend.members)
+
+
+def _to_fusion(fusion: inference_pb2.FusionSelection) -> Adaptation:
+    field = "fusion.excluded_members"
+    checks.check_name("fusion.name", fusion.name, "fusion")
+    checks.check_count(field, fusion.excluded_members, limits.MAX_EXCLUDED_MEMBERS, "TOO_MANY_MEMBERS")
+    for index, name in enumerate(fusion.excluded_members):
+        checks.check_name(f"{field}[{index}]", name)
+    _check_distinct(field, fusion.excluded_members)
+    return Adaptation(kind="fusion", fusion=fusion.name, excluded_members=tuple(fusion.excluded_members))
+
+
+def _check_distinct(field: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise InvalidRequestError(f"{field} names an adapter twice", field=field, reason="MEMBER_DUPLICATE")
 
 
 def _to_sampling(sampling: inference_pb2.SamplingParams) -> SamplingParams:
@@ -176,8 +199,21 @@ def _to_time_limit_s(stopping: inference_pb2.StoppingCriteria) -> float | None:
     return seconds
 
 
-def _to_output(output: inference_pb2.OutputOptions) -> OutputOptions:
-    given = {field.name: value for field, value in output.ListFields()}
+def _to_output(request: inference_pb2.GenerateRequest) -> OutputOptions:
+    given = {field.name: value for field, value in request.output.ListFields()}
+    given.pop("fusion_weights", None)
     for name, count in given.items():
         checks.check_between(f"output.{name}", count, 0, limits.MAX_LOGPROBS)
-    return OutputOptions(**given)
+    return OutputOptions(**given, fusion_weights=_to_fusion_weights(request))
+
+
+def _to_fusion_weights(request: inference_pb2.GenerateRequest) -> FusionWeightDetail:
+    field = "output.fusion_weights"
+    detail = FUSION_WEIGHT_DETAILS.get(request.output.fusion_weights)
+    if detail is None:
+        raise InvalidRequestError(
+            f"{field} must be one of FusionWeightDetail", field=field, reason="OUT_OF_RANGE"
+        )
+    if detail is not FusionWeightDetail.NONE and not request.HasField("fusion"):
+        raise InvalidRequestError(f"{field} needs a fusion", field=field, reason="FUSION_REQUIRED")
+    return detail

@@ -10,12 +10,14 @@ from google.protobuf.duration_pb2 import Duration
 from fusionserve.generation import (
     Candidate,
     FinishReason,
+    FusionWeights,
     GenerationChunk,
     GenerationEvent,
     GenerationFinished,
     GenerationStarted,
     ResolvedAdaptation,
     Timings,
+    TokenFusionWeights,
     TokenLogprobs,
     Usage,
 )
@@ -49,6 +51,7 @@ def to_generate_response(event: GenerationFinished) -> inference_pb2.GenerateRes
         usage=_to_usage(event.usage),
         adaptation=_to_adaptation(event.adaptation),
         timings=_to_timings(event.timings),
+        fusion_weights=_to_fusion_weights(event.fusion_weights),
         prompt_logprobs=_to_logprobs(event.prompt_logprobs),
     )
 
@@ -65,6 +68,7 @@ def _to_chunk(event: GenerationChunk) -> inference_pb2.GenerationChunk:
         text=event.text,
         token_ids=event.token_ids,
         logprobs=_to_logprobs(event.logprobs),
+        fusion_weights=_to_token_weights(event.fusion_weights),
     )
 
 
@@ -117,7 +121,28 @@ def _to_adaptation(adaptation: ResolvedAdaptation) -> inference_pb2.ResolvedAdap
     if adaptation.kind == "lora":
         (only,) = adaptation.members
         message.name, message.version, message.digest = only.name, only.version, only.digest
+    elif adaptation.fusion is not None:
+        fusion = adaptation.fusion
+        message.name, message.version, message.digest = fusion.name, fusion.version, fusion.digest
     return message
+
+
+def _to_fusion_weights(weights: FusionWeights | None) -> inference_pb2.FusionWeights | None:
+    if weights is None:
+        return None
+    return inference_pb2.FusionWeights(
+        members=weights.members,
+        mean=weights.mean,
+        tokens=_to_token_weights(weights.tokens),
+        modules=[
+            inference_pb2.ModuleWeights(module=entry.module, weights=entry.weights)
+            for entry in weights.modules
+        ],
+    )
+
+
+def _to_token_weights(entries: Iterable[TokenFusionWeights]) -> list[inference_pb2.TokenWeights]:
+    return [inference_pb2.TokenWeights(position=entry.position, weights=entry.weights) for entry in entries]
 
 
 def _to_timings(timings: Timings) -> inference_pb2.Timings:

@@ -45,6 +45,21 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     "adapters": Setting(
         name="adapter", kind=kinds.ADAPTER, help="adapter to load at the start", default=(), is_list=True
     ),
+    "fusion_dirs": Setting(
+        name="fusion-dir",
+        kind=kinds.FOLDER,
+        help="folder whose subfolders are fusions that load on demand, and the only place they load from",
+        default=(),
+        default_text="none",
+        is_list=True,
+    ),
+    "fusions": Setting(
+        name="fusion",
+        kind=kinds.FUSION,
+        help="fusion to load at the start, its members with it",
+        default=(),
+        is_list=True,
+    ),
     **_engine(
         "max_context_tokens",
         "max-context-tokens",
@@ -67,6 +82,12 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine("kv_cache_bytes", "kv-cache-size", kinds.SIZE, "memory for the KV cache"),
     **_engine("adapter_pool_ranks", "adapter-pool-ranks", integer(1), "rank rows for adapters on the device"),
     **_engine("adapter_host_bytes", "adapter-host-size", kinds.SIZE, "host memory for loaded adapters"),
+    **_engine(
+        "fusion_host_bytes",
+        "fusion-host-size",
+        kinds.SIZE,
+        "host memory for loaded fusions, beside their members",
+    ),
     **_engine("max_adapter_rank", "max-adapter-rank", integer(1), "largest rank an adapter may have"),
     **_engine(
         "allow_base_mismatch",

@@ -169,14 +169,23 @@ def parse_folder(text: str) -> Path:
 
 def parse_adapter(text: str) -> tuple[str, Path]:
     """NAME=PATH of an adapter that exists."""
+    return _parse_named(text, "an adapter", "adapter_config.json")
+
+
+def parse_fusion(text: str) -> tuple[str, Path]:
+    """NAME=PATH of a fusion that exists."""
+    return _parse_named(text, "a fusion", "fusion_config.json")
+
+
+def _parse_named(text: str, what: str, config_file: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals:
         raise ValueError(f"{text!r} is not NAME=PATH")
     if not is_name(name):
         raise ValueError(f"{name!r} is not a name: 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit")
     folder = parse_folder(path)
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{path!r} is not an adapter folder: it has no adapter_config.json")
+    if not (folder / config_file).is_file():
+        raise ValueError(f"{path!r} is not {what} folder: it has no {config_file}")
     return name, folder
 
 
@@ -206,4 +215,5 @@ MODEL = Kind("DIR|HUB_ID", parse_model)
 FOLDER = Kind("DIR", parse_folder)
 TARGET = Kind("HOST:PORT", parse_target)
 ADAPTER = Kind("NAME=PATH", parse_adapter)
+FUSION = Kind("NAME=PATH", parse_fusion)
 WEIGHTS = Kind("NAME=WEIGHT,...", parse_weights)

@@ -114,6 +114,24 @@ async def test_adapters_live(client: AsyncClient) -> None:
     assert [adapter.name async for adapter in client.adapters.list()] == ["alpha", "beta"]
 
 
+async def test_fusions_live_and_report_their_weights(client: AsyncClient) -> None:
+    assert (await client.fusions.load("duo", pin=True)).pinned
+    assert (await client.fusions.reload("duo")).version == 2
+    loaded = await client.fusions.get("duo")
+    assert ([member.name for member in loaded.members], loaded.value_kind) == (["alpha", "beta"], "low_rank")
+    assert (await client.fusions.unload("duo")).state is AdapterState.AVAILABLE
+    assert [fusion.name async for fusion in client.fusions.list()] == ["mix"]
+    result = await client.generate("x", fusion="mix", excluded_members=["beta"], fusion_weights="per_module")
+    assert (result.adaptation.name, result.adaptation.version) == ("mix", 1)
+    assert result.fusion_weights is not None
+    assert result.fusion_weights.mean == (0.75, 0.25)
+    assert result.fusion_weights.modules[0].weights == (0.5, 0.5)
+    events = [event async for event in client.stream("x", fusion="mix", fusion_weights="per_token")]
+    chunk = events[1]
+    assert isinstance(chunk, GenerationChunk)
+    assert chunk.fusion_weights[0].weights == (0.75, 0.25)
+
+
 async def test_list_goes_through_all_pages(served: Served, client: AsyncClient) -> None:
     status = served.engine.adapters["alpha"]
     names = [f"adapter-{number:03}" for number in range(120)]  # pages have 50

@@ -4,6 +4,7 @@ import pytest
 
 from fusionserve.client.requests import GenerateOptions, to_generate_request, to_tokenize_request
 from fusionserve.v1.inference_pb2 import (
+    FusionWeightDetail,
     GenerateRequest,
     OutputOptions,
     SamplingParams,
@@ -21,7 +22,7 @@ def test_options_cover_every_field_of_the_api() -> None:
     }
     prompts = {"text", "token_ids", "chat"}
     renamed = {"time_limit": "time_limit_s"}
-    expected = {renamed.get(name, name) for name in fields - GROUPS - prompts} | {"scale"}
+    expected = {renamed.get(name, name) for name in fields - GROUPS - prompts} | {"scale", "excluded_members"}
     assert GenerateOptions.__annotations__.keys() == expected
 
 
@@ -76,9 +77,30 @@ def test_adapter_scale_may_be_unset() -> None:
     assert to_generate_request("x", {"adapter": "a", "scale": 0.0}).adapter.HasField("scale")
 
 
-@pytest.mark.parametrize("options", [{"adapter": "a", "blend": {"b": 1.0}}, {"scale": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adapter": "a", "blend": {"b": 1.0}},
+        {"adapter": "a", "fusion": "mix"},
+        {"scale": 1.0, "fusion": "mix"},
+    ],
+)
 def test_contradicting_options_are_refused(options: GenerateOptions) -> None:
     with pytest.raises(ValueError, match="adapter"):
+        to_generate_request("x", options)
+
+
+def test_fusion_options_reach_their_fields() -> None:
+    request = to_generate_request(
+        "x", {"fusion": "mix", "excluded_members": ["a"], "fusion_weights": "per_token"}
+    )
+    assert (request.fusion.name, list(request.fusion.excluded_members)) == ("mix", ["a"])
+    assert request.output.fusion_weights == FusionWeightDetail.FUSION_WEIGHT_DETAIL_PER_TOKEN
+
+
+@pytest.mark.parametrize("options", [{"excluded_members": ["a"]}, {"fusion": "m", "fusion_weights": "all"}])
+def test_impossible_fusion_options_are_refused(options: GenerateOptions) -> None:
+    with pytest.raises(ValueError, match="fusion"):
         to_generate_request("x", options)
 
 

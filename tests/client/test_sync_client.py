@@ -109,6 +109,20 @@ async def test_adapters_tokens_and_model(served: Served) -> None:
     await with_client(served, use)
 
 
+async def test_fusions_live(served: Served) -> None:
+    def use(client: Client) -> None:
+        assert client.fusions.load("duo").version == 1
+        assert client.fusions.reload("duo", pin=True).version == 2
+        assert client.fusions.get("duo").scope == "layer"
+        assert [fusion.name for fusion in client.fusions.list()] == ["duo", "mix"]
+        client.fusions.unload("duo", force=True)
+        weights = client.generate("x", fusion="mix", fusion_weights="mean").fusion_weights
+        assert weights is not None and weights.members == ("alpha", "beta")
+        assert client.generate("x", fusion="mix").fusion_weights is None
+
+    await with_client(served, use)
+
+
 def test_wait_ready_gives_up_without_a_server() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match="not ready"):
         client.wait_ready(0.3)

@@ -8,7 +8,7 @@ from grpc import aio
 from server_fixture import INFERENCE, Served, handled_total, requests_total, to_failure
 
 from fusionserve import __version__
-from fusionserve.generation import AdapterTerm, ChatPrompt, TextPrompt, TokenPrompt
+from fusionserve.generation import Adaptation, AdapterTerm, ChatPrompt, TextPrompt, TokenPrompt
 from fusionserve.v1 import inference_pb2 as pb
 
 ADAPTATIONS = {
@@ -51,6 +51,40 @@ async def test_adaptation_reaches_the_engine_and_comes_back_resolved(served: Ser
         assert (response.adaptation.name, response.adaptation.version) == ("alpha", 1)
         assert response.adaptation.digest == "digest-of-alpha"
     assert requests_total(kind, "length", "OK") == before + 1
+
+
+async def test_fusion_comes_back_resolved_with_its_weights(served: Served) -> None:
+    request = pb.GenerateRequest(
+        text="a",
+        fusion=pb.FusionSelection(name="mix", excluded_members=["beta"]),
+        output=pb.OutputOptions(fusion_weights=pb.FUSION_WEIGHT_DETAIL_PER_TOKEN),
+    )
+    before = requests_total("fusion", "length", "OK")
+    stream = served.inference.StreamGenerate(pb.StreamGenerateRequest(request=request))
+    events = [event async for event in stream]
+    assert served.engine.params[0].adaptation == Adaptation(
+        kind="fusion", fusion="mix", excluded_members=("beta",)
+    )
+    assert events[1].chunk.fusion_weights == [pb.TokenWeights(position=0, weights=[0.75, 0.25])]
+    finished = events[-1].finished
+    adaptation = finished.adaptation
+    assert (adaptation.kind, adaptation.name, adaptation.version) == ("fusion", "mix", 1)
+    assert adaptation.digest == "digest-of-mix"
+    assert [(member.name, member.weight) for member in adaptation.members] == [("alpha", 1), ("beta", 0)]
+    assert finished.fusion_weights == pb.FusionWeights(
+        members=["alpha", "beta"],
+        mean=[0.75, 0.25],
+        tokens=[pb.TokenWeights(position=0, weights=[0.75, 0.25])],
+    )
+    assert requests_total("fusion", "length", "OK") == before + 1
+
+
+async def test_fusion_weights_by_module_and_none(served: Served) -> None:
+    request = pb.GenerateRequest(text="a", fusion=pb.FusionSelection(name="mix"))
+    assert not (await served.inference.Generate(request)).HasField("fusion_weights")
+    request.output.fusion_weights = pb.FUSION_WEIGHT_DETAIL_PER_MODULE
+    (module,) = (await served.inference.Generate(request)).fusion_weights.modules
+    assert module == pb.ModuleWeights(module="layers.0.q_proj", weights=[0.5, 0.5])
 
 
 async def test_stream_is_started_chunks_finished(served: Served) -> None:

@@ -43,6 +43,10 @@ def blend(*members: tuple[str, float]) -> pb.GenerateRequest:
     return make_request(blend=pb.BlendSelection(members=selected))
 
 
+def fusion(name: str, *excluded: str) -> pb.GenerateRequest:
+    return make_request(fusion=pb.FusionSelection(name=name, excluded_members=excluded))
+
+
 def chat(*roles: str) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         request_id="r", chat=pb.Chat(messages=[pb.ChatMessage(role=role) for role in roles])
@@ -105,6 +109,12 @@ REFUSED = [
     (blend(("a", 1), ("a", 1)), "blend.members", "MEMBER_DUPLICATE"),
     (blend(("a", 1), ("b", NAN)), "blend.members[1].weight", "NOT_FINITE"),
     (blend(("a", 1), ("", 1)), "blend.members[1].name", "ADAPTER_ID_INVALID"),
+    (fusion("../x"), "fusion.name", "FUSION_ID_INVALID"),
+    (fusion("mix", "a", ""), "fusion.excluded_members[1]", "ADAPTER_ID_INVALID"),
+    (fusion("mix", "a", "a"), "fusion.excluded_members", "MEMBER_DUPLICATE"),
+    (fusion("mix", *(f"a{index}" for index in range(65))), "fusion.excluded_members", "TOO_MANY_MEMBERS"),
+    (output(fusion_weights=1), "output.fusion_weights", "FUSION_REQUIRED"),
+    (output(fusion_weights=9), "output.fusion_weights", "OUT_OF_RANGE"),
     (blend(*((f"a{index}", 1) for index in range(1000))), "blend.members", "TOO_MANY_MEMBERS"),
 ]
 
@@ -120,6 +130,7 @@ ACCEPTED = [
     adapter("0.a_b-c", scale=0),
     blend(*((f"a{index}", 100) for index in range(16))),
     chat(*["user"] * 1024),
+    fusion("mix", *(f"a{index}" for index in range(64))),
 ]
 
 

@@ -63,7 +63,7 @@ async def test_unreadable_message_of_a_client_stream_is_refused(served: Served) 
     assert to_failure(caught.value).reason == "MALFORMED_REQUEST"
 
 
-@pytest.mark.parametrize("method", [f"/{ADAPTERS}/LoadFusion", "/other.Service/Do"])
+@pytest.mark.parametrize("method", [f"/{ADAPTERS}/LoadNothing", "/other.Service/Do"])
 async def test_unknown_method_is_unimplemented(served: Served, method: str) -> None:
     with pytest.raises(aio.AioRpcError) as caught:
         await served.channel.unary_unary(method)(b"")

@@ -70,8 +70,68 @@ class ListAdaptersResponse(_message.Message):
     next_page_token: str
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
+class LoadFusionRequest(_message.Message):
+    __slots__ = ("name", "path", "pin", "replace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    pin: bool
+    replace: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pin: bool = ..., replace: bool = ...) -> None: ...
+
+class LoadFusionResponse(_message.Message):
+    __slots__ = ("fusion",)
+    FUSION_FIELD_NUMBER: _ClassVar[int]
+    fusion: Fusion
+    def __init__(self, fusion: _Optional[_Union[Fusion, _Mapping]] = ...) -> None: ...
+
+class UnloadFusionRequest(_message.Message):
+    __slots__ = ("name", "force")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    force: bool
+    def __init__(self, name: _Optional[str] = ..., force: bool = ...) -> None: ...
+
+class UnloadFusionResponse(_message.Message):
+    __slots__ = ("fusion",)
+    FUSION_FIELD_NUMBER: _ClassVar[int]
+    fusion: Fusion
+    def __init__(self, fusion: _Optional[_Union[Fusion, _Mapping]] = ...) -> None: ...
+
+class GetFusionRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetFusionResponse(_message.Message):
+    __slots__ = ("fusion",)
+    FUSION_FIELD_NUMBER: _ClassVar[int]
+    fusion: Fusion
+    def __init__(self, fusion: _Optional[_Union[Fusion, _Mapping]] = ...) -> None: ...
+
+class ListFusionsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListFusionsResponse(_message.Message):
+    __slots__ = ("fusions", "next_page_token")
+    FUSIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    fusions: _containers.RepeatedCompositeFieldContainer[Fusion]
+    next_page_token: str
+    def __init__(self, fusions: _Optional[_Iterable[_Union[Fusion, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "state", "residency", "max_rank", "target_modules", "host_bytes", "pinned", "active_requests", "load_time")
+    __slots__ = ("name", "version", "digest", "state", "residency", "max_rank", "target_modules", "host_bytes", "pinned", "active_requests", "held_by_fusions", "load_time")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Adapter.State]
@@ -104,6 +164,7 @@ class Adapter(_message.Message):
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BY_FUSIONS_FIELD_NUMBER: _ClassVar[int]
     LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
@@ -115,5 +176,54 @@ class Adapter(_message.Message):
     host_bytes: int
     pinned: bool
     active_requests: int
+    held_by_fusions: _containers.RepeatedScalarFieldContainer[str]
     load_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., host_bytes: _Optional[int] = ..., pinned: bool = ..., active_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., host_bytes: _Optional[int] = ..., pinned: bool = ..., active_requests: _Optional[int] = ..., held_by_fusions: _Optional[_Iterable[str]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
+class FusionMember(_message.Message):
+    __slots__ = ("name", "digest")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class Fusion(_message.Message):
+    __slots__ = ("name", "version", "digest", "state", "residency", "members", "modules", "scope", "d_key", "member_keys", "value_kind", "temperature", "base_member", "pool_ranks", "host_bytes", "pinned", "active_requests", "load_time")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    D_KEY_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_KEYS_FIELD_NUMBER: _ClassVar[int]
+    VALUE_KIND_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    BASE_MEMBER_FIELD_NUMBER: _ClassVar[int]
+    POOL_RANKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    digest: str
+    state: Adapter.State
+    residency: Adapter.Residency
+    members: _containers.RepeatedCompositeFieldContainer[FusionMember]
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    scope: str
+    d_key: int
+    member_keys: bool
+    value_kind: str
+    temperature: float
+    base_member: bool
+    pool_ranks: int
+    host_bytes: int
+    pinned: bool
+    active_requests: int
+    load_time: _timestamp_pb2.Timestamp
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., members: _Optional[_Iterable[_Union[FusionMember, _Mapping]]] = ..., modules: _Optional[_Iterable[str]] = ..., scope: _Optional[str] = ..., d_key: _Optional[int] = ..., member_keys: bool = ..., value_kind: _Optional[str] = ..., temperature: _Optional[float] = ..., base_member: bool = ..., pool_ranks: _Optional[int] = ..., host_bytes: _Optional[int] = ..., pinned: bool = ..., active_requests: _Optional[int] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdapterServiceStub(object):
-    """Loads and unloads adapters without disturbing running requests.
+    """Loads and unloads adapters and fusions without disturbing running requests.
     """
 
     def __init__(self, channel):
@@ -55,10 +55,30 @@ class AdapterServiceStub(object):
                 request_serializer=fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.LoadFusion = channel.unary_unary(
+                '/fusionserve.v1.AdapterService/LoadFusion',
+                request_serializer=fusionserve_dot_v1_dot_adapter__pb2.LoadFusionRequest.SerializeToString,
+                response_deserializer=fusionserve_dot_v1_dot_adapter__pb2.LoadFusionResponse.FromString,
+                _registered_method=True)
+        self.UnloadFusion = channel.unary_unary(
+                '/fusionserve.v1.AdapterService/UnloadFusion',
+                request_serializer=fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionRequest.SerializeToString,
+                response_deserializer=fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionResponse.FromString,
+                _registered_method=True)
+        self.GetFusion = channel.unary_unary(
+                '/fusionserve.v1.AdapterService/GetFusion',
+                request_serializer=fusionserve_dot_v1_dot_adapter__pb2.GetFusionRequest.SerializeToString,
+                response_deserializer=fusionserve_dot_v1_dot_adapter__pb2.GetFusionResponse.FromString,
+                _registered_method=True)
+        self.ListFusions = channel.unary_unary(
+                '/fusionserve.v1.AdapterService/ListFusions',
+                request_serializer=fusionserve_dot_v1_dot_adapter__pb2.ListFusionsRequest.SerializeToString,
+                response_deserializer=fusionserve_dot_v1_dot_adapter__pb2.ListFusionsResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
-    """Loads and unloads adapters without disturbing running requests.
+    """Loads and unloads adapters and fusions without disturbing running requests.
     """
 
     def LoadAdapter(self, request, context):
@@ -72,7 +92,7 @@ class AdapterServiceServicer(object):
 
     def UnloadAdapter(self, request, context):
         """Withdraws an adapter: new requests for it are refused at once, running ones finish on it, and the answer comes when
-        they have.
+        they have. FAILED_PRECONDITION if a loaded fusion has it as a member.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +107,38 @@ class AdapterServiceServicer(object):
 
     def ListAdapters(self, request, context):
         """Lists all adapters, loaded or available on disk, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadFusion(self, request, context):
+        """Loads a fusion from under the server's fusion folders, with the adapters that are its members, and answers when it
+        can be used. Its members stay loaded as long as it does. A name in use is refused with ALREADY_EXISTS unless
+        `replace` is set. FAILED_PRECONDITION if the files cannot be served or a member is missing or not the one that the
+        fusion was trained with, RESOURCE_EXHAUSTED if there is no room for them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadFusion(self, request, context):
+        """Withdraws a fusion: new requests for it are refused at once, running ones finish on it, and the answer comes when
+        they have. Its members stay loaded, but may then be unloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFusion(self, request, context):
+        """Describes one fusion, loaded or available on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFusions(self, request, context):
+        """Lists all fusions, loaded or available on disk, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +167,26 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersRequest.FromString,
                     response_serializer=fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'LoadFusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadFusion,
+                    request_deserializer=fusionserve_dot_v1_dot_adapter__pb2.LoadFusionRequest.FromString,
+                    response_serializer=fusionserve_dot_v1_dot_adapter__pb2.LoadFusionResponse.SerializeToString,
+            ),
+            'UnloadFusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadFusion,
+                    request_deserializer=fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionRequest.FromString,
+                    response_serializer=fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionResponse.SerializeToString,
+            ),
+            'GetFusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFusion,
+                    request_deserializer=fusionserve_dot_v1_dot_adapter__pb2.GetFusionRequest.FromString,
+                    response_serializer=fusionserve_dot_v1_dot_adapter__pb2.GetFusionResponse.SerializeToString,
+            ),
+            'ListFusions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFusions,
+                    request_deserializer=fusionserve_dot_v1_dot_adapter__pb2.ListFusionsRequest.FromString,
+                    response_serializer=fusionserve_dot_v1_dot_adapter__pb2.ListFusionsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'fusionserve.v1.AdapterService', rpc_method_handlers)
@@ -124,7 +196,7 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
-    """Loads and unloads adapters without disturbing running requests.
+    """Loads and unloads adapters and fusions without disturbing running requests.
     """
 
     @staticmethod
@@ -225,6 +297,114 @@ class AdapterService(object):
             '/fusionserve.v1.AdapterService/ListAdapters',
             fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
             fusionserve_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadFusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionserve.v1.AdapterService/LoadFusion',
+            fusionserve_dot_v1_dot_adapter__pb2.LoadFusionRequest.SerializeToString,
+            fusionserve_dot_v1_dot_adapter__pb2.LoadFusionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadFusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionserve.v1.AdapterService/UnloadFusion',
+            fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionRequest.SerializeToString,
+            fusionserve_dot_v1_dot_adapter__pb2.UnloadFusionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionserve.v1.AdapterService/GetFusion',
+            fusionserve_dot_v1_dot_adapter__pb2.GetFusionRequest.SerializeToString,
+            fusionserve_dot_v1_dot_adapter__pb2.GetFusionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFusions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fusionserve.v1.AdapterService/ListFusions',
+            fusionserve_dot_v1_dot_adapter__pb2.ListFusionsRequest.SerializeToString,
+            fusionserve_dot_v1_dot_adapter__pb2.ListFusionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,6 +10,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class FusionWeightDetail(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FUSION_WEIGHT_DETAIL_UNSPECIFIED: _ClassVar[FusionWeightDetail]
+    FUSION_WEIGHT_DETAIL_MEAN: _ClassVar[FusionWeightDetail]
+    FUSION_WEIGHT_DETAIL_PER_TOKEN: _ClassVar[FusionWeightDetail]
+    FUSION_WEIGHT_DETAIL_PER_MODULE: _ClassVar[FusionWeightDetail]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -17,6 +24,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_STOP_STRING: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_TIME_LIMIT: _ClassVar[FinishReason]
+FUSION_WEIGHT_DETAIL_UNSPECIFIED: FusionWeightDetail
+FUSION_WEIGHT_DETAIL_MEAN: FusionWeightDetail
+FUSION_WEIGHT_DETAIL_PER_TOKEN: FusionWeightDetail
+FUSION_WEIGHT_DETAIL_PER_MODULE: FusionWeightDetail
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_STOP_STRING: FinishReason
@@ -24,13 +35,14 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_TIME_LIMIT: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "text", "token_ids", "chat", "adapter", "blend", "sampling", "stopping", "output", "num_candidates", "priority", "cache_salt")
+    __slots__ = ("request_id", "text", "token_ids", "chat", "adapter", "blend", "fusion", "sampling", "stopping", "output", "num_candidates", "priority", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BLEND_FIELD_NUMBER: _ClassVar[int]
+    FUSION_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOPPING_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
@@ -43,13 +55,14 @@ class GenerateRequest(_message.Message):
     chat: Chat
     adapter: AdapterSelection
     blend: BlendSelection
+    fusion: FusionSelection
     sampling: SamplingParams
     stopping: StoppingCriteria
     output: OutputOptions
     num_candidates: int
     priority: int
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., adapter: _Optional[_Union[AdapterSelection, _Mapping]] = ..., blend: _Optional[_Union[BlendSelection, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., num_candidates: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., adapter: _Optional[_Union[AdapterSelection, _Mapping]] = ..., blend: _Optional[_Union[BlendSelection, _Mapping]] = ..., fusion: _Optional[_Union[FusionSelection, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[StoppingCriteria, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., num_candidates: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -92,6 +105,14 @@ class BlendMember(_message.Message):
     name: str
     weight: float
     def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class FusionSelection(_message.Message):
+    __slots__ = ("name", "excluded_members")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    excluded_members: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., excluded_members: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
@@ -141,28 +162,32 @@ class StoppingCriteria(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., include_stop: bool = ..., ignore_eos: bool = ..., time_limit: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("logprobs", "prompt_logprobs")
+    __slots__ = ("logprobs", "prompt_logprobs", "fusion_weights")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FUSION_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     logprobs: int
     prompt_logprobs: int
-    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    fusion_weights: FusionWeightDetail
+    def __init__(self, logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., fusion_weights: _Optional[_Union[FusionWeightDetail, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "candidates", "usage", "adaptation", "timings", "prompt_logprobs")
+    __slots__ = ("request_id", "candidates", "usage", "adaptation", "timings", "fusion_weights", "prompt_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     ADAPTATION_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    FUSION_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     candidates: _containers.RepeatedCompositeFieldContainer[Candidate]
     usage: Usage
     adaptation: ResolvedAdaptation
     timings: Timings
+    fusion_weights: FusionWeights
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adaptation: _Optional[_Union[ResolvedAdaptation, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adaptation: _Optional[_Union[ResolvedAdaptation, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., fusion_weights: _Optional[_Union[FusionWeights, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class Candidate(_message.Message):
     __slots__ = ("index", "text", "token_ids", "finish_reason", "stop_string", "stop_token_id", "logprobs")
@@ -252,6 +277,34 @@ class ResolvedMember(_message.Message):
     digest: str
     def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
+class FusionWeights(_message.Message):
+    __slots__ = ("members", "mean", "tokens", "modules")
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    members: _containers.RepeatedScalarFieldContainer[str]
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    tokens: _containers.RepeatedCompositeFieldContainer[TokenWeights]
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleWeights]
+    def __init__(self, members: _Optional[_Iterable[str]] = ..., mean: _Optional[_Iterable[float]] = ..., tokens: _Optional[_Iterable[_Union[TokenWeights, _Mapping]]] = ..., modules: _Optional[_Iterable[_Union[ModuleWeights, _Mapping]]] = ...) -> None: ...
+
+class TokenWeights(_message.Message):
+    __slots__ = ("position", "weights")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, position: _Optional[int] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ModuleWeights(_message.Message):
+    __slots__ = ("module", "weights")
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    module: str
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, module: _Optional[str] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class StreamGenerateRequest(_message.Message):
     __slots__ = ("request",)
     REQUEST_FIELD_NUMBER: _ClassVar[int]
@@ -279,16 +332,18 @@ class GenerationStarted(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adaptation: _Optional[_Union[ResolvedAdaptation, _Mapping]] = ...) -> None: ...
 
 class GenerationChunk(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "fusion_weights")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FUSION_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    fusion_weights: _containers.RepeatedCompositeFieldContainer[TokenWeights]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., fusion_weights: _Optional[_Iterable[_Union[TokenWeights, _Mapping]]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat", "add_special_tokens")
