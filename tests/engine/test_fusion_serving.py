@@ -1,0 +1,297 @@
+"""Fusions through the whole engine: equal to the unfolded model, the same in company, and safe over their members."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+from served_adapters import (
+    TestedEngine,
+    blend,
+    collect,
+    collect_all,
+    lora,
+    make_model,
+    make_params,
+    make_prompt,
+    running_engine,
+    until,
+    write_lora,
+    write_model,
+)
+
+from fusionserve.adapter_status import AdapterState
+from fusionserve.adapters.artifact_directory import open_directory
+from fusionserve.adapters.base_modules import describe_base_modules
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
+from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.errors import ArtifactError, InvalidRequestError, NotFoundError, PreconditionError
+from fusionserve.fusion.artifact import save_fusion
+from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
+from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
+from fusionserve.fusion.params import make_params as make_fusion_params
+from fusionserve.fusion.unfolded import UnfoldedFusion
+from fusionserve.generation import Adaptation, FusionWeightDetail, FusionWeights, OutputOptions
+
+MEMBERS = ("ada", "bea", "cid")
+PROMPT = (5, 9, 17, 4, 30, 22, 8)
+NUM_TOKENS = 12
+MAX_LOGPROB_ERROR = 2e-4
+
+
+def read_members(root: Path, names: tuple[str, ...]) -> list[LoRAWeights]:
+    """The members as the server's loader reads them."""
+    base = describe_base_modules(make_model("llama"), model_name="tiny")
+    policy = LoadPolicy(dtype=torch.float32, max_rank=64)
+    found = []
+    for name in names:
+        with open_directory(root / name) as directory:
+            found.append(
+                load_lora_weights(
+                    directory,
+                    base,
+                    policy=policy,
+                    budget_bytes=1 << 30,
+                    base_weight=lambda path: torch.empty(0),
+                )
+            )
+    return found
+
+
+def write_fusion(
+    root: Path, name: str, members: tuple[str, ...], adapters: Path, *, seed: int, **changes: object
+) -> FusionConfig:
+    """A fusion with lively random parameters over adapters on disk."""
+    base = describe_base_modules(make_model("llama"), model_name="tiny")
+    weights = read_members(adapters, members)
+    fields: dict[str, object] = {
+        "name": name,
+        "base_model": "tiny",
+        "base_fingerprint": base.fingerprint,
+        "members": tuple(FusionMember(n, w.digest) for n, w in zip(members, weights, strict=True)),
+        "modules": tuple(path for path in base.by_path if path in weights[0].modules),
+        "d_key": 6,
+        **changes,
+    }
+    config = FusionConfig(**fields)  # type: ignore[arg-type]
+    torch.manual_seed(seed)
+    params = make_fusion_params(config, base)
+    for _, parameter in params.named_tensors():
+        parameter.data += torch.randn_like(parameter) * 0.5
+    save_fusion(root / name, config, params)
+    return config
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """Three adapters of different ranks."""
+    root = tmp_path / "adapters"
+    for seed, name in enumerate(MEMBERS):
+        write_lora(root / name, seed=seed, rank=2 + seed)
+    return root
+
+
+@pytest.fixture
+def fusions(tmp_path: Path, adapters: Path) -> Path:
+    """Two fusions: of all three adapters, and of two with everything a fusion can have."""
+    root = tmp_path / "fusions"
+    write_fusion(root, "mix", MEMBERS, adapters, seed=1)
+    write_fusion(
+        root,
+        "duo",
+        MEMBERS[:2],
+        adapters,
+        seed=2,
+        scope=Scope.MODULE,
+        value=ValueKind.LOW_RANK,
+        value_rank=2,
+        base_member=True,
+        temperature=1.5,
+    )
+    return root
+
+
+@pytest.fixture
+async def engine(tmp_path: Path, adapters: Path, fusions: Path) -> AsyncIterator[TestedEngine]:
+    """An engine that finds adapters and fusions on disk; at the end it lets go of everything."""
+    model = write_model(tmp_path / "model")
+    options = {"fusion_dirs": (fusions,), "adapter_pool_ranks": 96, "max_batch_tokens": 24}
+    async with running_engine(model, adapters, **options) as running:
+        yield running
+        await forget_fusions(running)
+
+
+async def forget_fusions(engine: TestedEngine) -> None:
+    for status in await engine.list_fusions():
+        if status.state is AdapterState.READY:
+            await engine.unload_fusion(status.name, force=False)
+    await until(lambda: engine.registry.num_leases == 0)
+
+
+def fusion(name: str, *excluded: str) -> Adaptation:
+    return Adaptation("fusion", fusion=name, excluded_members=excluded)
+
+
+async def greedy(engine: TestedEngine, adaptation: Adaptation, **options: object) -> tuple[int, ...]:
+    params = make_params("alone", adaptation, PROMPT, num_tokens=NUM_TOKENS, **options)  # type: ignore[arg-type]
+    return (await collect(engine, params)).tokens
+
+
+def unfolded_logprobs(adapters: Path, root: Path, name: str, tokens: tuple[int, ...]) -> torch.Tensor:
+    """Log-probabilities [tokens, vocab] of transformers' model with the unfolded fusion in place."""
+    model = make_model("llama")
+    base = describe_base_modules(model, model_name="tiny")
+    with open_directory(root / name) as directory:
+        config = in_call_order(read_fusion_config(directory), base)
+        params, _ = read_fusion_params(directory, config, base)
+    members = read_members(adapters, tuple(member.name for member in config.members))
+    UnfoldedFusion(model, config, params, members)
+    with torch.inference_mode():
+        return torch.log_softmax(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0], dim=-1)
+
+
+@pytest.mark.parametrize("name", ["mix", "duo"])
+async def test_served_fusion_equals_the_unfolded_model(
+    engine: TestedEngine, adapters: Path, fusions: Path, name: str
+) -> None:
+    params = make_params(
+        "one",
+        fusion(name),
+        PROMPT,
+        num_tokens=NUM_TOKENS,
+        output=OutputOptions(logprobs=3, prompt_logprobs=0),
+    )
+    outcome = await collect(engine, params)
+    expected = unfolded_logprobs(adapters, fusions, name, (*PROMPT, *outcome.tokens))
+    for position, row in enumerate(outcome.finished.candidates[0].logprobs, len(PROMPT) - 1):
+        assert row.chosen.token_id == int(expected[position].argmax())
+        for token in (row.chosen, *row.top):
+            assert abs(token.logprob - float(expected[position, token.token_id])) < MAX_LOGPROB_ERROR
+    for position, row in enumerate(outcome.finished.prompt_logprobs):
+        assert abs(row.chosen.logprob - float(expected[position, PROMPT[position + 1]])) < MAX_LOGPROB_ERROR
+
+
+async def test_crowd_of_all_kinds_gets_the_tokens_it_gets_alone(engine: TestedEngine) -> None:
+    kinds = [
+        Adaptation(),
+        lora("ada"),
+        lora("cid", 0.5),
+        blend(ada=0.3, bea=0.9),
+        fusion("mix"),
+        fusion("mix", "bea"),
+        fusion("duo"),
+        fusion("duo", "ada"),
+    ]
+    requests = [
+        make_params(f"r{i}-{j}", kind, make_prompt(j, 9 + 5 * i), num_tokens=NUM_TOKENS)
+        for i, kind in enumerate(kinds)
+        for j in range(2)
+    ]
+    alone = [(await collect(engine, request)).tokens for request in requests]
+    together = await collect_all(engine, requests)
+    assert [outcome.tokens for outcome in together] == alone
+    assert len({tokens for tokens in alone}) == len(alone)
+
+
+async def test_excluding_all_but_one_member_equals_that_adapter(engine: TestedEngine) -> None:
+    assert await greedy(engine, fusion("mix", "ada", "cid")) == await greedy(engine, lora("bea"))
+
+
+async def test_mask_and_version_never_share_the_prefix_cache(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    prompt = make_prompt(3, 40)
+
+    async def run(adaptation: Adaptation) -> tuple[int, tuple[int, ...]]:
+        outcome = await collect(engine, make_params("x", adaptation, prompt, num_tokens=NUM_TOKENS))
+        return outcome.finished.usage.cached_tokens, outcome.tokens
+
+    first = await run(fusion("mix"))
+    assert first[0] == 0
+    assert await run(fusion("mix")) == (32, first[1])
+    assert (await run(fusion("mix", "ada")))[0] == 0
+    write_fusion(fusions, "mix", MEMBERS, adapters, seed=9)
+    reloaded = await engine.load_fusion("mix", None, pin=False, replace=True)
+    assert reloaded.version == 2
+    cached, tokens = await run(fusion("mix"))
+    assert cached == 0
+    assert tokens != first[1]
+
+
+async def test_weights_are_reported_by_token_and_by_module(engine: TestedEngine) -> None:
+    for name, columns, num_modules in (("mix", MEMBERS, 2), ("duo", (*MEMBERS[:2], "base"), 4)):
+        per_token = await report(engine, name, FusionWeightDetail.PER_TOKEN)
+        per_module = await report(engine, name, FusionWeightDetail.PER_MODULE)
+        assert per_token.members == per_module.members == columns
+        assert [row.position for row in per_token.tokens] == list(range(len(PROMPT) + NUM_TOKENS - 1))
+        assert len(per_module.modules) == num_modules
+        for row in (*(r.weights for r in per_token.tokens), *(r.weights for r in per_module.modules)):
+            assert sum(row) == pytest.approx(1, abs=1e-5)
+        mean = torch.tensor([row.weights for row in per_token.tokens]).mean(dim=0).tolist()
+        assert per_token.mean == pytest.approx(mean, abs=1e-5) == per_module.mean
+
+
+async def report(engine: TestedEngine, name: str, detail: FusionWeightDetail) -> FusionWeights:
+    output = OutputOptions(fusion_weights=detail)
+    params = make_params("report", fusion(name), PROMPT, num_tokens=NUM_TOKENS, output=output)
+    weights = (await collect(engine, params)).finished.fusion_weights
+    assert weights is not None
+    return weights
+
+
+async def test_fusion_keeps_its_members_loaded(engine: TestedEngine) -> None:
+    status = await engine.load_fusion("mix", None, pin=False, replace=False)
+    assert [member.name for member in status.members] == list(MEMBERS)
+    held = await engine.get_adapter("ada")
+    assert (held.held_by_fusions, held.active_requests) == (("mix",), 0)
+    with pytest.raises(PreconditionError) as caught:
+        await engine.unload_adapter("ada", force=True)
+    assert caught.value.metadata == {"adapter": "ada", "fusions": "mix"}
+    await engine.unload_fusion("mix", force=False)
+    assert (await engine.unload_adapter("ada", force=False)).state is AdapterState.AVAILABLE
+
+
+async def test_running_requests_finish_on_the_version_they_started_on(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    params = make_params("long", fusion("mix"), PROMPT, num_tokens=60)
+    expected = (await collect(engine, params)).tokens
+    running = asyncio.create_task(collect(engine, params))
+    await until(lambda: engine.engine.scheduler.running)
+    write_fusion(fusions, "mix", MEMBERS, adapters, seed=9)
+    await engine.load_fusion("mix", None, pin=False, replace=True)
+    assert (await running).tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base_fingerprint": "0" * 64}, "WRONG_BASE_MODEL"),
+        ({"members": (FusionMember("ada", "0" * 64),)}, "MEMBER_DIGEST_MISMATCH"),
+        ({"members": (FusionMember("nobody", "0" * 64),)}, "MEMBER_MISSING"),
+        ({"modules": ("model.layers.0.self_attn.z_proj",)}, "UNKNOWN_MODULE"),
+        ({"modules": ("model.layers.0.mlp.up_proj",)}, "UNKNOWN_MODULE"),
+    ],
+)
+async def test_unusable_fusion_is_refused_and_its_members_are_let_go(
+    engine: TestedEngine, adapters: Path, fusions: Path, changes: dict[str, object], reason: str
+) -> None:
+    config = write_fusion(fusions, "bad", MEMBERS[:1], adapters, seed=3)
+    text = FusionConfig(**{**{f: getattr(config, f) for f in config.__slots__}, **changes}).to_json()
+    (fusions / "bad" / "fusion_config.json").write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        await engine.load_fusion("bad", None, pin=False, replace=False)
+    assert caught.value.reason == reason
+    assert engine.registry.num_leases == 0
+
+
+async def test_bad_requests_are_refused(engine: TestedEngine) -> None:
+    with pytest.raises(NotFoundError):
+        await greedy(engine, fusion("nobody"))
+    for excluded, reason in ((("zoe",), "UNKNOWN_MEMBER"), (MEMBERS, "NO_MEMBER_LEFT")):
+        with pytest.raises(InvalidRequestError) as caught:
+            await greedy(engine, fusion("mix", *excluded))
+        assert caught.value.reason == reason
