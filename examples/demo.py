@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fusionserve.client import Client, Generation, NotFoundError
 
-PROMPT = "The"
+PROMPT = "Linux"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 11, "max_new_tokens": 56, "ignore_eos": True}
 BLEND = {"perl": 0.5, "spanish": 0.5}
 SHOWN_METRICS = (
