@@ -21,6 +21,7 @@ COMMANDS = {
     "generate": "continue a prompt and print the text as it comes",
     "chat": "talk with the model",
     "adapters": "list, load, unload, reload or describe adapters",
+    "fusions": "the same for fusions of adapters",
     "train": "train an adapter, or a fusion of adapters",
     "version": "print the versions of fusionserve and of what it runs on",
 }

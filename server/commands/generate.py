@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 
-from fusionserve.client import Client, GenerateOptions, Generation, GenerationChunk
+from fusionserve.client import Client, FusionWeights, GenerateOptions, Generation, GenerationChunk
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
 from fusionserve.server.commands.connection import CONNECTION_SETTINGS, connected
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> int:
             result = print_stream(client, prompt, options)
     if values["stats"]:
         print(describe(result), file=sys.stderr)
+    if result.fusion_weights is not None and not values["json"]:
+        print(describe_weights(result.fusion_weights), file=sys.stderr)
     return 0
 
 
@@ -77,6 +80,18 @@ def describe(result: Generation) -> str:
         f"{usage.generated_tokens} generated in {timings.total_s:.2f} s ({rate:.1f}/s), "
         f"first after {timings.time_to_first_token_s:.3f} s, ended by {result.finish_reason}"
     )
+
+
+def describe_weights(weights: FusionWeights) -> str:
+    """How a fusion weighed its members: the means in one line, then a line for each token or attention told of."""
+    rows = [("mean", weights.mean)]
+    rows += [(f"token {row.position}", row.weights) for row in weights.tokens]
+    rows += [(row.module, row.weights) for row in weights.modules]
+    return "\n".join(f"{label}: {_to_shares(weights.members, row)}" for label, row in rows)
+
+
+def _to_shares(members: Sequence[str], row: Sequence[float]) -> str:
+    return ", ".join(f"{member} {weight:.2f}" for member, weight in zip(members, row, strict=True))
 
 
 def _read_prompt() -> str:

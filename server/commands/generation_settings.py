@@ -8,10 +8,11 @@ from typing import Any, cast
 from fusionserve.client import GenerateOptions
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
-from fusionserve.server.setting_kinds import Kind, integer
+from fusionserve.server.setting_kinds import Kind, choice, integer
 from fusionserve.server.settings import Setting, Values
 
 ENV_PREFIX = "FUSIONSERVE_GENERATE_"
+WEIGHT_DETAIL = choice("mean", "per_token", "per_module")
 UINT32 = integer(0, 2**32 - 1)
 
 
@@ -24,6 +25,15 @@ GENERATION_SETTINGS: Mapping[str, Setting] = {
     **_setting("adapter", kinds.NAME, "adapter to apply", default_text="the base model"),
     **_setting("scale", kinds.NUMBER, "what the adapter is multiplied with", default_text="1"),
     **_setting("blend", kinds.WEIGHTS, "adapters to add up, with their weights"),
+    **_setting("fusion", kinds.NAME, "fusion to apply", default_text="the base model"),
+    "excluded_members": Setting(
+        name="exclude-member",
+        kind=kinds.NAME,
+        help="member that the fusion leaves out",
+        is_list=True,
+        env_prefix=ENV_PREFIX,
+    ),
+    **_setting("fusion-weights", WEIGHT_DETAIL, "report how the fusion weighed its members"),
     **_setting("temperature", kinds.NUMBER, "divides the logits; 0 is greedy", default_text="1"),
     **_setting("top-k", UINT32, "keep the k most likely tokens", default_text="all"),
     **_setting("top-p", kinds.NUMBER, "keep the tokens that sum to this probability", default_text="1"),
@@ -45,8 +55,11 @@ GENERATION_SETTINGS: Mapping[str, Setting] = {
 def to_options(values: Values) -> GenerateOptions:
     """The client's options; what was not set is left to the server. Raises UsageError if they contradict."""
     options = {option: values[setting.name] for option, setting in GENERATION_SETTINGS.items()}
-    if options["adapter"] is not None and options["blend"] is not None:
-        raise UsageError("--adapter and --blend exclude each other")
+    if sum(options[name] is not None for name in ("adapter", "blend", "fusion")) > 1:
+        raise UsageError("--adapter, --blend and --fusion exclude each other")
     if options["scale"] is not None and options["adapter"] is None:
         raise UsageError("--scale needs --adapter")
+    for flag, option in (("--exclude-member", "excluded_members"), ("--fusion-weights", "fusion_weights")):
+        if options[option] and options["fusion"] is None:
+            raise UsageError(f"{flag} needs --fusion")
     return cast(GenerateOptions, options)

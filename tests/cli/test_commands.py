@@ -98,7 +98,7 @@ async def test_server_errors_exit_with_1(shell: Shell) -> None:
 
 async def test_contradicting_flags_exit_with_2(shell: Shell) -> None:
     outcome = await shell.run("generate", "--prompt", "x", "--adapter", "alpha", "--blend", "beta=1")
-    assert (outcome.code, outcome.err) == (2, "fusionserve: --adapter and --blend exclude each other\n")
+    assert (outcome.code, outcome.err) == (2, "fusionserve: --adapter, --blend and --fusion exclude each other\n")
 
 
 async def test_no_prompt_at_a_terminal_exits_with_2(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +125,37 @@ async def test_adapters_list_is_an_aligned_table(shell: Shell) -> None:
         "SIZE",
         "PINNED",
         "ACTIVE",
+        "FUSIONS",
         "DIGEST",
     ]
     assert [line.split()[0] for line in lines[1:]] == ["alpha", "beta"]
     assert {line.index("host") for line in lines[1:]} == {lines[0].index("RESIDENCY")}
+
+
+async def test_fusions_live(shell: Shell, served: Served) -> None:
+    listed = (await shell.run("fusions", "list")).out.splitlines()
+    assert [line.split()[0] for line in listed] == ["NAME", "mix"]
+    assert (await shell.run("fusions", "load", "duo", "--path", "x/duo", "--pin")).code == 0
+    assert served.engine.fusions["duo"].pinned
+    (described,) = json.loads((await shell.run("fusions", "get", "duo", "--json")).out)
+    assert (described["name"], described["state"]) == ("duo", "ready")
+    assert (await shell.run("fusions", "unload", "duo")).code == 0
+    assert "duo" not in served.engine.fusions
+
+
+async def test_generate_applies_a_fusion_and_shows_its_weights(shell: Shell, served: Served) -> None:
+    flags = ("--fusion", "mix", "--exclude-member", "beta", "--fusion-weights", "mean")
+    outcome = await shell.run("generate", "--prompt", "x", *flags)
+    assert outcome.code == 0
+    adaptation = served.engine.params[-1].adaptation
+    assert (adaptation.kind, adaptation.fusion, adaptation.excluded_members) == ("fusion", "mix", ("beta",))
+    assert outcome.err.startswith("mean: alpha ")
+
+
+@pytest.mark.parametrize("flags", [("--exclude-member", "beta"), ("--fusion-weights", "mean")])
+async def test_flags_of_a_fusion_need_one(shell: Shell, flags: tuple[str, str]) -> None:
+    outcome = await shell.run("generate", "--prompt", "x", *flags)
+    assert (outcome.code, outcome.err) == (2, f"fusionserve: {flags[0]} needs --fusion\n")
 
 
 async def test_adapters_live(shell: Shell, served: Served) -> None:
