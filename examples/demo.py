@@ -23,6 +23,14 @@ from fusionserve.client import Client, Generation, NotFoundError
 PROMPT = "Linux"
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 11, "max_new_tokens": 56, "ignore_eos": True}
 BLEND = {"perl": 0.5, "spanish": 0.5}
+FUSION = "domains"
+FUSION_PROMPTS = {
+    "changelog": "  * New upstream release.\n  * Update debian/control:",
+    "cpp": "  template<typename _Tp>\n    struct is_",
+    "perl": "sub new {\n    my ($class, %args) = @_;\n",
+    "polish": "Ta opcja pozwala na wyświetlenie",
+    "spanish": "Esta opción permite",
+}
 SHOWN_METRICS = (
     "fusionserve_requests_total",
     "fusionserve_generated_tokens_total",
@@ -56,6 +64,7 @@ def main() -> int:
             alone == {label: g.candidates[0].text for label, g in together.items()},
             "a text changed in company",
         )
+        show_fusion_weights(client)
         swap_while_streaming(client, names[0])
         show_metrics(server.metrics)
     check(server.process.returncode == 0, f"the server exited with {server.process.returncode}")
@@ -103,9 +112,14 @@ def list_adapters(client: Client) -> list[str]:
 
 
 def adaptations(names: list[str]) -> dict[str, dict[str, object]]:
-    """The adaptations of the demo by label: base, each adapter, one blend."""
+    """The adaptations of the demo by label: base, each adapter, one blend, one fusion of all adapters."""
     blend_label = " + ".join(f"{weight:g} {name}" for name, weight in BLEND.items())
-    return {"base": {}, **{name: {"adapter": name} for name in names}, blend_label: {"blend": BLEND}}
+    return {
+        "base": {},
+        **{name: {"adapter": name} for name in names},
+        blend_label: {"blend": BLEND},
+        f"fusion {FUSION}": {"fusion": FUSION},
+    }
 
 
 def generate_one_by_one(client: Client, names: list[str]) -> dict[str, str]:
@@ -118,7 +132,7 @@ def generate_one_by_one(client: Client, names: list[str]) -> dict[str, str]:
 
 def generate_together(client: Client, names: list[str]) -> dict[str, Generation]:
     """The same requests, all at once: they share one batch."""
-    with ThreadPoolExecutor(len(names) + 2) as pool:
+    with ThreadPoolExecutor(len(names) + 3) as pool:
         futures = {
             label: pool.submit(client.generate, PROMPT, **SAMPLING, **adaptation)
             for label, adaptation in adaptations(names).items()
@@ -144,8 +158,24 @@ def show_side_by_side(generations: dict[str, Generation]) -> None:
     check(len(texts) == len(generations), "two adaptations gave the same text")
 
 
+def show_fusion_weights(client: Client) -> None:
+    """One trained fusion, told nothing of the domain, weighs the adapters token by token."""
+    headline(f"What the fusion {FUSION!r} attends to: mean weight of each member")
+    options = {**SAMPLING, "max_new_tokens": 24, "fusion": FUSION, "fusion_weights": "mean"}
+    for domain, prompt in FUSION_PROMPTS.items():
+        weights = client.generate(prompt, **options).fusion_weights
+        assert weights is not None
+        shares = "  ".join(f"{m} {w:.2f}" for m, w in zip(weights.members, weights.mean, strict=True))
+        print(f"  {prompt.split(chr(10))[0].strip()[:28]:30}| {shares}")
+        leader = weights.members[weights.mean.index(max(weights.mean))]
+        check(leader == domain, f"the fusion leads with {leader} on a prompt of {domain}")
+
+
 def swap_while_streaming(client: Client, name: str) -> None:
-    """Reloads and unloads an adapter while a stream of the base runs, and shows that the stream does not care."""
+    """Reloads and unloads an adapter while a stream of the base runs, and shows that the stream does not care.
+
+    The fusion goes first: as long as it is loaded its members cannot be unloaded.
+    """
     headline(f"Reloading and unloading {name!r} while a stream runs")
     options = {**SAMPLING, "max_new_tokens": 200}
     expected = client.generate(PROMPT, **options).candidates[0].token_ids
@@ -155,6 +185,7 @@ def swap_while_streaming(client: Client, name: str) -> None:
         after = client.adapters.reload(name)
         print(f"  reloaded: version {before.version} -> {after.version}")
         check(after.version == before.version + 1, "a reload did not make a new version")
+        client.fusions.unload(FUSION)
         unloaded = client.adapters.unload(name)
         print(f"  unloaded: {name} is {unloaded.state} again, and would load on demand")
         *_, last = stream

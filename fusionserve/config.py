@@ -8,6 +8,7 @@ from pathlib import Path
 EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODEL = EMBEDDED / "base"
 EMBEDDED_ADAPTERS = EMBEDDED / "adapters"
+EMBEDDED_FUSIONS = EMBEDDED / "fusions"
 EMBEDDED_MODEL_NAME = "fusionserve-tiny"
 
 MEBIBYTE = 1 << 20

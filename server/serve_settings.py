@@ -9,6 +9,7 @@ from typing import Any
 
 from fusionserve.config import (
     EMBEDDED_ADAPTERS,
+    EMBEDDED_FUSIONS,
     EMBEDDED_MODEL,
     EMBEDDED_MODEL_NAME,
     EngineConfig,
@@ -49,8 +50,7 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         name="fusion-dir",
         kind=kinds.FOLDER,
         help="folder whose subfolders are fusions that load on demand, and the only place they load from",
-        default=(),
-        default_text="none",
+        default_text="the embedded fusion with the embedded model, else none",
         is_list=True,
     ),
     "fusions": Setting(
@@ -138,8 +138,11 @@ def to_engine_config(values: Values) -> EngineConfig:
         fields["model_name"] = fields["model_name"] or EMBEDDED_MODEL_NAME
         if fields["adapter_dirs"] is None:
             fields["adapter_dirs"] = (EMBEDDED_ADAPTERS,)
+        if fields["fusion_dirs"] is None:
+            fields["fusion_dirs"] = (EMBEDDED_FUSIONS,)
     fields["model_name"] = fields["model_name"] or Path(fields["model"]).resolve().name
     fields["adapter_dirs"] = fields["adapter_dirs"] or ()
+    fields["fusion_dirs"] = fields["fusion_dirs"] or ()
     return EngineConfig(**fields)
 
 

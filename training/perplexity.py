@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusionserve.config import EMBEDDED
+from fusionserve.training.frozen_base import load_base
+from fusionserve.training.fusion_measuring import placed_fusion
 from fusionserve.training.loop import next_token_loss
 from fusionserve.training.tokens import TokenStream, consecutive_windows, encode_file
 
@@ -51,7 +54,7 @@ def load_adapted(embedded: Path) -> tuple[PeftModel, list[str]]:
 
 
 @torch.inference_mode()
-def perplexity(model: PeftModel, stream: TokenStream, length: int, max_tokens: int) -> float:
+def perplexity(model: nn.Module, stream: TokenStream, length: int, max_tokens: int) -> float:
     """Exponential of the mean loss over the first windows of a stream, each read on its own."""
     windows = consecutive_windows(stream, length)[: max(1, max_tokens // length)]
     losses = [next_token_loss(model, batch).item() * len(batch) for batch in torch.split(windows, 8)]
@@ -70,7 +73,26 @@ def evaluate(embedded: Path, length: int, max_tokens: int) -> Table:
         for name in names:
             model.set_adapter(name)
             rows[domain][name] = perplexity(model, stream, length, max_tokens)
+    for domain, measured in evaluate_fusions(embedded, list(rows), length, max_tokens).items():
+        rows[domain] |= measured
     return Table(rows)
+
+
+def evaluate_fusions(
+    embedded: Path, domains: list[str], length: int, max_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Measure every fusion, which is told no domain, on the same windows; perplexity by domain, then by fusion."""
+    base = load_base(str(embedded / "base"), dtype="float32")
+    members = {path.name: path for path in (embedded / "adapters").iterdir()}
+    rows: dict[str, dict[str, float]] = {domain: {} for domain in domains}
+    for path in sorted(embedded.glob("fusions/*/")):
+        with placed_fusion(path, base, members, allow_base_mismatch=True) as placed:
+            for domain in domains:
+                stream = encode_file(embedded / "heldout" / f"{domain}.txt", base.tokenizer)
+                rows[domain][f"fusion {path.name}"] = perplexity(
+                    placed.base.model, stream, length, max_tokens
+                )
+    return rows
 
 
 def main() -> None:

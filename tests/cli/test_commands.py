@@ -98,7 +98,10 @@ async def test_server_errors_exit_with_1(shell: Shell) -> None:
 
 async def test_contradicting_flags_exit_with_2(shell: Shell) -> None:
     outcome = await shell.run("generate", "--prompt", "x", "--adapter", "alpha", "--blend", "beta=1")
-    assert (outcome.code, outcome.err) == (2, "fusionserve: --adapter, --blend and --fusion exclude each other\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "fusionserve: --adapter, --blend and --fusion exclude each other\n",
+    )
 
 
 async def test_no_prompt_at_a_terminal_exits_with_2(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

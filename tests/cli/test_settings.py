@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_MODEL, EngineConfig, ServerConfig
+from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS, EMBEDDED_MODEL, EngineConfig, ServerConfig
 from fusionserve.server.command_errors import UsageError
 from fusionserve.server.serve_settings import (
     ENGINE_SETTINGS,
@@ -60,7 +60,10 @@ def test_names_are_unique_and_shown_with_their_variables() -> None:
 
 def test_defaults_are_the_configurations() -> None:
     embedded = EngineConfig(
-        model=str(EMBEDDED_MODEL), model_name="fusionserve-tiny", adapter_dirs=(EMBEDDED_ADAPTERS,)
+        model=str(EMBEDDED_MODEL),
+        model_name="fusionserve-tiny",
+        adapter_dirs=(EMBEDDED_ADAPTERS,),
+        fusion_dirs=(EMBEDDED_FUSIONS,),
     )
     assert to_engine_config(values()) == embedded
     assert to_server_config(values()) == ServerConfig()
@@ -69,6 +72,7 @@ def test_defaults_are_the_configurations() -> None:
 def test_own_model_has_no_embedded_adapters(tmp_path: Path) -> None:
     config = to_engine_config(values("--model", str(model_folder(tmp_path / "base"))))
     assert (config.model, config.model_name, config.adapter_dirs) == (str(tmp_path / "base"), "base", ())
+    assert config.fusion_dirs == ()
 
 
 def test_hub_id_is_left_to_the_engine() -> None:

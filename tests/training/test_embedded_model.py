@@ -100,5 +100,6 @@ def test_every_adapter_lowers_perplexity_on_its_own_domain() -> None:
     gains = {domain: table.gain(domain) for domain in table.rows}
     assert {domain: gain for domain, gain in gains.items() if gain < MARGIN} == {}
     for domain, row in table.rows.items():
-        assert min(row, key=row.__getitem__) == domain, f"another model is better on {domain}"
+        alone = {name: value for name, value in row.items() if not name.startswith("fusion")}
+        assert min(alone, key=alone.__getitem__) == domain, f"another model is better on {domain}"
         assert row[domain] < 20
