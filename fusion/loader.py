@@ -32,24 +32,36 @@ class FusionPolicy:
     allow_base_mismatch: bool = False
 
 
-def load_folded(
-    directory: ArtifactDirectory,
-    config: FusionConfig,
-    members: Sequence[LoRAWeights],
-    base: BaseModules,
-    policy: FusionPolicy,
-) -> FoldedFusion:
-    """Checks the fusion against the base and its members, reads its weights and folds them.
+@dataclass(frozen=True, slots=True, eq=False)
+class ReadFusion:
+    """A fusion as its directory has it: checked against the base, not yet against its members."""
 
-    Raises ArtifactError with the reason: WRONG_BASE_MODEL, UNKNOWN_MODULE, MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED,
-    and those of `read_fusion_params`; CapacityError (FUSION_TOO_BIG) if it fits neither budget nor pool.
+    config: FusionConfig
+    params: FusionParams
+    digest: str  # sha256 (hex) of the weights file
+
+
+def read_fusion(directory: ArtifactDirectory, base: BaseModules, policy: FusionPolicy) -> ReadFusion:
+    """Reads both files of one open directory, so that a replacement under way never mixes two fusions.
+
+    Raises ArtifactError with the reason: WRONG_BASE_MODEL, UNKNOWN_MODULE, and those of `read_fusion_config` and
+    `read_fusion_params`.
     """
+    config = read_fusion_config(directory)
     if not policy.allow_base_mismatch:
         check_base(config, base)
     config = in_call_order(config, base)
-    check_members(config, members)
-    params, digest = read_fusion_params(directory, config, base)
-    folded = fold_fusion(config, digest, params, members, policy.dtype)
+    return ReadFusion(config, *read_fusion_params(directory, config, base))
+
+
+def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: FusionPolicy) -> FoldedFusion:
+    """Checks the members, in the fusion's order, and folds the fusion over them.
+
+    Raises ArtifactError: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE; CapacityError (FUSION_TOO_BIG) if
+    it fits neither budget nor pool.
+    """
+    check_members(fusion.config, members)
+    folded = fold_fusion(fusion.config, fusion.digest, fusion.params, members, policy.dtype)
     _check_size(folded, policy)
     return folded
 

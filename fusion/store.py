@@ -19,7 +19,7 @@ from fusionserve.adapters.store import AdapterStore, FusionHold
 from fusionserve.errors import ArtifactError, NotFoundError
 from fusionserve.fusion.config import CONFIG_FILE, FusionConfig
 from fusionserve.fusion.fusion import Fusion, FusionContent
-from fusionserve.fusion.loader import FusionPolicy, load_folded, read_fusion_config
+from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over, read_fusion
 from fusionserve.fusion.registry import FusionRegistry
 
 
@@ -54,24 +54,19 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         metrics.FUSION_PINS.dec(len(fusion.members))
 
     async def _read(self, name: str, source: ArtifactSource) -> FusionContent:
-        config = await asyncio.to_thread(self._read_config, source)
-        members = await self._lease_members(config)
+        fusion = await asyncio.to_thread(self._read_now, source)
+        members = await self._lease_members(fusion.config)
         try:
-            return await asyncio.to_thread(self._fold, source, config, members)
+            weights = [member.weights for member in members]
+            folded = await asyncio.to_thread(fold_over, fusion, weights, self._policy)
         except BaseException:
             self._adapters.registry.release(members)
             raise
+        return FusionContent(folded, members)
 
-    def _read_config(self, source: ArtifactSource) -> FusionConfig:
+    def _read_now(self, source: ArtifactSource) -> ReadFusion:
         with open_source(source) as directory:
-            return read_fusion_config(directory)
-
-    def _fold(
-        self, source: ArtifactSource, config: FusionConfig, members: tuple[Adapter, ...]
-    ) -> FusionContent:
-        weights = [member.weights for member in members]
-        with open_source(source) as directory:
-            return FusionContent(load_folded(directory, config, weights, self._base, self._policy), members)
+            return read_fusion(directory, self._base, self._policy)
 
     async def _lease_members(self, config: FusionConfig) -> tuple[Adapter, ...]:
         try:

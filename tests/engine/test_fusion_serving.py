@@ -273,7 +273,6 @@ async def test_running_requests_finish_on_the_version_they_started_on(
         ({"members": (FusionMember("ada", "0" * 64),)}, "MEMBER_DIGEST_MISMATCH"),
         ({"members": (FusionMember("nobody", "0" * 64),)}, "MEMBER_MISSING"),
         ({"modules": ("model.layers.0.self_attn.z_proj",)}, "UNKNOWN_MODULE"),
-        ({"modules": ("model.layers.0.mlp.up_proj",)}, "UNKNOWN_MODULE"),
     ],
 )
 async def test_unusable_fusion_is_refused_and_its_members_are_let_go(
@@ -286,6 +285,31 @@ async def test_unusable_fusion_is_refused_and_its_members_are_let_go(
         await engine.load_fusion("bad", None, pin=False, replace=False)
     assert caught.value.reason == reason
     assert engine.registry.num_leases == 0
+
+
+async def test_module_that_no_member_adapts_is_refused(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    write_fusion(fusions, "bad", MEMBERS[:1], adapters, seed=3, modules=("model.layers.0.mlp.up_proj",))
+    with pytest.raises(ArtifactError) as caught:
+        await engine.load_fusion("bad", None, pin=False, replace=False)
+    assert caught.value.reason == "UNKNOWN_MODULE"
+    assert engine.registry.num_leases == 0
+
+
+async def test_fusion_replaced_while_it_loads_is_the_old_or_the_new_one(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    expected = await greedy(engine, fusion("mix"))
+    await forget_fusions(engine)
+    await engine.unload_adapter("ada", force=False)
+    num_reads = engine.num_reads
+    with engine.slow_loads():
+        loading = asyncio.create_task(engine.load_fusion("mix", None, pin=False, replace=False))
+        await until(lambda: engine.num_reads > num_reads)  # the fusion is read, its member is waited for
+        write_fusion(fusions, "mix", MEMBERS, adapters, seed=9, temperature=5.0)
+    await loading
+    assert await greedy(engine, fusion("mix")) == expected
 
 
 async def test_bad_requests_are_refused(engine: TestedEngine) -> None:
