@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.utils import logging as transformers_logging
-
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.fusion_training import train_fusion
+from fusionserve.training.quiet_libraries import keep_libraries_quiet
 from fusionserve.training_config import AdapterRun, FusionRun, TrainingRun
 
 
@@ -29,9 +27,7 @@ def run_fusion(run: FusionRun) -> str:
 @contextmanager
 def _for_people(run: TrainingRun) -> Iterator[None]:
     """Leaves the terminal to our own bar, and tells who interrupts that nothing is lost."""
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    keep_libraries_quiet()
     try:
         yield
     except KeyboardInterrupt:

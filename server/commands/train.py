@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import logging
 
-from fusionserve.server.command_errors import CommandError
 from fusionserve.server.commands.train_settings import (
     ALL_ADAPTER_SETTINGS,
     ALL_FUSION_SETTINGS,
     to_adapter_run,
     to_fusion_run,
 )
+from fusionserve.server.commands.training_extra import import_training
 from fusionserve.server.settings import CommandParser, add_settings, resolve
 
 STAGES = {
     "adapter": ("train a LoRA adapter on a frozen base", ALL_ADAPTER_SETTINGS, to_adapter_run),
     "fusion": ("train an AdapterFusion over frozen adapters", ALL_FUSION_SETTINGS, to_fusion_run),
 }
-OURS = "fusionserve"
 
 
 def main(argv: list[str]) -> int:
@@ -27,18 +24,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     _, settings, to_run = STAGES[arguments.stage]
     run = to_run(resolve(settings, arguments))
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it warns, as it is imported, of what it can do without
-    try:
-        # Importing torch takes seconds: it waits until the settings are checked.
-        command = importlib.import_module("fusionserve.training.command")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == OURS:
-            raise
-        raise CommandError(
-            f"{error.name} is not installed; training needs: pip install 'fusionserve[training]'"
-        ) from error
+    command = import_training("command")
     print(getattr(command, f"run_{arguments.stage}")(run))
     return 0
 
