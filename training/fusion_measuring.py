@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusionserve.adapters.artifact_directory import open_directory
+from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.errors import ArtifactError
 from fusionserve.fusion.loader import (
     check_base,
     check_members,
@@ -53,9 +55,21 @@ def placed_fusion(
         config = in_call_order(config, base.modules)
         params, _ = read_fusion_params(opened, config, base.modules)
     weights = [
-        read_adapter(members[member.name], base, allow_base_mismatch=allow_base_mismatch)
+        _read_member(member.name, members, base, allow_base_mismatch=allow_base_mismatch)
         for member in config.members
     ]
     check_members(config, weights)
     with fusion_in_place(base, config, params, weights) as fusion:
         yield PlacedFusion(base, fusion, config.weight_names)
+
+
+def _read_member(
+    name: str, members: Mapping[str, Path], base: FrozenBase, *, allow_base_mismatch: bool
+) -> LoRAWeights:
+    """Among several adapters the reason alone would not tell which one it is about."""
+    try:
+        return read_adapter(members[name], base, allow_base_mismatch=allow_base_mismatch)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"member {name}: {error.message}", reason=error.reason, metadata=error.metadata
+        ) from error
