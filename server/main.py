@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "talk with the model",
     "adapters": "list, load, unload, reload or describe adapters",
     "fusions": "the same for fusions of adapters",
+    "fusion": "show what a fusion on disk attends to (fusion inspect); needs no server",
     "train": "train an adapter, or a fusion of adapters",
     "version": "print the versions of fusionserve and of what it runs on",
 }
