@@ -117,6 +117,7 @@ def to_model(response: inference_pb2.GetModelResponse) -> results.Model:
         architecture=response.architecture,
         dtype=response.dtype,
         quantization=response.quantization,
+        weight_bytes=response.weight_bytes,
         max_context_tokens=response.max_context_tokens,
         vocab_size=response.vocab_size,
         has_tokenizer=response.has_tokenizer,

@@ -261,6 +261,7 @@ class Model:
     architecture: str
     dtype: str
     quantization: str
+    weight_bytes: int
     max_context_tokens: int
     vocab_size: int
     has_tokenizer: bool

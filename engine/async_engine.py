@@ -17,7 +17,7 @@ from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.config import EngineConfig
 from fusionserve.engine.admission import Admission
-from fusionserve.engine.base_model import BaseModel, load_base_model
+from fusionserve.engine.base_model import BaseModel, dtype_name, load_base_model
 from fusionserve.engine.engine import Output
 from fusionserve.engine.engine_build import build_engine
 from fusionserve.engine.engine_thread import EngineThread
@@ -162,7 +162,9 @@ class AsyncEngine:
         return ModelInfo(
             name=config.model_name,
             architecture=type(base.model).__name__,
-            dtype=str(base.dtype).removeprefix("torch."),
+            dtype=dtype_name(base.dtype),
+            quantization=base.quantization,
+            weight_bytes=base.weight_bytes,
             max_context_tokens=base.max_context_tokens,
             vocab_size=base.vocab_size,
             has_tokenizer=base.tokenizer.is_present,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import textwrap
 from collections.abc import Collection, Mapping
@@ -17,14 +18,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
 from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
+from fusionserve.adapters.nf4 import NONE, dequantized_weight, is_nf4, misshapen_weights
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell
-from fusionserve.config import EngineConfig
+from fusionserve.adapters.weight_bytes import weight_bytes
+from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.model_source import find_model
+from fusionserve.engine.nf4_base import load_options, settle
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
+
+logger = logging.getLogger(__name__)
 
 _DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -50,10 +56,11 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     max_context_tokens: int
     vocab_size: int
+    quantization: str  # of the linear modules: "none" or "nf4"
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of weights, activations and the KV cache."""
+        """The type of activations, the KV cache and all weights that are not quantized."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
@@ -65,13 +72,15 @@ class BaseModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the base's parameters, tied ones once."""
-        return sum(parameter.nbytes for parameter in self.model.parameters())
+        """Bytes of the base's parameters, tied ones once, with the scales of quantized ones."""
+        return weight_bytes(self.model)
 
     def base_weight(self, path: str) -> Tensor:
-        """The frozen weight of the module at `path` as [d_out, d_in] ([vocab, hidden] for the embedding)."""
+        """The frozen weight of the module at `path`, dequantized: [d_out, d_in] ([vocab, hidden] for the embedding)."""
         module = self.model.get_submodule(path)
         base = module.base if isinstance(module, AdaptedLinear | AdaptedEmbedding) else module
+        if is_nf4(base):
+            return dequantized_weight(base)
         weight = base.weight
         assert isinstance(weight, Tensor)
         return weight.T if isinstance(base, Conv1D) else weight
@@ -87,13 +96,13 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens)
-    model = _read_weights(directory, _DTYPES[config.dtype], model_config)
+    model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize)
     modules = describe_base_modules(model, model_name=config.model_name)
     fit = check_fit(model, modules, max_context_tokens)
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    return BaseModel(
+    base = BaseModel(
         model=model,
         tokenizer=Tokenizer(_read_tokenizer(directory)),
         modules=fit.modules,
@@ -104,7 +113,16 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         eos_token_ids=_eos_token_ids(model),
         max_context_tokens=max_context_tokens,
         vocab_size=model_config.get_text_config().vocab_size,
+        quantization=config.quantize,
     )
+    size, dtype = base.weight_bytes / MEBIBYTE, dtype_name(base.dtype)
+    logger.info("base weights: %.1f MiB in %s, quantization %s", size, dtype, config.quantize)
+    return base
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type's name as in configurations, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _read_config(directory: Path) -> PreTrainedConfig:
@@ -124,13 +142,14 @@ def _why_no_config(directory: Path, error: Exception) -> str:
 
 
 def _read_weights(
-    directory: Path, dtype: torch.dtype | str, model_config: PreTrainedConfig
+    directory: Path, model_config: PreTrainedConfig, dtype: torch.dtype | str, quantize: str
 ) -> PreTrainedModel:
     if not any(directory.glob("*.safetensors")):
         raise StartupError(
             f"cannot load model {directory}: the directory has no .safetensors files (pickles are not read)",
             reason="MODEL_UNUSABLE",
         )
+    options = load_options(quantize, model_config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -140,6 +159,7 @@ def _read_weights(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # _check_complete says it better
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # as above
         raise StartupError(
@@ -147,15 +167,19 @@ def _read_weights(
         ) from error
     model: PreTrainedModel
     model, report = loaded
-    _check_complete(directory, report)
+    _check_complete(directory, report, misshapen_weights(model))
     model.train(mode=False).requires_grad_(requires_grad=False)
+    if quantize != NONE:
+        settle(model)
     return model
 
 
-def _check_complete(directory: Path, report: Mapping[str, Collection[Any]]) -> None:
+def _check_complete(
+    directory: Path, report: Mapping[str, Collection[Any]], misshapen: Collection[str]
+) -> None:
     """Raises StartupError if any parameter was not in the files: transformers would make it up."""
     missing = sorted(report["missing_keys"])
-    mismatched = sorted(name for name, *_ in report["mismatched_keys"])
+    mismatched = sorted({*misshapen, *(name for name, *_ in report["mismatched_keys"])})
     for names, what in (
         (missing, "do not have"),
         (mismatched, "have another shape than config.json says for"),

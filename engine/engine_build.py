@@ -31,6 +31,7 @@ def build_engine(
         budget_bytes=config.kv_cache_bytes,
         max_requests=config.max_batch_requests,
     )
+    metrics.BASE_WEIGHT_BYTES.set(base.weight_bytes)
     metrics.KV_BLOCKS.set(num_blocks)
     metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
     limits = SchedulerLimits(

@@ -59,6 +59,11 @@ STEP_SECONDS = Histogram(
 )
 STEP_TOKENS = Counter("fusionserve_step_tokens_total", "Tokens computed by engine steps.", registry=REGISTRY)
 
+BASE_WEIGHT_BYTES = Gauge(
+    "fusionserve_base_weight_bytes",
+    "Bytes of the base model's weights, quantized ones with their scales.",
+    registry=REGISTRY,
+)
 KV_BLOCKS_USED = Gauge("fusionserve_kv_blocks_used", "KV blocks held by requests.", registry=REGISTRY)
 KV_BLOCKS = Gauge("fusionserve_kv_blocks", "KV blocks in all.", registry=REGISTRY)
 PREFIX_QUERY_TOKENS = Counter(

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The served base model; `quantization` is "none" for plain weights."""
+    """The served base model; `quantization` is "none" for plain weights.
+
+    `weight_bytes` are those of the base's weights in memory, quantized ones with their scales.
+    """
 
     name: str
     architecture: str
     dtype: str
     quantization: str = "none"
+    weight_bytes: int = 0
     max_context_tokens: int
     vocab_size: int
     has_tokenizer: bool

@@ -14,6 +14,7 @@ def to_get_model_response(info: ModelInfo) -> inference_pb2.GetModelResponse:
         architecture=info.architecture,
         dtype=info.dtype,
         quantization=info.quantization,
+        weight_bytes=info.weight_bytes,
         max_context_tokens=info.max_context_tokens,
         vocab_size=info.vocab_size,
         has_tokenizer=info.has_tokenizer,

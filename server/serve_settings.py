@@ -36,6 +36,12 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine("model", "model", kinds.MODEL, "base model: a folder or a hub id", "the embedded model"),
     **_engine("model_name", "model-name", kinds.TEXT, "name to serve it under", "its folder's name"),
     **_engine("dtype", "dtype", choice("auto", "float32", "bfloat16", "float16"), "type of the base weights"),
+    **_engine(
+        "quantize",
+        "quantize",
+        choice("none", "nf4"),
+        "nf4 holds the base's linear weights in 4 bits, with double quantization",
+    ),
     "adapter_dirs": Setting(
         name="adapter-dir",
         kind=kinds.FOLDER,
@@ -117,7 +123,6 @@ SERVER_SETTINGS: Mapping[str, Setting] = {
 }
 
 PROCESS_SETTINGS = (
-    Setting(name="quantize", kind=choice("none"), help="how to quantize the base weights", default="none"),
     Setting(
         name="log-level",
         kind=choice("debug", "info", "warning", "error"),

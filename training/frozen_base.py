@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from fusionserve.adapters.base_modules import BaseModules, describe_base_modules, short_model_name
 from fusionserve.adapters.module_calls import ModuleCalls
+from fusionserve.adapters.nf4 import keep_layout, quantization_options
 from fusionserve.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
 from fusionserve.errors import TrainingError
 
@@ -37,14 +37,14 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **_quantization(quantize)
+            source, dtype=dtype, use_safetensors=True, **quantization_options(quantize)
         )
     except (ImportError, OSError, ValueError) as error:
         raise TrainingError(
             f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     loaded.config.use_cache = False
-    _keep_differentiable(loaded)
+    keep_layout(loaded)
     return freeze_base(loaded, tokenizer, name)
 
 
@@ -97,28 +97,3 @@ def _in_evaluation(model: PreTrainedModel) -> nn.Module:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
-
-
-def _quantization(quantize: str) -> dict[str, Any]:
-    if quantize == "none":
-        return {}
-    # Imported here: bitsandbytes looks for devices as it is imported, which only QLoRA should wait for.
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": config}
-
-
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    """On processors with bfloat16 instructions bitsandbytes would repack 4-bit weights at the first evaluation.
-
-    No gradient passes through repacked weights, so every step behind that evaluation would be wrong without a sign.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

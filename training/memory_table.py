@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from fusionserve.adapters.weight_bytes import count_parameters, weight_bytes
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.target_modules import choose_targets
-from fusionserve.training.weight_bytes import count_parameters, weight_bytes
 
 _BYTES_PER_TRAINED = 16  # weight, gradient and two moments
 _MEBIBYTE = 1 << 20

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fusionserve.adapters.weight_bytes import count_parameters, weight_bytes
 from fusionserve.errors import TrainingError
 from fusionserve.training.adaptation_trainer import TrainedRun
 from fusionserve.training.checkpoints import prepare_work_dir, remove_work_dir
@@ -15,7 +16,6 @@ from fusionserve.training.frozen_base import FrozenBase, check_packing
 from fusionserve.training.peak_memory import PeakMemory
 from fusionserve.training.run_identity import describe_run, identify_run
 from fusionserve.training.training_summary import FusionStatistics, TrainingSummary, last_losses
-from fusionserve.training.weight_bytes import count_parameters, weight_bytes
 from fusionserve.training_config import TrainingRun
 
 _ARTIFACTS = ("adapter_config.json", "fusion_config.json")

@@ -154,7 +154,7 @@ def test_wrong_environment_is_refused_with_its_name(monkeypatch: pytest.MonkeyPa
         ("--dtype", "int3"),
         ("--max-message-size", "1GiB"),  # gRPC takes no limit that twice this would fit in
         ("--max-message-size", "1"),
-        ("--quantize", "nf4"),
+        ("--quantize", "int3"),
         ("--adapter-dir", "nowhere"),
         ("--adapter", "no-path"),
         ("--adapter", "a=nowhere"),

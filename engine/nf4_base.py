@@ -1,0 +1,71 @@
+"""What serving a base in NF4 adds to loading it: what is refused, and how it lies in memory afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from fusionserve.adapters.nf4 import (
+    NONE,
+    compute_in_float32,
+    is_nf4,
+    nf4_modules,
+    quantization_options,
+    repack,
+)
+from fusionserve.errors import StartupError
+
+
+def load_options(quantize: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` is to be told. Raises StartupError if this cannot be had, or not for this checkpoint."""
+    try:
+        options = quantization_options(quantize)
+    except (ImportError, ValueError) as error:
+        raise StartupError(str(error), reason="QUANTIZATION_UNAVAILABLE") from error
+    if quantize == NONE:
+        return {}
+    if getattr(config, "quantization_config", None) is not None:
+        raise StartupError(
+            f"this checkpoint is quantized already, so it cannot become {quantize}: take the original one",
+            reason="QUANTIZATION_UNAVAILABLE",
+        )
+    return {**options, "device_map": {"": "cpu"}}  # else a GPU would be chosen, for the quantized base alone
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Fixes how a base just loaded computes, so that no request changes it, and frees the memory that loading took.
+
+    Raises StartupError if nothing in it could be quantized.
+    """
+    if not nf4_modules(model):
+        raise StartupError(
+            f"the architecture {type(model).__name__} has no linear modules that can be quantized",
+            reason="QUANTIZATION_UNAVAILABLE",
+        )
+    if model.dtype == torch.float32:
+        compute_in_float32(model)
+    else:
+        repack(model)
+    _let_go_of_files(model)
+    _return_free_memory()
+
+
+@torch.no_grad()
+def _let_go_of_files(model: PreTrainedModel) -> None:
+    """Copies what was not quantized: as views of the mapped files they would keep all of those in memory."""
+    for module in model.modules():
+        if not is_nf4(module):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
+
+
+def _return_free_memory() -> None:
+    """Quantizing leaves holes of the size of whole weights in the heap, which glibc keeps unless it is asked."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
