@@ -18,7 +18,7 @@ _LINES = re.compile(r"[^\n]*\n|[^\n]+")
 _POINTS_PER_INCH = 72
 _CHARACTER = 0.602  # of the size, the width of a monospaced character
 _NUMBER = 0.34  # beside a token's label
-_MIN_WIDTH, _MAX_WIDTH = 7.5, 13.0
+_MIN_WIDTH, _MAX_WIDTH = 8.0, 13.0
 _ROWS_PER_BLOCK = 40
 _FEW_TOKENS = 40
 
@@ -86,6 +86,9 @@ def plan_grid(num_tokens: int, names: Sequence[str], label_characters: int) -> G
     )
     num_fitting = int((_MAX_WIDTH - 2 * MARGIN - one.names_height) / one.block_step)
     num_blocks = min(math.ceil(num_tokens / _ROWS_PER_BLOCK), max(1, num_fitting))
+    if num_blocks > 1:  # wider cells where the page has room for them
+        step = (_MIN_WIDTH - 2 * MARGIN - one.names_height) / num_blocks
+        one = replace(one, cell=_clamp((step - one.label - GAP) / len(names), one.cell, wide))
     return replace(one, num_blocks=num_blocks, num_rows=math.ceil(num_tokens / num_blocks))
 
 

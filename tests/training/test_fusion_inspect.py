@@ -218,11 +218,17 @@ def test_unusable_artifacts_end_with_their_reason(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.startswith("error: CONFIG_MALFORMED: fusion_config.json")
 
 
-def test_a_picture_that_cannot_be_written_costs_no_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect("domains", "--prompt", "x", "--out", "/proc/picture.png") == 1
+def test_a_picture_that_cannot_be_written_costs_no_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, inspection: FusionInspection) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fusionserve.training.inspect_command.draw_inspection", fail)
+    assert inspect("domains", "--prompt", "x", "--out", "x.png") == 1
     outcome = capsys.readouterr()
     assert "MEAN WEIGHT" in outcome.out
-    assert outcome.err.startswith("fusionserve: /proc/picture.png cannot be written: ")
+    assert outcome.err == "fusionserve: x.png cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("num_tokens", [1, 10, 200])
