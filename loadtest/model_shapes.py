@@ -1,8 +1,11 @@
-"""Makes checkpoints and LoRA adapters of real models' shapes with random weights, so that speed needs no download."""
+"""Makes checkpoints, LoRA adapters and fusions of real models' shapes with random weights: speed needs no download."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +36,15 @@ SHAPES: dict[str, PreTrainedConfig] = {
 }
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionShape:
+    """Where a fusion has its attentions, and how wide their keys are; it has member keys and no V."""
+
+    scope: str  # "layer": at every q_proj; "module": at all seven projections
+    d_key: int = 64
 
 
 def save_checkpoint(shape: str, directory: Path) -> None:
@@ -56,6 +68,54 @@ def save_adapter(shape: str, directory: Path, *, rank: int, seed: int) -> None:
     )
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(_PROJECTIONS)}
     (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def save_fusion(
+    shape: str, directory: Path, members: Sequence[Path], fusion: FusionShape, *, seed: int
+) -> None:
+    """Writes a random fusion of saved adapters, named like their directories, on all seven projections; seeded.
+
+    It names no base, so a server takes it with `--allow-base-mismatch on` only.
+    """
+    sizes = _projection_sizes(SHAPES[shape])
+    attended = {path: size for path, size in sizes.items() if fusion.scope == "module" or "q_proj" in path}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, (d_in, d_out) in attended.items():
+        tensors[f"{path}.query.weight"] = torch.randn(fusion.d_key, d_in, generator=generator)
+        tensors[f"{path}.query.bias"] = torch.randn(fusion.d_key, generator=generator)
+        tensors[f"{path}.key.weight"] = torch.randn(fusion.d_key, d_out, generator=generator)
+        tensors[f"{path}.member_keys"] = torch.randn(len(members), fusion.d_key, generator=generator)
+    directory.mkdir(parents=True)
+    save_file(
+        {name: tensor * _ATTENTION_STD for name, tensor in tensors.items()},
+        directory / "fusion_model.safetensors",
+    )
+    config = _fusion_config(directory.name, members, list(sizes), fusion)
+    (directory / "fusion_config.json").write_text(json.dumps(config))
+
+
+def _fusion_config(
+    name: str, members: Sequence[Path], modules: Sequence[str], fusion: FusionShape
+) -> dict[str, object]:
+    return {
+        "format_version": 1,
+        "name": name,
+        "base_model": {"name": "random", "fingerprint": ""},
+        "members": [{"name": member.name, "sha256": _weights_digest(member)} for member in members],
+        "modules": modules,
+        "scope": fusion.scope,
+        "d_key": fusion.d_key,
+        "member_keys": True,
+        "value": {"kind": "none"},
+        "temperature": 1.0,
+        "base_member": False,
+        "training": {},
+    }
+
+
+def _weights_digest(adapter: Path) -> str:
+    return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def _projection_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:

@@ -10,31 +10,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from fusionserve.client import AsyncClient
+from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, save_adapter, save_checkpoint
+from fusionserve.loadtest.rounds import Workload, measure_rounds
+from fusionserve.loadtest.serving import serving
 
 _MEBIBYTE = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """Concurrent streams of equal prompt and output length."""
-
-    num_streams: int
-    prompt_tokens: int
-    new_tokens: int
-    num_adapters: int
 
 
 def main() -> None:
@@ -44,13 +30,12 @@ def main() -> None:
         num_streams=arguments.streams,
         prompt_tokens=arguments.prompt_tokens,
         new_tokens=arguments.new_tokens,
-        num_adapters=arguments.adapters,
     )
     with tempfile.TemporaryDirectory() as folder:
         _make_files(arguments.shape, Path(folder), arguments)
-        with _serving(Path(folder), arguments) as (target, process):
+        with serving(_serve_flags(Path(folder), arguments)) as (target, process):
             _print_status_bytes("after load", process)
-            rates = asyncio.run(_measure(target, workload, arguments.repeats))
+            rates = asyncio.run(_measure(target, workload, arguments.adapters, arguments.repeats))
             _print_rates(rates)
             _print_status_bytes("at the end", process)
 
@@ -85,70 +70,27 @@ def _make_files(shape: str, folder: Path, arguments: argparse.Namespace) -> None
     )
 
 
-@contextmanager
-def _serving(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Runs the server on a free port until the block is left."""
-    command = [str(Path(sys.executable).with_name("fusionserve")), "serve", "--listen", "127.0.0.1:0"]
-    command += [
-        "--metrics-listen",
-        "off",
-        "--model",
-        str(folder / "base"),
-        "--adapter-dir",
-        str(folder / "adapters"),
-    ]
-    command += ["--kv-cache-size", f"{arguments.kv_cache_mib}MiB", "--max-context-tokens", "2048"]
-    command += ["--dtype", arguments.dtype]
-    command += ["--adapter-host-size", f"{arguments.adapter_host_mib}MiB"]
-    command += ["--adapter-pool-ranks", str(arguments.adapters * arguments.rank)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline().split()
-        if not ready:
-            raise SystemExit("the server did not start")
-        yield ready[1].removeprefix("grpc="), process
-    finally:
-        process.terminate()
-        process.wait(60)
+def _serve_flags(folder: Path, arguments: argparse.Namespace) -> list[str]:
+    flags = {
+        "--model": folder / "base",
+        "--adapter-dir": folder / "adapters",
+        "--kv-cache-size": f"{arguments.kv_cache_mib}MiB",
+        "--max-context-tokens": 2048,
+        "--dtype": arguments.dtype,
+        "--adapter-host-size": f"{arguments.adapter_host_mib}MiB",
+        "--adapter-pool-ranks": arguments.adapters * arguments.rank,
+    }
+    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
-async def _measure(target: str, workload: Workload, repeats: int) -> dict[str, list[float]]:
-    """Generated tokens per second of each repeat, base and mixed in turn after one unmeasured round of each."""
-    rates: dict[str, list[float]] = {"base": [], "mixed": []}
+async def _measure(
+    target: str, workload: Workload, num_adapters: int, repeats: int
+) -> dict[str, list[float]]:
+    """Generated tokens per second of each repeat."""
+    mixed: list[GenerateOptions] = [{"adapter": f"adapter{index}"} for index in range(num_adapters)]
     async with AsyncClient(target) as client:
-        for repeat in range(repeats + 1):
-            for kind, measured in rates.items():
-                rate = await _run_once(client, workload, kind, seed=repeat)
-                if repeat:
-                    measured.append(rate)
-    return rates
-
-
-async def _run_once(client: AsyncClient, workload: Workload, kind: str, *, seed: int) -> float:
-    """One round of all streams at once; every prompt is new, so nothing comes from the prefix cache."""
-    numbers = random.Random(f"{seed} {kind}")
-    prompts = [
-        [numbers.randrange(1000, 40000) for _ in range(workload.prompt_tokens)]
-        for _ in range(workload.num_streams)
-    ]
-    started_s = time.monotonic()
-    streams = [_drain(client, workload, kind, index, prompt) for index, prompt in enumerate(prompts)]
-    num_tokens = sum(await asyncio.gather(*streams))
-    return num_tokens / (time.monotonic() - started_s)
-
-
-async def _drain(
-    client: AsyncClient, workload: Workload, kind: str, index: int, prompt: Sequence[int]
-) -> int:
-    """Streams one request to its end; returns its generated tokens."""
-    adapter = f"adapter{index % workload.num_adapters}" if kind == "mixed" else None
-    num_tokens = 0
-    async for event in client.stream(
-        prompt, adapter=adapter, temperature=0.0, max_new_tokens=workload.new_tokens, ignore_eos=True
-    ):
-        num_tokens = getattr(getattr(event, "usage", None), "generated_tokens", 0)
-    return num_tokens
+        rounds = await measure_rounds(client, workload, {"base": [{}], "mixed": mixed}, repeats)
+    return {kind: [each.tokens_per_s for each in measured] for kind, measured in rounds.items()}
 
 
 def _print_rates(rates: dict[str, list[float]]) -> None:

@@ -1,0 +1,31 @@
+"""Runs `fusionserve serve` in a process of its own for as long as a measurement takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_STOP_TIMEOUT_S = 60
+
+
+@contextmanager
+def serving(flags: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The gRPC address and the process of a server on a free port, stopped when the block is left.
+
+    Raises SystemExit if the server does not start; its own reason is on standard error.
+    """
+    command = [str(Path(sys.executable).with_name("fusionserve")), "serve"]
+    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "off", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline().split()
+        if not ready:
+            raise SystemExit("the server did not start")
+        yield ready[1].removeprefix("grpc="), process
+    finally:
+        process.terminate()
+        process.wait(_STOP_TIMEOUT_S)
