@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fusionserve.adapters.fusion_rows import FusionRows
-from fusionserve.kernels.low_rank import expand_, shrink, weigh
+from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
+from fusionserve.adapters.pool import ModuleRows
+from fusionserve.kernels.low_rank import weigh_
 
 
 class FusedTokens:
@@ -19,28 +20,37 @@ class FusedTokens:
         self.start = start
         self.end = end
         self.weights: dict[str, Tensor] = {}  # by path of the attention, [tokens, members (+ 1)]
-        self._row_start = row_start
         self._rows = rows
-        self._allowed = allowed
+        self._num_member_rows = rows.num_member_rows
+        self._tokens_here = slice(start, end)
+        self._member_rows_here = slice(row_start, row_start + rows.num_member_rows)
+        self._all_rows_here = slice(row_start, row_start + rows.num_rows)
+        self._allowed = None if bool(allowed.all()) else allowed
         self._coefficients: Tensor | None = None  # [tokens, member rows]
+        self._left_out: Tensor | None = (
+            None  # [member rows] or [tokens, member rows], of members without a say
+        )
 
-    def add_(
-        self, path: str, x: Tensor, y: Tensor, shrink_rows: Tensor, shrink_bias: Tensor, expand_rows: Tensor
-    ) -> None:
+    def add_(self, path: str, x: Tensor, y: Tensor, rows: ModuleRows) -> None:
         """y += sum_i a_i C_i A_i x on these tokens of x [num_tokens, d_in], y [num_tokens, d_out], in place."""
         module = self._rows.modules.get(path)
         if module is None:
             return
-        num_rows = self._rows.num_member_rows
-        num_shrunk = self._rows.num_rows if module.has_attention else num_rows
-        here = slice(self._row_start, self._row_start + num_shrunk)
-        u = shrink(x[self.start : self.end], shrink_rows[here], shrink_bias[here])
         if module.has_attention:
-            self._attend(path, u[:, :num_rows], u[:, num_rows:], self._allowed & module.present)
+            u = rows.shrink(x[self._tokens_here], self._all_rows_here)
+            u, scores = u[:, : self._num_member_rows], u[:, self._num_member_rows :]
+            self._attend(path, module, u, scores)
+        else:
+            u = rows.shrink(x[self._tokens_here], self._member_rows_here)
         assert self._coefficients is not None, f"{path} is computed before the attention of its layer"
-        weighted = weigh(u[:, :num_rows], self._coefficients).to(y.dtype)
-        expand_(y[self.start : self.end], weighted, expand_rows[self._row_start : self._row_start + num_rows])
+        weighted = weigh_(u, self._coefficients, self._left_out)
+        rows.expand_(y[self._tokens_here], weighted, self._member_rows_here)
 
-    def _attend(self, path: str, u: Tensor, scores: Tensor, allowed: Tensor) -> None:
+    def _attend(self, path: str, module: FusionModule, u: Tensor, scores: Tensor) -> None:
+        allowed = self._allowed
+        if not module.is_complete:
+            allowed = module.present if allowed is None else allowed & module.present
+        member_of_row = self._rows.member_of_row
         self.weights[path] = self._rows.weights(u, scores, allowed)
-        self._coefficients = self.weights[path].index_select(1, self._rows.member_of_row)
+        self._coefficients = self.weights[path].index_select(1, member_of_row)
+        self._left_out = None if allowed is None else ~allowed.index_select(-1, member_of_row)

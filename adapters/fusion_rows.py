@@ -14,16 +14,22 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)  # no slots: the cached property needs a place
 class FusionModule:
     """Whether a module has an attention, and which members adapt it: a bool [members]."""
 
     has_attention: bool
     present: Tensor
+
+    @cached_property
+    def is_complete(self) -> bool:
+        """True if every member adapts it."""
+        return bool(self.present.all())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # no slots: the cached properties need a place
@@ -55,14 +61,15 @@ class FusionRows:
         """The member that each of the members' rows belongs to, [rows]."""
         return torch.arange(self.num_members).repeat_interleave(torch.tensor(self.row_counts))
 
-    def weights(self, u: Tensor, scores: Tensor, allowed: Tensor) -> Tensor:
+    def weights(self, u: Tensor, scores: Tensor, allowed: Tensor | None) -> Tensor:
         """Fusion weights [tokens, members (+ 1)], float32, of u [tokens, rows] and the output of the scores' rows.
 
-        `allowed` [members] or [tokens, members].
+        `allowed` [members] or [tokens, members]; None allows all.
         """
         num_rows = self.num_member_rows
         key_scores = scores[:, num_rows:] if self.has_member_keys else None
         totals = member_scores(u, scores[:, :num_rows], self.member_of_row, self.num_members, key_scores)
         if self.has_base_member:
-            totals, allowed = with_base_member(totals), torch.nn.functional.pad(allowed, (0, 1), value=True)
-        return masked_softmax(totals, allowed.expand_as(totals))
+            totals = with_base_member(totals)
+            allowed = None if allowed is None else functional.pad(allowed, (0, 1), value=True)
+        return masked_softmax(totals, None if allowed is None else allowed.expand_as(totals))

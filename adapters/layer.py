@@ -14,7 +14,7 @@ from torch.nn import functional
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
-from fusionserve.kernels.low_rank import expand_, shrink, shrink_embedding, weigh
+from fusionserve.kernels.low_rank import shrink_embedding, weigh_
 
 
 class AdaptedLinear(nn.Module):
@@ -59,9 +59,8 @@ class AdaptedLinear(nn.Module):
                 )
         if not self._rows.is_empty:
             _add_low_rank_(self._rows, x, y, plan)
-            rows = self._rows.shrink_rows, self._rows.shrink_bias, self._rows.expand_rows
             for fused in plan.fused:
-                fused.add_(self._path, x, y, *rows)
+                fused.add_(self._path, x, y, self._rows)
         for tokens in plan.whole_modules:
             self._scale_columns_(y[tokens.start : tokens.end], tokens.whole_module)
 
@@ -113,14 +112,13 @@ class AdaptedEmbedding(nn.Module):
             u = shrink_embedding(
                 token_ids[tokens_here], self._rows.shrink_rows[rows_here], self._rows.shrink_bias[rows_here]
             )
-            expand_(
-                y[tokens_here], weigh(u, span.coefficients) * self._scale, self._rows.expand_rows[rows_here]
-            )
+            weighted = weigh_(u, span.coefficients, span.left_out) * self._scale
+            self._rows.expand_(y[tokens_here], weighted, rows_here)
 
 
 def _add_low_rank_(rows: ModuleRows, x: Tensor, y: Tensor, plan: RowPlan) -> None:
     """y += the low-rank part of every span; x [num_tokens, d_in], y [num_tokens, d_out]."""
     for span in plan.spans:
         tokens_here, rows_here = slice(span.token_start, span.token_end), slice(span.row_start, span.row_end)
-        u = shrink(x[tokens_here], rows.shrink_rows[rows_here], rows.shrink_bias[rows_here])
-        expand_(y[tokens_here], weigh(u, span.coefficients), rows.expand_rows[rows_here])
+        u = rows.shrink(x[tokens_here], rows_here)
+        rows.expand_(y[tokens_here], weigh_(u, span.coefficients, span.left_out), rows_here)

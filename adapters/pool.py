@@ -14,6 +14,7 @@ from torch import Tensor
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
 from fusionserve.adapters.resident import Resident, RowPiece
+from fusionserve.kernels.low_rank import expand_, shrink
 
 
 class ModuleRows:
@@ -26,11 +27,21 @@ class ModuleRows:
         self.shrink_rows = self._like  # [capacity, d_in]
         self.shrink_bias = self._like  # [capacity]
         self.expand_rows = self._like  # [capacity, d_out]
+        self._has_bias = False
 
     @property
     def is_empty(self) -> bool:
         """True if no adapter has touched this module so far."""
         return self.shrink_bias.numel() == 0
+
+    def shrink(self, x: Tensor, rows: slice) -> Tensor:
+        """u = A x + a0 of these rows, [tokens, rows], for x [tokens, d_in]."""
+        bias = self.shrink_bias[rows] if self._has_bias else None
+        return shrink(x, self.shrink_rows[rows], bias)
+
+    def expand_(self, y: Tensor, weighted: Tensor, rows: slice) -> None:
+        """y += w B of these rows, in place, for y [tokens, d_out], w [tokens, rows]."""
+        expand_(y, weighted, self.expand_rows[rows])
 
     def write(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
         """Sets rows [start, start + num_rows) to the pieces, zeros where there are none."""
@@ -48,6 +59,9 @@ class ModuleRows:
                 self.expand_rows[rows] = piece.expand
             if piece.shrink_bias is not None:
                 self.shrink_bias[rows] = piece.shrink_bias
+                self._has_bias = (
+                    True  # from here on; adding zeros is right, and costs a quarter of a small product
+                )
 
     def move(self, source: int, target: int, num_rows: int) -> None:
         """Copies rows down; the ranges may overlap."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.fused_tokens import FusedTokens
+from fusionserve.kernels.low_rank import zeros_of
 
 # Measured on two cores in units of one token by one rank row of a 2,048-wide pair of A and B (about 40 ns):
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
@@ -58,6 +59,7 @@ class Span:
     row_start: int
     row_end: int
     coefficients: Tensor  # [tokens, rows], or [1, rows] where all tokens share them
+    left_out: Tensor | None  # where the coefficients are zero, or None if nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +132,13 @@ def _build_span(group: Sequence[AdaptedTokens], dtype: torch.dtype, device: torc
         )
         for rows in tokens.rows:
             coefficients[here, rows.start - row_start : rows.end - row_start] += rows.coefficient
-    return Span(token_start, token_end, row_start, row_end, coefficients.to(device=device, dtype=dtype))
+    coefficients = coefficients.to(dtype)
+    left_out = zeros_of(coefficients)  # before they go to the device, which nobody should wait for
+    return Span(
+        token_start,
+        token_end,
+        row_start,
+        row_end,
+        coefficients.to(device),
+        None if left_out is None else left_out.to(device),
+    )

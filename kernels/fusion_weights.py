@@ -26,9 +26,15 @@ def member_scores(
     return scores if key_scores is None else scores + key_scores
 
 
-def masked_softmax(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the last axis among the `allowed` entries; exactly 0 elsewhere, also where none is allowed."""
-    scores = scores.to(_wide(scores)).masked_fill(~allowed, float("-inf"))
+def masked_softmax(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Softmax over the last axis among the `allowed` entries (None: all).
+
+    Exactly 0 elsewhere, also where none is allowed.
+    """
+    scores = scores.to(_wide(scores))
+    if allowed is None:
+        return torch.softmax(scores, dim=-1)
+    scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.where(allowed, torch.softmax(scores, dim=-1), 0.0)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
-def shrink(x: Tensor, shrink_rows: Tensor, shrink_bias: Tensor) -> Tensor:
-    """u = x A^T + a0 for x [tokens, d_in], A [rows, d_in], a0 [rows]; returns [tokens, rows]."""
-    return torch.addmm(shrink_bias, x, shrink_rows.T)
+def shrink(x: Tensor, shrink_rows: Tensor, shrink_bias: Tensor | None) -> Tensor:
+    """u = x A^T + a0 for x [tokens, d_in], A [rows, d_in], a0 [rows] or None for zeros; returns [tokens, rows]."""
+    return functional.linear(x, shrink_rows, shrink_bias)
 
 
 def shrink_embedding(token_ids: Tensor, shrink_rows: Tensor, shrink_bias: Tensor) -> Tensor:
@@ -22,12 +23,20 @@ def shrink_embedding(token_ids: Tensor, shrink_rows: Tensor, shrink_bias: Tensor
     return shrink_rows.index_select(1, token_ids).T + shrink_bias
 
 
-def weigh(u: Tensor, coefficients: Tensor) -> Tensor:
-    """c * u, where a zero coefficient gives exactly zero even if another adapter's u is infinite.
+def weigh_(u: Tensor, coefficients: Tensor, left_out: Tensor | None) -> Tensor:
+    """u = c * u, in place, and exactly zero where `left_out` even if that u is infinite; returns u.
 
-    That keeps one adapter's overflow out of its neighbours' tokens. `coefficients` is [tokens, rows] or [1, rows].
+    That keeps one adapter's overflow out of its neighbours' tokens. `coefficients` may be wider than u, and is like
+    `left_out` [tokens, rows], [1, rows] or [rows]; None leaves nothing out.
     """
-    return torch.where(coefficients == 0, 0, u * coefficients)
+    u.mul_(coefficients)
+    return u if left_out is None else u.masked_fill_(left_out, 0)
+
+
+def zeros_of(coefficients: Tensor) -> Tensor | None:
+    """What `weigh_` is to leave out so that a coefficient of zero means that, or None if there is no zero."""
+    is_zero = coefficients == 0
+    return is_zero if bool(is_zero.any()) else None
 
 
 def expand_(y: Tensor, weighted: Tensor, expand_rows: Tensor) -> None:

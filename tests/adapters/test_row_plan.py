@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusionserve.adapters.row_plan import AdaptedTokens, RowRange, Span, plan_spans, span_cost
-from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, weigh
+from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, weigh_
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,8 @@ def test_spans_give_the_reference_delta(batch: tuple[int, list[AdaptedTokens]], 
     y = torch.zeros(num_tokens, 5)
     for span in spans:
         here, rows = slice(span.token_start, span.token_end), slice(span.row_start, span.row_end)
-        expand_(y[here], weigh(shrink(x[here], a[rows], a0[rows]), span.coefficients), b[rows])
+        u = weigh_(shrink(x[here], a[rows], a0[rows]), span.coefficients, span.left_out)
+        expand_(y[here], u, b[rows])
     coefficients = torch.zeros(num_tokens, 41)
     for request in adapted:
         for owned in request.rows:

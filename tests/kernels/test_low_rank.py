@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, shrink_embedding, weigh
+from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, shrink_embedding, weigh_, zeros_of
 
 D_IN, D_OUT = 6, 9
 
@@ -43,7 +43,7 @@ def test_shrink_weigh_expand_is_the_definition(
     )
     c = torch.tensor(own, dtype=torch.float64)
     expected = y + reference_delta(x, a, bias, b, c.expand(num_tokens, -1))
-    expand_(y, weigh(shrink(x, a, bias), c), b)
+    expand_(y, weigh_(shrink(x, a, bias), c, zeros_of(c)), b)
     torch.testing.assert_close(y, expected)
 
 
@@ -58,7 +58,7 @@ def test_embedding_is_the_shrink_of_one_hot_inputs() -> None:
 def test_overflow_of_one_adapter_stays_out_of_its_neighbours_tokens(bad: float) -> None:
     u = torch.tensor([[bad, 2.0], [bad, 3.0]])
     c = torch.tensor([[1.0, 0.0], [0.0, 0.5]])
-    weighted = weigh(u, c)
+    weighted = weigh_(u, c, zeros_of(c))
     assert weighted[1].tolist() == [0.0, 1.5]
     y = torch.zeros(2, D_OUT)
     expand_(y, weighted, random(2, D_OUT).float())
@@ -69,7 +69,8 @@ def test_overflow_of_one_adapter_stays_out_of_its_neighbours_tokens(bad: float) 
 def test_tokens_without_rows_are_left_exactly_as_they_are() -> None:
     y = random(3, D_OUT).float()
     before = y.clone()
-    expand_(y, weigh(random(3, 4).float(), torch.zeros(1, 4)), random(4, D_OUT).float())
+    zeros = torch.zeros(1, 4)
+    expand_(y, weigh_(random(3, 4).float(), zeros, zeros_of(zeros)), random(4, D_OUT).float())
     assert torch.equal(y, before)
 
 
@@ -77,5 +78,18 @@ def test_tokens_without_rows_are_left_exactly_as_they_are() -> None:
 def test_results_keep_the_dtype(dtype: torch.dtype) -> None:
     x, a, bias = random(2, D_IN).to(dtype), random(3, D_IN).to(dtype), random(3).to(dtype)
     u = shrink(x, a, bias)
-    weighted = weigh(u, torch.ones(1, 3, dtype=dtype))
-    assert u.dtype == weighted.dtype == dtype
+    assert u.dtype == dtype
+    for wide in (dtype, torch.float32):  # a fusion's coefficients are float32
+        assert weigh_(u, torch.ones(1, 3, dtype=wide), None).dtype == dtype
+
+
+def test_shrink_without_a_bias_is_that_with_zeros() -> None:
+    x, a = random(4, D_IN), random(3, D_IN, seed=1)
+    torch.testing.assert_close(shrink(x, a, None), shrink(x, a, torch.zeros(3, dtype=torch.float64)))
+
+
+def test_nothing_is_left_out_without_zeros() -> None:
+    assert zeros_of(torch.tensor([[0.5, -2.0]])) is None
+    left_out = zeros_of(torch.tensor([[0.5, 0.0]]))
+    assert left_out is not None
+    assert left_out.tolist() == [[False, True]]
