@@ -2,8 +2,9 @@
 
     W = code[q] * scale     q: 4 bits per weight; a scale per 64 weights of a row, itself in 8 bits; code: 16 levels
 
-Training and serving hold the same modules this way: every linear module but the LM head. Embeddings, norms and biases
-keep their type. Products are in bfloat16 unless `compute_in_float32` says otherwise.
+Training and serving hold the same modules this way: every linear module but the LM head, and but those whose inputs are
+not whole blocks. Embeddings, norms and biases keep their type. Products are in bfloat16, or as `compute_in_float32`
+says.
 
 On CPUs with bfloat16 instructions bitsandbytes has a product over another layout of the same four bits, with the scales
 in bfloat16, and by itself changes to it at a module's first evaluation. Serving wants that, at a time of its choosing:
@@ -18,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 NONE, NF4 = "none", "nf4"
 _PACKAGES = ("accelerate", "bitsandbytes")
@@ -26,8 +28,8 @@ _BLOCK = 64  # weights per scale
 _PACKED_OUTPUTS = 32  # outputs that lie together in the layout of `repack`
 
 
-def quantization_options(quantize: str) -> dict[str, Any]:
-    """What `from_pretrained` is to be told for "none" or "nf4".
+def quantization_options(quantize: str, model_config: PreTrainedConfig) -> dict[str, Any]:
+    """What `from_pretrained` is to be told for "none" or "nf4" and a model of this configuration.
 
     Raises ImportError with the package and the extra that brings it, ValueError for another word.
     """
@@ -47,6 +49,7 @@ def quantization_options(quantize: str) -> dict[str, Any]:
         bnb_4bit_quant_type=NF4,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=_unfit_modules(model_config),
     )
     return {"quantization_config": config}
 
@@ -98,7 +101,7 @@ def repack(model: PreTrainedModel) -> None:
     """
     for module in nf4_modules(model).values():
         num_outputs, num_inputs = _shape(module)
-        if num_outputs % _PACKED_OUTPUTS or num_inputs % _BLOCK:
+        if num_outputs % _PACKED_OUTPUTS:
             _forbid_repacking(module)
         else:
             module(torch.zeros(1, num_inputs, dtype=torch.bfloat16))
@@ -116,6 +119,27 @@ def dequantized_weight(module: nn.Module) -> Tensor:
 
     dequantized: Tensor = dequantize_4bit(weight.data, state)
     return dequantized
+
+
+def _unfit_modules(model_config: PreTrainedConfig) -> list[str] | None:
+    """Paths of modules whose rows are not whole blocks, and of the head; None, the usual choice, if there are none.
+
+    bitsandbytes 0.50 quantizes such weights rightly but reads them back with the scales of other blocks on CPUs with
+    AVX-512: every product would be wrong by a third, without a sign.
+    """
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    unfit = [
+        path for path, module in model.named_modules() if module is not head and _num_inputs(module) % _BLOCK
+    ]
+    return unfit + [path for path, module in model.named_modules() if module is head] if unfit else None
+
+
+def _num_inputs(module: nn.Module) -> int:
+    if isinstance(module, Conv1D):
+        return module.nx
+    return module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def _unpack(packed: Tensor, state: Any) -> Tensor:

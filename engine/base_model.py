@@ -6,6 +6,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.model_source import find_model
-from fusionserve.engine.nf4_base import load_options, settle
+from fusionserve.engine.nf4_base import little_garbage, load_options, settle
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
 
@@ -151,16 +152,17 @@ def _read_weights(
         )
     options = load_options(quantize, model_config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=model_config,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # _check_complete says it better
-            output_loading_info=True,
-            **options,
-        )
+        with little_garbage() if options else nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=model_config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # _check_complete says it better
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # as above
         raise StartupError(
             f"cannot load model {directory}: {_one_line(error)}", reason="MODEL_UNUSABLE"

@@ -7,7 +7,13 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fusionserve.adapters.base_modules import BaseModules, describe_base_modules, short_model_name
 from fusionserve.adapters.module_calls import ModuleCalls
@@ -36,9 +42,8 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
     name = EMBEDDED_MODEL_NAME if model is None else short_model_name(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **quantization_options(quantize)
-        )
+        options = quantization_options(quantize, AutoConfig.from_pretrained(source))
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (ImportError, OSError, ValueError) as error:
         raise TrainingError(
             f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"

@@ -22,14 +22,14 @@ CHATML = (
 )
 
 
-def write_base(directory: Path) -> Path:
+def write_base(directory: Path, hidden: int = HIDDEN, inner: int = INNER) -> Path:
     """A two-layer Llama with random weights and a byte-level tokenizer of a few merges."""
     save_tokenizer(train_tokenizer([LETTERS * 3, DIGITS * 3], 270), directory, CONTEXT)
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=272,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

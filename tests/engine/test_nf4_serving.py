@@ -1,0 +1,319 @@
+"""A base in NF4 serves what PEFT computes on the same base, in any company, and is otherwise the same base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft_adapters import quiet_peft, randomize, save, wrap
+from served_adapters import (
+    Outcome,
+    TestedEngine,
+    blend,
+    collect,
+    collect_all,
+    lora,
+    make_params,
+    make_prompt,
+    running_engine,
+    write_model,
+)
+from tiny_models import CONFIGS, make_tiny_model
+from tiny_training import LETTERS, adapter_run, optimization, write_texts
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from fusionserve import metrics
+from fusionserve.adapters.base_modules import describe_base_modules
+from fusionserve.adapters.lora_loader import WEIGHTS_FILE
+from fusionserve.adapters.nf4 import compute_in_float32, quantization_options, repack
+from fusionserve.config import EMBEDDED_MODEL, EngineConfig
+from fusionserve.engine.base_model import load_base_model
+from fusionserve.errors import StartupError
+from fusionserve.fusion.artifact import save_fusion
+from fusionserve.fusion.config import FusionConfig, FusionMember
+from fusionserve.fusion.params import make_params as make_fusion_params
+from fusionserve.generation import Adaptation, OutputOptions
+from fusionserve.training.adapter_training import train_adapter
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+    "ignore::UserWarning:peft",
+)
+
+TOLERANCE = 2e-4  # of log-probabilities in float32, as on an unquantized base
+# In bfloat16 each product rounds to 8 bits; by how much that moves a log-probability, on the whole and at worst.
+BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.02, 0.2
+VOCAB, HIDDEN, INNER = 48, 64, 128
+EVERYTHING = OutputOptions(logprobs=VOCAB, prompt_logprobs=VOCAB)
+
+_LLAMA: dict[str, dict[str, object]] = {
+    "plain": {"target_modules": "all-linear", "lora_alpha": 8},
+    "dora": {"target_modules": ["q_proj", "up_proj", "down_proj"], "use_dora": True},
+    "lm_head": {"target_modules": ["lm_head", "k_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+_GPT2: dict[str, dict[str, object]] = {
+    "plain": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+}
+CASES = [("llama", name) for name in _LLAMA] + [("gpt2", name) for name in _GPT2]
+
+
+def make_model(family: str) -> PreTrainedModel:
+    """Two layers as wide as a block of NF4 at least, with weights large enough for lively text."""
+    torch.manual_seed(7)
+    if family == "gpt2":
+        sizes = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **sizes)).eval()
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write_adapter(directory: Path, family: str, seed: int, options: Mapping[str, object]) -> Path:
+    """An adapter with random weights over the unquantized base, by PEFT."""
+    adapted = wrap(make_model(family), **options)
+    randomize(adapted, seed=seed)
+    return save(adapted, directory)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and its adapters, made over the unquantized base, of either family."""
+    found = {}
+    for family, adapters in (("llama", _LLAMA), ("gpt2", _GPT2)):
+        found[family] = tmp_path_factory.mktemp(family)
+        make_model(family).save_pretrained(found[family] / "tiny")
+        for seed, (name, options) in enumerate(adapters.items(), start=1):
+            write_adapter(found[family] / "adapters" / name, family, seed, options)
+    return found
+
+
+def nf4_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """transformers' own model over NF4, computing as the server does with this type."""
+    options = quantization_options("nf4", AutoConfig.from_pretrained(directory))
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, device_map={"": "cpu"}, **options
+    ).eval()
+    (compute_in_float32 if dtype == torch.float32 else repack)(model)
+    return model
+
+
+def peft_logprobs(model: torch.nn.Module, token_ids: tuple[int, ...]) -> Tensor:
+    """Log-probabilities [tokens, vocab] of what follows each token."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def errors(outcome: Outcome, model: torch.nn.Module, prompt: tuple[int, ...]) -> Tensor:
+    """How far the server is from `model`, for every chosen token of prompt and continuation and its alternatives."""
+    token_ids = (*prompt, *outcome.tokens)
+    expected = peft_logprobs(model, token_ids)
+    reported = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
+    assert len(reported) == len(token_ids) - 1
+    return torch.tensor(
+        [
+            abs(entry.logprob - float(expected[position, entry.token_id]))
+            for position, row in enumerate(reported)
+            for entry in (row.chosen, *row.top)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("family", "name"), CASES, ids=["-".join(case) for case in CASES])
+async def test_served_adapter_equals_peft_on_the_same_nf4_base(
+    families: dict[str, Path], family: str, name: str
+) -> None:
+    root, prompt = families[family], make_prompt(3, 13)
+    with quiet_peft():
+        oracle = PeftModel.from_pretrained(nf4_model(root / "tiny"), str(root / "adapters" / name)).eval()
+    async with running_engine(root / "tiny", root / "adapters", quantize="nf4") as engine:
+        params = make_params("one", lora(name), prompt, output=EVERYTHING)
+        outcome = await collect(engine, params)
+        base = await collect(engine, replace(params, adaptation=Adaptation()))
+    assert float(errors(outcome, oracle, prompt).max()) < TOLERANCE
+    assert float(errors(base, nf4_model(root / "tiny"), prompt).max()) < TOLERANCE
+    assert outcome.finished.prompt_logprobs != base.finished.prompt_logprobs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained over NF4 on the embedded base."""
+    root = tmp_path_factory.mktemp("trained")
+    data = write_texts(root / "letters.jsonl", LETTERS)
+    run = adapter_run(root, data, "q", model=None, quantize="nf4", optimization=optimization(3))
+    train_adapter(run)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [("nf4", "float32"), ("nf4", "bfloat16"), ("none", "bfloat16"), ("none", "float32")],
+)
+async def test_adapter_trained_over_nf4_serves_on_either_base(
+    trained: Path, quantize: str, dtype: str
+) -> None:
+    """With PEFT on the same base in the same type as the oracle."""
+    torch_dtype = getattr(torch, dtype)
+    if quantize == "nf4":
+        model = nf4_model(EMBEDDED_MODEL, torch_dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch_dtype).eval()
+    with quiet_peft():
+        oracle = PeftModel.from_pretrained(model, str(trained / "q")).eval()
+    options = {"quantize": quantize, "dtype": dtype, "model_name": "fusionserve-tiny"}
+    prompt = (70, 71, 72, 222, 900, 1200, 17, 5)
+    async with running_engine(EMBEDDED_MODEL, trained, **options) as engine:
+        output = OutputOptions(logprobs=5, prompt_logprobs=5)
+        outcome = await collect(engine, make_params("one", lora("q"), prompt, output=output))
+        assert (engine.model_info().quantization, engine.model_info().dtype) == (quantize, dtype)
+    found = errors(outcome, oracle, prompt)
+    if dtype == "float32":
+        assert float(found.max()) < TOLERANCE
+    else:
+        assert float(found.mean()) < BFLOAT16_MEAN
+        assert float(found.max()) < BFLOAT16_LARGEST
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[TestedEngine]:
+    """Adapters and a fusion that were made over the unquantized base, on the base in NF4."""
+    model, adapters, members = tmp_path / "model", tmp_path / "adapters", []
+    make_model("llama").save_pretrained(model)
+    for seed, name in enumerate(("ada", "bea")):
+        options = {"r": 2 + seed, "target_modules": ["q_proj", "down_proj"]}
+        weights = write_adapter(adapters / name, "llama", seed, options) / WEIGHTS_FILE
+        members.append(FusionMember(name, hashlib.sha256(weights.read_bytes()).hexdigest()))
+    base = describe_base_modules(make_model("llama"), model_name="tiny")
+    modules = tuple(path for path in base.by_path if path.endswith(("q_proj", "down_proj")))
+    config = FusionConfig(
+        name="mix",
+        base_model="tiny",
+        base_fingerprint=base.fingerprint,
+        members=tuple(members),
+        modules=modules,
+        d_key=6,
+    )
+    torch.manual_seed(1)
+    params = make_fusion_params(config, base)
+    for _, parameter in params.named_tensors():
+        parameter.data += torch.randn_like(parameter) * 0.5
+    save_fusion(tmp_path / "fusions" / "mix", config, params)
+    settings = {"fusion_dirs": (tmp_path / "fusions",), "max_batch_tokens": 24, "adapter_pool_ranks": 96}
+    async with running_engine(model, adapters, quantize="nf4", **settings) as running:
+        yield running
+        await running.unload_fusion("mix", force=False)
+
+
+async def test_crowd_of_all_kinds_gets_the_tokens_it_gets_alone(engine: TestedEngine) -> None:
+    kinds = [Adaptation(), lora("ada"), lora("bea", 0.5), blend(ada=0.3, bea=0.9)]
+    kinds += [
+        Adaptation("fusion", fusion="mix"),
+        Adaptation("fusion", fusion="mix", excluded_members=("ada",)),
+    ]
+    requests = [
+        make_params(f"r{i}-{j}", kind, make_prompt(j, 9 + 5 * i), num_tokens=24)
+        for i, kind in enumerate(kinds)
+        for j in range(3)
+    ]
+    alone = [(await collect(engine, request)).tokens for request in requests]
+    together = await collect_all(engine, requests)
+    assert [outcome.tokens for outcome in together] == alone
+    assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_nf4_base_is_the_same_base_in_less_memory(dtype: str) -> None:
+    plain, quantized = (
+        load_base_model(
+            EngineConfig(model=str(EMBEDDED_MODEL), model_name="tiny", dtype=dtype, quantize=quantize)
+        )
+        for quantize in ("none", "nf4")
+    )
+    assert quantized.modules == plain.modules  # the fingerprint and every path, kind and shape
+    assert quantized.dtype == plain.dtype
+    # A quarter of this base is its embedding, which stays as it is; 4.5 of 16 bits is what is left of the rest.
+    embedding = plain.base_weight("model.embed_tokens").nbytes
+    assert quantized.weight_bytes < embedding + 0.29 * (plain.weight_bytes - embedding)
+
+
+async def test_bytes_of_the_weights_are_told(engine: TestedEngine) -> None:
+    assert engine.model_info().weight_bytes == metrics.BASE_WEIGHT_BYTES._value.get()
+    assert 0 < engine.model_info().weight_bytes < sum(p.nbytes for p in make_model("llama").parameters())
+    assert (await collect(engine, make_params("one", Adaptation("fusion", fusion="mix")))).tokens
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "mixtral", "opt", "phi3", "qwen2"])
+def test_architectures_pass_the_check_of_packing(architecture: str, tmp_path: Path) -> None:
+    """Biases, LM heads of other names, experts that are not quantized."""
+    config = CONFIGS[architecture]()
+    sizes = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "ffn_dim": INNER,
+        "word_embed_proj_dim": HIDDEN,
+    }
+    config.update({name: size for name, size in sizes.items() if hasattr(config, name)})
+    make_tiny_model(config).save_pretrained(tmp_path)
+    base = load_base_model(config_of(tmp_path, dtype="float32"))
+    plain = load_base_model(replace(config_of(tmp_path, dtype="float32"), quantize="none"))
+    assert base.modules == plain.modules
+    assert base.weight_bytes < plain.weight_bytes
+
+
+def config_of(directory: Path, dtype: str = "bfloat16") -> EngineConfig:
+    return EngineConfig(model=str(directory), model_name="tiny", quantize="nf4", dtype=dtype, num_threads=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "QUANTIZATION_UNAVAILABLE",
+            "this checkpoint is quantized already",
+        ),
+        ({"intermediate_size": 192}, "MODEL_UNUSABLE", "another shape than config.json says for"),
+    ],
+)
+def test_unusable_checkpoint_is_refused(
+    changes: dict[str, object], reason: str, message: str, tmp_path: Path
+) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(StartupError, match=message) as caught:
+        load_base_model(config_of(tmp_path))
+    assert caught.value.reason == reason
+
+
+def test_base_without_a_module_of_whole_blocks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="their inputs must be a multiple of 64") as caught:
+        load_base_model(config_of(write_model(tmp_path)))  # 32 and 40 wide
+    assert caught.value.reason == "QUANTIZATION_UNAVAILABLE"
