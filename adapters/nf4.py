@@ -138,7 +138,8 @@ def _unfit_modules(model_config: PreTrainedConfig) -> list[str] | None:
 
 def _num_inputs(module: nn.Module) -> int:
     if isinstance(module, Conv1D):
-        return module.nx
+        num_inputs: int = module.nx
+        return num_inputs
     return module.in_features if isinstance(module, nn.Linear) else 0
 
 
