@@ -113,23 +113,18 @@ class AsyncEngine:
         return cls(config, load_base_model(config), adapter_labels)
 
     async def start(self) -> None:
-        """Starts the engine thread, loads the adapters named at start and runs one request to warm up.
+        """Starts the engine thread, loads what is named at start and runs one request to warm up.
 
-        Raises StartupError if an adapter cannot be loaded.
+        Raises StartupError if an adapter or a fusion cannot be loaded.
         """
         self._loop = asyncio.get_running_loop()
         self._thread.start()
         for name, directory in self._config.adapters:
-            self._refuse_model_name(name)
-            try:
+            with self._failing_start("adapter", name):
                 await self._store.load_from(name, directory)
-            except FusionServeError as error:
-                raise StartupError(f"adapter {name}: {error.message}", reason=error.reason) from error
         for name, directory in self._config.fusions:
-            try:
+            with self._failing_start("fusion", name):
                 await self._fusions.load_from(name, directory)
-            except FusionServeError as error:
-                raise StartupError(f"fusion {name}: {error.message}", reason=error.reason) from error
         await self._warm_up()
 
     async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
@@ -179,7 +174,7 @@ class AsyncEngine:
 
     async def load_adapter(self, name: str, path: str | None, *, pin: bool, replace: bool) -> AdapterStatus:
         """Loads from under the adapter folders; returns when requests may use the adapter."""
-        self._refuse_model_name(name)
+        self._refuse_model_name(name, "adapter")
         await self._store.load(name, path, pin=pin, replace=replace)
         return await self.get_adapter(name)
 
@@ -197,6 +192,7 @@ class AsyncEngine:
 
     async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
         """Loads from under the fusion folders, and the members with it; returns when requests may use the fusion."""
+        self._refuse_model_name(name, "fusion")
         await self._fusions.load(name, path, pin=pin, replace=replace)
         return await self.get_fusion(name)
 
@@ -277,19 +273,29 @@ class AsyncEngine:
                 metadata={"request_id": params.request_id},
             )
         for term in params.adaptation.terms:
-            self._refuse_model_name(term.name)
+            self._refuse_model_name(term.name, "adapter")
+        if params.adaptation.fusion is not None:
+            self._refuse_model_name(params.adaptation.fusion, "fusion")
         limit = self._config.max_batch_requests + self._config.max_queued_requests
         if self._num_open_candidates + params.num_candidates > limit:
             raise CapacityError(
                 "too many requests are waiting", reason="QUEUE_FULL", retry_after_s=_QUEUE_RETRY_S
             )
 
-    def _refuse_model_name(self, name: str) -> None:
+    @contextmanager
+    def _failing_start(self, noun: str, name: str) -> Iterator[None]:
+        try:
+            self._refuse_model_name(name, noun)
+            yield
+        except FusionServeError as error:
+            raise StartupError(f"{noun} {name}: {error.message}", reason=error.reason) from error
+
+    def _refuse_model_name(self, name: str, noun: str) -> None:
         if name == self._config.model_name:
             raise InvalidRequestError(
                 "this is the base model's name; leave the adaptation out to use the base",
-                field="adapter.name",
-                reason="ADAPTER_ID_INVALID",
+                field=f"{noun}.name",
+                reason=f"{noun.upper()}_ID_INVALID",
             )
 
     def _load_content(self, directory: ArtifactDirectory) -> AdapterContent:

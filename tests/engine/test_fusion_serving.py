@@ -28,7 +28,13 @@ from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.adapters.base_modules import describe_base_modules
 from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
 from fusionserve.adapters.lora_weights import LoRAWeights
-from fusionserve.errors import ArtifactError, InvalidRequestError, NotFoundError, PreconditionError
+from fusionserve.errors import (
+    ArtifactError,
+    InvalidRequestError,
+    NotFoundError,
+    PreconditionError,
+    StartupError,
+)
 from fusionserve.fusion.artifact import save_fusion
 from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
 from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
@@ -310,6 +316,26 @@ async def test_fusion_replaced_while_it_loads_is_the_old_or_the_new_one(
         write_fusion(fusions, "mix", MEMBERS, adapters, seed=9, temperature=5.0)
     await loading
     assert await greedy(engine, fusion("mix")) == expected
+
+
+async def test_name_of_the_base_is_refused(engine: TestedEngine, fusions: Path) -> None:
+    with pytest.raises(InvalidRequestError) as loaded:
+        await engine.load_fusion("tiny", "mix", pin=False, replace=False)
+    with pytest.raises(InvalidRequestError) as used:
+        await greedy(engine, fusion("tiny"))
+    assert loaded.value.reason == used.value.reason == "FUSION_ID_INVALID"
+
+
+@pytest.mark.parametrize("noun", ["adapter", "fusion"])
+async def test_name_of_the_base_stops_the_start(
+    tmp_path: Path, adapters: Path, fusions: Path, noun: str
+) -> None:
+    named = {"adapter": adapters / "ada", "fusion": fusions / "mix"}[noun]
+    model = write_model(tmp_path / "model")
+    with pytest.raises(StartupError, match=f"{noun} tiny: this is the base model's name") as caught:
+        async with running_engine(model, adapters, **{f"{noun}s": (("tiny", named),)}):
+            pass
+    assert caught.value.reason == f"{noun.upper()}_ID_INVALID"
 
 
 async def test_bad_requests_are_refused(engine: TestedEngine) -> None:
