@@ -20,7 +20,7 @@ from fusionserve.training.sources import ADAPTER_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
 RANKS = {"spanish": 32, "polish": 32, "perl": 32, "cpp": 32, "changelog": 16}
-_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_MODULES = ["o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)

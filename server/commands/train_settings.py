@@ -17,7 +17,7 @@ from fusionserve.training_config import AdapterRun, DataConfig, FusionRun, Optim
 
 ENV_PREFIX = "FUSIONSERVE_TRAIN_"
 ADAPTER_LEARNING_RATE = 2e-4
-FUSION_LEARNING_RATE = 4e-3
+FUSION_LEARNING_RATE = 1e-3
 
 Fields = Mapping[str, Setting]  # by the field of the configuration
 
