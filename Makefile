@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-eval serve test check format-check lint types proto-lint verify-proto layers proto
+.PHONY: help setup demo demo-eval fusion-experiment serve test check format-check lint types proto-lint verify-proto layers proto
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Create .venv and install the project with everything it is tested with
 
@@ -31,6 +31,9 @@ demo: $(INSTALLED) ## Serve the embedded model and show base, adapters and a ble
 
 demo-eval: $(INSTALLED) ## Recompute the model card's perplexity table from the shipped weights
 	@$(BIN)/python -P -m fusionserve.training.perplexity
+
+fusion-experiment: $(INSTALLED) ## Train and compare fusions, blends and gates (docs/fusion.md; about an hour)
+	@$(BIN)/python -P -m fusionserve.training.experiment.command
 
 serve: $(INSTALLED) ## Serve the embedded model on the default ports
 	@$(BIN)/fusionserve serve

@@ -6,7 +6,8 @@ weighted sum of the members' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,24 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
-from fusionserve.fusion.attention import FusionAttention, FusionValue
+from fusionserve.fusion.attention import FusionValue
 from fusionserve.fusion.config import FusionConfig
-from fusionserve.fusion.params import FusionParams, layer_of
+from fusionserve.fusion.params import layer_of
+
+
+class TokenWeighing(Protocol):
+    """What weighs the members: modules that are called as FusionAttention is, and V, by module path.
+
+    FusionParams is one; experiments put simpler ones in its place.
+    """
+
+    @property
+    def attentions(self) -> Mapping[str, nn.Module]:
+        """Called with x, u, expand, member_of_row, allowed and dropout; they give weights [tokens, members (+ 1)]."""
+
+    @property
+    def values(self) -> Mapping[str, FusionValue]:
+        """May be empty."""
 
 
 class AttentionOutput:
@@ -33,7 +49,7 @@ class FusedLinear(nn.Module):
         self,
         base: nn.Module,
         members: Sequence[ModuleLoRA | None],
-        attention: FusionAttention | None,
+        attention: nn.Module | None,
         value: FusionValue | None,
         output: AttentionOutput,
         dropout: float,
@@ -76,7 +92,7 @@ class UnfoldedFusion:
         self,
         model: PreTrainedModel,
         config: FusionConfig,
-        params: FusionParams,
+        weighing: TokenWeighing,
         members: Sequence[LoRAWeights],
         *,
         dropout: float = 0.0,
@@ -86,15 +102,14 @@ class UnfoldedFusion:
         self._outputs: dict[str, AttentionOutput] = {}  # by the path of the attention
         in_layer: dict[str, AttentionOutput] = {}
         for path in config.modules:
-            attention = params.attentions.get(path)
+            attention = weighing.attentions.get(path)
             if attention is not None:
                 self._outputs[path] = in_layer[layer_of(path)] = AttentionOutput()
             base = self._bases[path] = model.get_submodule(path)
             loras = [member.modules.get(path) for member in members]
             output = in_layer[layer_of(path)]
-            _replace(
-                model, path, FusedLinear(base, loras, attention, params.values.get(path), output, dropout)
-            )
+            value = weighing.values.get(path)
+            _replace(model, path, FusedLinear(base, loras, attention, value, output, dropout))
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -18,8 +18,8 @@ from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.fusion.artifact import save_fusion
 from fusionserve.fusion.config import FusionConfig
 from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
-from fusionserve.fusion.params import FusionParams, make_params
-from fusionserve.fusion.unfolded import UnfoldedFusion
+from fusionserve.fusion.params import make_params
+from fusionserve.fusion.unfolded import TokenWeighing, UnfoldedFusion
 from fusionserve.training.adaptation_trainer import Hooks, run_training
 from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.data import TrainingData, load_data
@@ -66,12 +66,12 @@ def train_fusion(
 def fusion_in_place(
     base: FrozenBase,
     config: FusionConfig,
-    params: FusionParams,
+    weighing: TokenWeighing,
     members: Sequence[LoRAWeights],
     dropout: float = 0.0,
 ) -> Iterator[UnfoldedFusion]:
     """The fusion on the base, unfolded, for the block; afterwards the base is as before."""
-    fusion = UnfoldedFusion(base.model, config, params, members, dropout=dropout)
+    fusion = UnfoldedFusion(base.model, config, weighing, members, dropout=dropout)
     base.model.to(base.model.device)  # type: ignore[arg-type]  # the fusion's tensors too
     try:
         yield fusion

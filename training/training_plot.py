@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 WEIGHT_PREFIX = "eval_weight_"
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
-_TRAIN, _HELD_OUT, _INK, _GRID = "#9DB7C9", "#D55E00", "#333333", "#E6E6E6"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+_TRAIN, _HELD_OUT, INK, _GRID = "#9DB7C9", "#D55E00", "#333333", "#E6E6E6"
 
 
 def draw_training(
@@ -26,13 +26,13 @@ def draw_training(
     axes = figure.subplots(
         2 if weights else 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(weights)]
     )[:, 0]
-    figure.suptitle(title, x=0.02, ha="left", fontsize=13, color=_INK, parse_math=False)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=13, color=INK, parse_math=False)
     _draw_losses(axes[0], history, best_step)
     if weights:
         _draw_weights(axes[1], weights)
     for panel in axes:
-        _dress(panel)
-    axes[-1].set_xlabel("step", color=_INK)
+        dress(panel)
+    axes[-1].set_xlabel("step", color=INK)
     figure.savefig(path)
 
 
@@ -61,8 +61,8 @@ def _draw_losses(axes: Axes, history: Sequence[Mapping[str, float]], best_step: 
             ha="right" if best_step > max(steps) / 2 else "left",
             color=_HELD_OUT,
         )
-    axes.set_ylabel("loss (nats per token)", color=_INK)
-    axes.legend(frameon=False, labelcolor=_INK)
+    axes.set_ylabel("loss (nats per token)", color=INK)
+    axes.legend(frameon=False, labelcolor=INK)
 
 
 def _draw_weights(axes: Axes, entries: Sequence[Mapping[str, float]]) -> None:
@@ -73,13 +73,13 @@ def _draw_weights(axes: Axes, entries: Sequence[Mapping[str, float]]) -> None:
         axes.plot(
             steps,
             weights,
-            color=_COLOURS[i % len(_COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             linewidth=2,
             label=name.removeprefix(WEIGHT_PREFIX),
         )
-    axes.set_ylabel("mean weight, held out", color=_INK)
+    axes.set_ylabel("mean weight, held out", color=INK)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, labelcolor=_INK, ncols=min(6, len(names)), fontsize=9, loc="upper left")
+    axes.legend(frameon=False, labelcolor=INK, ncols=min(6, len(names)), fontsize=9, loc="upper left")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.25 * (high - low))  # room for the names
 
@@ -89,9 +89,9 @@ def _series(entries: Sequence[Mapping[str, float]], name: str) -> tuple[list[flo
     return [step for step, _ in found], [value for _, value in found]
 
 
-def _dress(axes: Axes) -> None:
+def dress(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#AAAAAA")
-    axes.tick_params(colors=_INK)
+    axes.tick_params(colors=INK)
     axes.grid(axis="y", color=_GRID)
     axes.set_axisbelow(True)

@@ -1,0 +1,1 @@
+"""Does a trained fusion help? The experiment that docs/fusion.md reports."""
