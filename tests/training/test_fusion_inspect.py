@@ -104,7 +104,8 @@ def test_json_has_means_and_weights_that_sum_to_1(capsys: pytest.CaptureFixture[
 
 
 def test_the_member_of_the_domain_leads(capsys: pytest.CaptureFixture[str]) -> None:
-    texts = [(EMBEDDED / "heldout" / f"{name}.txt").read_text()[:600] for name in NAMES]
+    # Not from the beginning: the first Spanish document opens with a part that is in English.
+    texts = [(EMBEDDED / "heldout" / f"{name}.txt").read_text()[1000:2000] for name in NAMES]
     flags = [flag for text in texts for flag in ("--prompt", text)]
     assert inspect("domains", *flags, "--json", "--out", "off") == 0
     means = [prompt["mean_weights"] for prompt in to_prompts(capsys.readouterr().out)]

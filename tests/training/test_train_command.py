@@ -53,7 +53,7 @@ def test_members_are_found_by_name_or_path(data: str, tmp_path: Path) -> None:
         members=((NAMES[0], EMBEDDED_ADAPTERS / NAMES[0]), ("other", EMBEDDED_ADAPTERS / NAMES[1])),
         value="diagonal",
         data=DataConfig(train=(Path(data),)),
-        optimization=OptimizationConfig(learning_rate=4e-3),
+        optimization=OptimizationConfig(learning_rate=1e-3),
     )
 
 
