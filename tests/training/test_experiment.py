@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from fusionserve.config import EMBEDDED
 from fusionserve.training.data import TrainingData, read_rows
 from fusionserve.training.evaluation import evaluate_loss
+from fusionserve.training.experiment import probe
 from fusionserve.training.experiment.catalogues import multilingual_documents
 from fusionserve.training.experiment.command import _report
 from fusionserve.training.experiment.lab import MIXED, Lab
@@ -162,6 +163,19 @@ def test_distances_are_to_the_best_adapter_of_each_text() -> None:
 def test_spread_is_that_of_the_seeds() -> None:
     assert str(spread([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
     assert str(spread([1.0])) == "1.00"
+
+
+def test_probe_tells_texts_apart_where_attention_has_looked(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_TRAIN_WINDOWS", 4)
+    monkeypatch.setattr(probe, "_HELD_OUT_WINDOWS", 1)
+    monkeypatch.setattr(probe, "MAX_TOKENS", 128)
+    monkeypatch.setattr(probe, "_STEPS", 60)
+    texts = [EMBEDDED / "heldout" / f"{domain}.txt" for domain in ("cpp", "polish")]
+    found = dict(probe.probe(lab.base, texts, texts))
+    assert len(found) == 4 * lab.base.model.config.num_hidden_layers
+    assert found["model.layers.0.self_attn.o_proj"] > 0.9
 
 
 def test_interleaved_documents_take_turns() -> None:
