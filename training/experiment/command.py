@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, default=Path("examples/fusion_data"), help="the packed texts")
     parser.add_argument("--out", type=Path, default=Path("build/experiment"))
-    parser.add_argument("--steps", type=int, default=200, help="of every system that trains")
+    parser.add_argument("--steps", type=int, default=120, help="of every system that trains")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     keep_libraries_quiet()

@@ -22,6 +22,7 @@ from fusionserve.training_config import DataConfig, FusionRun, OptimizationConfi
 
 MIXED = ("code_prose", "catalogues")
 MAX_TOKENS = 512  # in a row, at training and at measuring
+MAX_ROWS = 16  # of a text, at measuring
 _VALIDATION_SHARE = (
     0.04  # of the training text, to choose the best step by; the held-out text is for measuring
 )
@@ -70,7 +71,7 @@ class Lab:
             batch_rows=4,
             bf16=True,
             seed=seed,
-            eval_steps=max(1, self.steps // 4),
+            eval_steps=max(1, self.steps // 2),
         )
 
     def configure(self, run: FusionRun) -> tuple[FusionConfig, list[LoRAWeights]]:
@@ -116,7 +117,10 @@ def open_lab(texts: Path, scratch: Path, steps: int) -> Lab:
         base=base,
         adapters=adapters,
         data=load_data(shape, base.tokenizer, seed=0),
-        texts={name: read_rows(path, base.tokenizer, shape) for name, path in {**held_out, **mixed}.items()},
+        texts={
+            name: read_rows(path, base.tokenizer, shape)[:MAX_ROWS]
+            for name, path in {**held_out, **mixed}.items()
+        },
         scratch=scratch,
         steps=steps,
     )

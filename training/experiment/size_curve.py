@@ -16,14 +16,14 @@ from random import Random
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.data import TrainingData, load_data, read_rows
 from fusionserve.training.documents import END_OF_TEXT, read_texts
-from fusionserve.training.experiment.lab import MAX_TOKENS, Lab, unpacked
+from fusionserve.training.experiment.lab import MAX_ROWS, MAX_TOKENS, Lab, unpacked
 from fusionserve.training.experiment.results import Result, Results
 from fusionserve.training.experiment.systems import fixed_systems
 from fusionserve.training.fusion_training import train_fusion
 from fusionserve.training_config import AdapterRun, DataConfig, OptimizationConfig
 
 SIZES = (50, 200, 1000)
-STEPS = 200  # at most
+STEPS = 100  # at most
 OWN, WITH_OWN, OTHERS = "own adapter", "fusion of all and it", "fusion of the others"
 NEW = "messages"
 _RANK = 16
@@ -38,7 +38,7 @@ def run_size_curve(
 ) -> Iterator[tuple[int, Result]]:
     """(number of examples, result) of each way, size and seed; losses are on held-out text of the new domain."""
     held_out = unpacked(texts / NEW / "held_out.txt.xz", lab.scratch)
-    rows = read_rows(held_out, lab.base.tokenizer, DataConfig(max_tokens=MAX_TOKENS))
+    rows = read_rows(held_out, lab.base.tokenizer, DataConfig(max_tokens=MAX_TOKENS))[:MAX_ROWS]
     new = replace(lab, texts={NEW: rows})
     source = read_texts(unpacked(texts / NEW / "train.txt.xz", lab.scratch))
     for name, weights in fixed_systems(lab.domains).items():

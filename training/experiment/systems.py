@@ -31,7 +31,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "fusion, module scope": {"scope": "module"},
     "fusion, V diagonal": {"value": "diagonal"},
     LOW_RANK: {"value": "low_rank", "value_rank": 32, "value_penalty": 0.0},
-    "fusion, base member": {"base_member": True},
 }
 _BLEND_RATE = 0.02  # five numbers, far from where they begin
 _SHIPPED_SEED = 0
