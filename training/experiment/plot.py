@@ -43,7 +43,7 @@ def _draw_distances(axes: Axes, runs: Runs, compared: Sequence[str], domains: Se
     axes.axhline(1, color=INK, linewidth=1)
     axes.set_yscale("log")
     axes.set_xticks(range(len(texts)), [text.replace("_", " with ") for text in texts])
-    ticks = (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
+    ticks = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_title(
