@@ -27,9 +27,8 @@ class FusedTokens:
         self._all_rows_here = slice(row_start, row_start + rows.num_rows)
         self._allowed = None if bool(allowed.all()) else allowed
         self._coefficients: Tensor | None = None  # [tokens, member rows]
-        self._left_out: Tensor | None = (
-            None  # [member rows] or [tokens, member rows], of members without a say
-        )
+        # [member rows] or [tokens, member rows], of members without a say
+        self._left_out: Tensor | None = None
 
     def add_(self, path: str, x: Tensor, y: Tensor, rows: ModuleRows) -> None:
         """y += sum_i a_i C_i A_i x on these tokens of x [num_tokens, d_in], y [num_tokens, d_out], in place."""

@@ -59,9 +59,8 @@ class ModuleRows:
                 self.expand_rows[rows] = piece.expand
             if piece.shrink_bias is not None:
                 self.shrink_bias[rows] = piece.shrink_bias
-                self._has_bias = (
-                    True  # from here on; adding zeros is right, and costs a quarter of a small product
-                )
+                # From here on: adding zeros is right, and costs a quarter of a small product.
+                self._has_bias = True
 
     def move(self, source: int, target: int, num_rows: int) -> None:
         """Copies rows down; the ranges may overlap."""

@@ -20,7 +20,7 @@ from fusionserve.training.sources import ADAPTER_SOURCES
 from fusionserve.training.tokens import TokenStream, WindowShape, encode_file, random_windows
 
 RANKS = {"spanish": 32, "polish": 32, "perl": 32, "cpp": 32, "changelog": 16}
-_MODULES = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTED_MODULES = ["o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def make_adapted_model(base: Path, rank: int) -> PeftModel:
     """Load the base in float32 and put an untrained LoRA of the rank on every projection."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=_MODULES, task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=ADAPTED_MODULES, task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
@@ -70,7 +70,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     config.base_model_name_or_path = EMBEDDED_MODEL_NAME
-    config.target_modules = sorted(_MODULES)  # PEFT made it a set, which has no fixed order
+    config.target_modules = sorted(ADAPTED_MODULES)  # PEFT made it a set, which has no fixed order
     model.to(torch.bfloat16).save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)
 

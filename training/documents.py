@@ -77,8 +77,12 @@ def take(documents: Iterable[Document], max_bytes: int) -> Iterator[Document]:
 def write_documents(documents: Iterable[Document], path: Path) -> int:
     """Write the texts to one file, each ended by the end-of-text mark, and return its size in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{document.text.rstrip()}\n{END_OF_TEXT}\n" for document in documents)
-    return path.write_bytes(text.encode())
+    return path.write_bytes(join_texts(document.text for document in documents).encode())
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """The texts in a row, each ended by the end-of-text mark."""
+    return "".join(f"{text.rstrip()}\n{END_OF_TEXT}\n" for text in texts)
 
 
 def read_texts(path: Path) -> list[str]:

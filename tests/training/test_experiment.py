@@ -15,10 +15,9 @@ from fusionserve.training.data import TrainingData, read_rows
 from fusionserve.training.evaluation import evaluate_loss
 from fusionserve.training.experiment import probe
 from fusionserve.training.experiment.catalogues import multilingual_documents
-from fusionserve.training.experiment.command import _report
 from fusionserve.training.experiment.lab import MIXED, Lab
 from fusionserve.training.experiment.plot import draw_experiment
-from fusionserve.training.experiment.report import by_system, distance_table, perplexities
+from fusionserve.training.experiment.report import by_system, distance_table, perplexities, to_report
 from fusionserve.training.experiment.results import Result, Results, spread
 from fusionserve.training.experiment.size_curve import NEW, OTHERS, OWN, WITH_OWN, run_size_curve
 from fusionserve.training.experiment.systems import (
@@ -72,7 +71,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 def test_a_single_adapter_costs_what_it_costs_in_peft(lab: Lab) -> None:
     weights = [float(name == "perl") for name in lab.domains]
-    measured = lab.measure_fixed(lab.adapters, weights)
+    measured = lab.measure_fixed("perl", lab.adapters, weights)
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED / "base", dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, lab.adapters["perl"])
     for text, rows in lab.texts.items():
@@ -80,7 +79,7 @@ def test_a_single_adapter_costs_what_it_costs_in_peft(lab: Lab) -> None:
 
 
 def test_no_weight_is_the_base(lab: Lab) -> None:
-    measured = lab.measure_fixed(lab.adapters, [0.0] * len(lab.domains))
+    measured = lab.measure_fixed(BASE, lab.adapters, [0.0] * len(lab.domains))
     for text, rows in lab.texts.items():
         assert measured.losses[text] == pytest.approx(evaluate_loss(lab.base.model, rows, 8).loss, abs=1e-5)
 
@@ -108,7 +107,7 @@ def test_every_system_runs_and_is_reported(lab: Lab, tmp_path: Path) -> None:
     curve = {way: {50: [_new(2.0)], 200: [_new(1.5), _new(1.0)]} for way in (OWN, WITH_OWN, OTHERS)}
     sizes = {way: by_size | {1000: [_new(1.0)]} for way, by_size in curve.items()}
     alone = dict.fromkeys((BASE, UNIFORM, *lab.domains), 9.0)
-    report = _report(lab, runs, alone, sizes)
+    report = to_report(runs, alone, sizes, lab.domains)
     assert f"| {SHIPPED} | 1 |" in report
     assert "| own adapter | 7.39 | 3.60 ± 1.25 | 2.72 |" in report
     draw_experiment(tmp_path / "x.png", runs, (UNIFORM, FUSION), SHIPPED, lab.domains, sizes)
@@ -145,6 +144,7 @@ def test_results_of_other_settings_are_made_again(tmp_path: Path) -> None:
     first = Results(tmp_path, {"steps": 1}).get("x", 0, make)
     assert Results(tmp_path, {"steps": 1}).get("x", 0, make) == first
     assert Results(tmp_path, {"steps": 2}).get("x", 0, make).losses[NEW] == 2.0
+    assert Results(tmp_path, {"steps": 2}).get("x", 0, make, {"rate": 1}).losses[NEW] == 3.0
 
 
 def test_distances_are_to_the_best_adapter_of_each_text() -> None:

@@ -11,19 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusionserve.training.experiment.lab import Lab, open_lab
-from fusionserve.training.experiment.plot import Curve, draw_experiment
-from fusionserve.training.experiment.report import (
-    Runs,
-    by_system,
-    distance_table,
-    perplexity_table,
-    size_table,
-    weight_table,
-)
+from fusionserve.training.experiment.plot import draw_experiment
+from fusionserve.training.experiment.report import Curve, by_system, to_report
 from fusionserve.training.experiment.results import Result, Results
 from fusionserve.training.experiment.size_curve import NEW, OTHERS, OWN, SIZES, WITH_OWN, run_size_curve
 from fusionserve.training.experiment.systems import (
-    BASE,
     FUSION,
     GATE,
     SHIPPED,
@@ -51,11 +43,10 @@ def main() -> None:
 
 def _run(texts: Path, out: Path, steps: int, seeds: Sequence[int]) -> None:
     lab = open_lab(texts, out / "scratch", steps)
-    settings = {"steps": steps, "base": lab.base.modules.fingerprint, "data": lab.data.digest}
-    results = Results(out / "results", settings)
+    results = Results(out / "results", lab.identity)
     runs = by_system(_told(run_systems(lab, results, seeds)))
     alone, curve = _size_curve(lab, texts, results, seeds)
-    report = _report(lab, runs, alone, curve)
+    report = to_report(runs, alone, curve, lab.domains)
     (out / _REPORT).write_text(report, encoding="utf-8")
     draw_experiment(out / _PLOT, runs, _COMPARED, SHIPPED, lab.domains, curve)
     print(report)
@@ -76,24 +67,6 @@ def _size_curve(
         else:
             alone[result.system] = math.exp(result.losses[NEW])
     return alone, curve
-
-
-def _report(lab: Lab, runs: Runs, alone: dict[str, float], curve: Curve) -> str:
-    singles = ", ".join(f"{name} {alone[name]:.2f}" for name in lab.domains)
-    parts = [
-        "## Held-out perplexity",
-        perplexity_table(runs, lab.domains),
-        "## Distance to the best single adapter",
-        distance_table(runs, lab.domains),
-        "## Mean weights of the shipped fusion",
-        weight_table(runs[SHIPPED], lab.domains),
-        f"## Mean weights of {FUSION}, over the seeds",
-        weight_table(runs[FUSION], lab.domains),
-        "## A new domain",
-        f"Without an example: base {alone[BASE]:.2f}, {UNIFORM} {alone[UNIFORM]:.2f}; adapters: {singles}.",
-        size_table(curve, SIZES),
-    ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _told(results: Iterable[Result]) -> Iterable[Result]:

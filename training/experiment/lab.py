@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusionserve.adapters.lora_weights import LoRAWeights
-from fusionserve.config import EMBEDDED
+from fusionserve.config import EMBEDDED, EMBEDDED_ADAPTERS
 from fusionserve.fusion.config import FusionConfig
 from fusionserve.fusion.unfolded import TokenWeighing
 from fusionserve.training.data import TrainingData, load_data, read_rows
+from fusionserve.training.experiment.results import Result
 from fusionserve.training.experiment.weighings import fixed
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.fusion_measuring import PlacedFusion, placed_fusion
 from fusionserve.training.fusion_members import make_fusion_config, read_members
-from fusionserve.training.fusion_training import fusion_in_place
-from fusionserve.training.rows import Row
+from fusionserve.training.fusion_training import fusion_in_place, train_fusion
+from fusionserve.training.rows import Row, digest_rows
 from fusionserve.training_config import DataConfig, FusionRun, OptimizationConfig
 
 MIXED = ("code_prose", "catalogues")
 MAX_TOKENS = 512  # in a row, at training and at measuring
 MAX_ROWS = 16  # of a text, at measuring
-_VALIDATION_SHARE = (
-    0.04  # of the training text, to choose the best step by; the held-out text is for measuring
-)
+# Of the training text, to choose the best step by; the held-out text is for measuring alone.
+_VALIDATION_SHARE = 0.04
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,17 @@ class Measured:
 
     losses: Mapping[str, float]
     weights: Mapping[str, Mapping[str, float]]
+
+    def as_result(self, system: str, seed: int, trained: int = 0, seconds: float = 0.0) -> Result:
+        """For a system that trained so many parameters in so many seconds."""
+        return Result(
+            system=system,
+            seed=seed,
+            losses=self.losses,
+            weights=self.weights,
+            trained=trained,
+            seconds=seconds,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +63,18 @@ class Lab:
     def domains(self) -> tuple[str, ...]:
         """Each has an adapter of its name."""
         return tuple(self.adapters)
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """What every result depends on."""
+        config, _ = self.configure(self.fusion_run(self.scratch, seed=0))
+        return {
+            "steps": self.steps,
+            "base": self.base.modules.fingerprint,
+            "adapters": [member.digest for member in config.members],
+            "data": self.data.digest,
+            "texts": {name: digest_rows(rows) for name, rows in self.texts.items()},
+        }
 
     def fusion_run(self, out: Path, seed: int, learning_rate: float = 1e-3) -> FusionRun:
         """A run over all adapters and domains."""
@@ -86,16 +110,25 @@ class Lab:
         with fusion_in_place(self.base, config, weighing, members) as fusion:
             return self._measure(PlacedFusion(self.base, fusion, config.weight_names))
 
-    def measure_fixed(self, adapters: Mapping[str, Path], weights: Sequence[float]) -> Measured:
-        """Measures adapters that have the same weights for every token."""
+    def measure_fixed(self, system: str, adapters: Mapping[str, Path], weights: Sequence[float]) -> Result:
+        """A result of adapters that have the same weights for every token."""
         run = replace(self.fusion_run(self.scratch, seed=0), members=tuple(adapters.items()))
         config, members = self.configure(run)
-        return self.measure(config, fixed(config, weights), members)
+        return self.measure(config, fixed(config, weights), members).as_result(system, seed=0)
 
     def measure_fusion(self, directory: Path, adapters: Mapping[str, Path]) -> Measured:
         """Measures a written fusion on every text."""
         with placed_fusion(directory, self.base, adapters) as placed:
             return self._measure(placed)
+
+    def train_fusion(self, system: str, run: FusionRun, data: TrainingData) -> Result:
+        """The result of a fusion that is trained, written, and read again as the server reads it."""
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # what an interrupted run left
+        summary = train_fusion(run, base=self.base, data=data)
+        measured = self.measure_fusion(run.out, dict(run.members))
+        return measured.as_result(
+            system, run.optimization.seed, summary.trainable_parameters, summary.seconds
+        )
 
     def _measure(self, placed: PlacedFusion) -> Measured:
         found = {name: placed.measure(rows) for name, rows in self.texts.items()}
@@ -108,7 +141,7 @@ class Lab:
 def open_lab(texts: Path, scratch: Path, steps: int) -> Lab:
     """Reads the shipped model and the packed texts in `texts`."""
     base = load_base(None)
-    adapters = {path.name: path for path in sorted((EMBEDDED / "adapters").iterdir())}
+    adapters = {path.name: path for path in sorted(EMBEDDED_ADAPTERS.iterdir())}
     train = tuple(unpacked(texts / "train" / f"{domain}.txt.xz", scratch) for domain in adapters)
     shape = DataConfig(train=train, held_out_share=_VALIDATION_SHARE, max_tokens=MAX_TOKENS)
     held_out = {domain: EMBEDDED / "heldout" / f"{domain}.txt" for domain in adapters}

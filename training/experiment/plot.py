@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -11,11 +11,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fusionserve.training.experiment.lab import MIXED
-from fusionserve.training.experiment.report import MIXTURE, Runs, best_single, perplexities, size_spread
+from fusionserve.training.experiment.report import (
+    MIXTURE,
+    Curve,
+    Runs,
+    best_single,
+    perplexities,
+    size_spread,
+)
 from fusionserve.training.experiment.results import Result
 from fusionserve.training.training_plot import COLOURS, INK, dress
-
-Curve = Mapping[str, Mapping[int, Sequence[Result]]]
 
 
 def draw_experiment(

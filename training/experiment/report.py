@@ -8,11 +8,13 @@ from statistics import mean
 
 from fusionserve.training.experiment.lab import MIXED
 from fusionserve.training.experiment.results import Result, Spread, spread
-from fusionserve.training.experiment.size_curve import NEW
+from fusionserve.training.experiment.size_curve import NEW, SIZES
+from fusionserve.training.experiment.systems import BASE, FUSION, SHIPPED, UNIFORM
 
 MIXTURE = "mixture"
 
 Runs = Mapping[str, Sequence[Result]]  # by system, a result for each seed
+Curve = Mapping[str, Mapping[int, Sequence[Result]]]  # by way, then by number of examples
 
 
 def by_system(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -69,17 +71,36 @@ def weight_table(results: Sequence[Result], domains: Sequence[str]) -> str:
     return _to_markdown(lines)
 
 
-def size_table(curve: Mapping[str, Mapping[int, Sequence[Result]]], sizes: Sequence[int]) -> str:
+def size_table(curve: Curve) -> str:
     """Perplexity of the new domain's held-out text by number of examples."""
-    lines = [["way", *(f"{size} examples" for size in sizes)], ["---", *["---:"] * len(sizes)]]
+    lines = [["way", *(f"{size} examples" for size in SIZES)], ["---", *["---:"] * len(SIZES)]]
     for way, by_size in curve.items():
-        lines.append([way, *(str(size_spread(by_size[size])) for size in sizes)])
+        lines.append([way, *(str(size_spread(by_size[size])) for size in SIZES)])
     return _to_markdown(lines)
 
 
 def size_spread(results: Sequence[Result]) -> Spread:
     """Of perplexity on the new domain."""
     return spread([math.exp(result.losses[NEW]) for result in results])
+
+
+def to_report(runs: Runs, alone: Mapping[str, float], curve: Curve, domains: Sequence[str]) -> str:
+    """All tables; `alone` is the new domain's perplexity of what has not learned from it, by system."""
+    singles = ", ".join(f"{name} {alone[name]:.2f}" for name in domains)
+    parts = [
+        "## Held-out perplexity",
+        perplexity_table(runs, domains),
+        "## Distance to the best single adapter",
+        distance_table(runs, domains),
+        f"## Mean weights of the {SHIPPED}",
+        weight_table(runs[SHIPPED], domains),
+        f"## Mean weights of {FUSION}, over the seeds",
+        weight_table(runs[FUSION], domains),
+        "## A new domain",
+        f"Without an example: base {alone[BASE]:.2f}, {UNIFORM} {alone[UNIFORM]:.2f}; adapters: {singles}.",
+        size_table(curve),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _to_markdown(lines: Sequence[Sequence[str]]) -> str:

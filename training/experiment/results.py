@@ -33,22 +33,25 @@ class Spread:
 
 
 class Results:
-    """A folder with a file for every result. `settings` are what all of them were made with."""
+    """A folder with a file for every result. `shared` is what all of them depend on."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, shared: Mapping[str, object]) -> None:
         self._folder = folder
-        self._settings = json.loads(json.dumps(settings))
+        self._shared = shared
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, system: str, seed: int, make: Callable[[], Result]) -> Result:
-        """The result that is there, if it was made with the same settings; else a fresh one."""
+    def get(
+        self, system: str, seed: int, make: Callable[[], Result], own: Mapping[str, object] | None = None
+    ) -> Result:
+        """The result that is there, if it was made with the same settings, shared and its own; else a fresh one."""
+        settings = json.loads(json.dumps({"shared": self._shared, "own": own}))
         path = self._folder / f"{system.replace(' ', '_').replace(',', '')}-{seed}.json"
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["settings"] == self._settings:
+            if stored["settings"] == settings:
                 return Result(**stored["result"])
         result = make()
-        fields = {"settings": self._settings, "result": asdict(result)}
+        fields = {"settings": settings, "result": asdict(result)}
         path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         return result
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from random import Random
 
 from fusionserve.training.adapter_training import train_adapter
+from fusionserve.training.adapters import ADAPTED_MODULES
 from fusionserve.training.data import TrainingData, load_data, read_rows
-from fusionserve.training.documents import END_OF_TEXT, read_texts
+from fusionserve.training.documents import join_texts, read_texts
 from fusionserve.training.experiment.lab import MAX_ROWS, MAX_TOKENS, Lab, unpacked
 from fusionserve.training.experiment.results import Result, Results
 from fusionserve.training.experiment.systems import fixed_systems
-from fusionserve.training.fusion_training import train_fusion
+from fusionserve.training.rows import digest_rows
 from fusionserve.training_config import AdapterRun, DataConfig, OptimizationConfig
 
 SIZES = (50, 200, 1000)
@@ -27,7 +28,6 @@ STEPS = 100  # at most
 OWN, WITH_OWN, OTHERS = "own adapter", "fusion of all and it", "fusion of the others"
 NEW = "messages"
 _RANK = 16
-_TARGETS = ("o_proj", "gate_proj", "up_proj", "down_proj")  # as the shipped adapters
 _VALIDATION_SHARE = 0.1  # of the examples: they say which step was best
 _PATIENCE = 3
 _ADAPTER_RATE, _FUSION_RATE = 4e-3, 1e-3
@@ -42,10 +42,8 @@ def run_size_curve(
     new = replace(lab, texts={NEW: rows})
     source = read_texts(unpacked(texts / NEW / "train.txt.xz", lab.scratch))
     for name, weights in fixed_systems(lab.domains).items():
-        yield (
-            0,
-            results.get(f"{NEW} {name}", 0, partial(_measure_fixed, new, name, weights)),
-        )
+        measure = partial(new.measure_fixed, name, new.adapters, weights)
+        yield 0, results.get(f"{NEW} {name}", 0, measure, {"text": digest_rows(rows)})
     for size in SIZES:
         for seed in seeds:
             data = _examples(new, source, size, seed)
@@ -56,18 +54,15 @@ def run_size_curve(
                 OTHERS: partial(_train_fusion, new, data, OTHERS, new.adapters, seed),
             }
             for name, make in ways.items():
-                yield size, results.get(f"{name} {size}", seed, make)
-
-
-def _measure_fixed(lab: Lab, name: str, weights: Sequence[float]) -> Result:
-    return Result(system=name, seed=0, losses=lab.measure_fixed(lab.adapters, weights).losses)
+                own_settings = {"data": data.digest, "text": digest_rows(rows), "steps": STEPS}
+                yield size, results.get(f"{name} {size}", seed, make, own_settings)
 
 
 def _examples(lab: Lab, source: Sequence[str], size: int, seed: int) -> TrainingData:
     """Data of `size` examples drawn by the seed."""
     path = lab.scratch / "texts" / f"{NEW}-{size}-{seed}.txt"
     chosen = Random(seed).sample(source, size)
-    path.write_text("".join(f"{text.rstrip()}\n{END_OF_TEXT}\n" for text in chosen), encoding="utf-8")
+    path.write_text(join_texts(chosen), encoding="utf-8")
     shape = DataConfig(train=(path,), held_out_share=_VALIDATION_SHARE, max_tokens=MAX_TOKENS)
     return load_data(shape, lab.base.tokenizer, seed)
 
@@ -89,21 +84,15 @@ def _train_own(lab: Lab, data: TrainingData, out: Path, seed: int) -> Result:
     run = AdapterRun(
         out=out,
         rank=_RANK,
-        target_modules=_TARGETS,
+        target_modules=tuple(ADAPTED_MODULES),
         data=DataConfig(max_tokens=MAX_TOKENS),
         optimization=_optimization(seed, _ADAPTER_RATE),
         show_progress=False,
     )
-    _forget(run.checkpoints)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # what an interrupted run left
     summary = train_adapter(run, base=lab.base, data=data)
-    measured = lab.measure_fixed({NEW: out}, [1.0])
-    return Result(
-        system=OWN,
-        seed=seed,
-        losses=measured.losses,
-        trained=summary.trainable_parameters,
-        seconds=summary.seconds,
-    )
+    measured = lab.measure_fixed(OWN, {NEW: out}, [1.0])
+    return replace(measured, seed=seed, trained=summary.trainable_parameters, seconds=summary.seconds)
 
 
 def _train_with_own(lab: Lab, data: TrainingData, own: Path, seed: int) -> Result:
@@ -119,19 +108,4 @@ def _train_fusion(lab: Lab, data: TrainingData, name: str, adapters: Mapping[str
         members=tuple(adapters.items()),
         optimization=_optimization(seed, _FUSION_RATE),
     )
-    _forget(run.checkpoints)
-    summary = train_fusion(run, base=lab.base, data=data)
-    measured = lab.measure_fusion(run.out, adapters)
-    return Result(
-        system=name,
-        seed=seed,
-        losses=measured.losses,
-        weights=measured.weights,
-        trained=summary.trainable_parameters,
-        seconds=summary.seconds,
-    )
-
-
-def _forget(checkpoints: Path) -> None:
-    """What a run that was interrupted left."""
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    return lab.train_fusion(name, run, data)

@@ -1,9 +1,11 @@
 """Command that makes the texts of the experiment, so that it can be run where no such text is installed.
 
-train/<domain>.txt       a part of the training text of each adapter: what a fusion learns from
-held_out/<domain>.txt    what the model ships as held-out text is used; only `messages` lies here
-mixed/<kind>.txt         documents that no single adapter fits
-messages_train.txt       Portuguese messages of programs: a small domain that neither base nor adapters know
+    train/<domain>.txt.xz       a part of the training text of each adapter: what a fusion learns from
+    mixed/<kind>.txt.xz         documents that no single adapter fits
+    messages/train.txt.xz       Portuguese messages of programs, which neither base nor adapters know
+    messages/held_out.txt.xz    those of other programs
+
+Held-out text of the domains is what ships with the model.
 """
 
 import argparse
@@ -15,11 +17,11 @@ from pathlib import Path
 from fusionserve.config import EMBEDDED
 from fusionserve.training.corpus import train_path
 from fusionserve.training.documents import (
-    END_OF_TEXT,
     Document,
     excerpt,
     in_split_order,
     is_held_out,
+    join_texts,
     read_texts,
     take,
 )
@@ -103,7 +105,7 @@ def _spread(texts: list[str], count: int) -> list[str]:
 
 def _write(path: Path, texts: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(f"{text.rstrip()}\n{END_OF_TEXT}\n" for text in texts).encode()
+    data = join_texts(texts).encode()
     path.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
     print(f"{path.name}: {len(data):,} bytes, {path.stat().st_size:,} packed")
 
