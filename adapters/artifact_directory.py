@@ -13,8 +13,6 @@ from fusionserve.adapters.artifact_errors import quoted
 from fusionserve.errors import ArtifactError, FusionServeError, NotFoundError, UnavailableError
 from fusionserve.limits import is_name
 
-CONFIG_FILE = "adapter_config.json"
-
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = (
     os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from fusionserve.adapters.artifact_directory import CONFIG_FILE, ArtifactDirectory
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_errors import quoted, unsupported
 from fusionserve.adapters.base_modules import short_model_name
 from fusionserve.adapters.module_pattern import (
@@ -20,6 +20,7 @@ from fusionserve.adapters.module_pattern import (
     first_matches,
 )
 from fusionserve.adapters.strict_json import StrictJsonError, parse_json_object
+from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import ArtifactError, UnavailableError
 
 MAX_CONFIG_BYTES = 64 << 10
@@ -141,7 +142,7 @@ def read_lora_config(directory: ArtifactDirectory) -> LoRAConfig:
     Raises ArtifactError: CONFIG_MISSING, CONFIG_MALFORMED, ADAPTER_UNSUPPORTED, and what opening a file
     raises.
     """
-    with directory.open_file(CONFIG_FILE, missing_reason="CONFIG_MISSING") as file:
+    with directory.open_file(ADAPTER_CONFIG, missing_reason="CONFIG_MISSING") as file:
         try:
             data = file.read(MAX_CONFIG_BYTES + 1)
         except OSError:
@@ -294,4 +295,4 @@ def _to_names(key: str, value: object) -> tuple[str, ...]:
 
 
 def _malformed(problem: str) -> ArtifactError:
-    return ArtifactError(f"{CONFIG_FILE} is wrong: {problem}", reason="CONFIG_MALFORMED")
+    return ArtifactError(f"{ADAPTER_CONFIG} is wrong: {problem}", reason="CONFIG_MALFORMED")

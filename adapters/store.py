@@ -10,10 +10,11 @@ from pathlib import Path
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
-from fusionserve.adapters.artifact_directory import CONFIG_FILE, ArtifactDirectory
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_store import ArtifactSource, ArtifactStore, open_source
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
+from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import PreconditionError
 
 
@@ -38,7 +39,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         load_content: Callable[[ArtifactDirectory], AdapterContent],
         holds: Callable[[str], Sequence[FusionHold]] = lambda name: (),
     ) -> None:
-        super().__init__("adapter", CONFIG_FILE, registry, roots, metrics.ADAPTER_HOST)
+        super().__init__("adapter", ADAPTER_CONFIG, registry, roots, metrics.ADAPTER_HOST)
         self._load_content = load_content
         self._holds = holds
 

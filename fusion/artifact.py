@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from fusionserve.fusion.config import CONFIG_FILE, FusionConfig
+from fusionserve.artifact_folders import FUSION_CONFIG
+from fusionserve.fusion.config import FusionConfig
 from fusionserve.fusion.params import FusionParams
 
 WEIGHTS_FILE = "fusion_model.safetensors"
@@ -27,7 +28,7 @@ def save_fusion(directory: Path, config: FusionConfig, params: FusionParams) -> 
         tensors = {
             name: tensor.detach().to(torch.float32).contiguous() for name, tensor in params.named_tensors()
         }
-        _write(staging / CONFIG_FILE, config.to_json().encode())
+        _write(staging / FUSION_CONFIG, config.to_json().encode())
         _write(staging / WEIGHTS_FILE, save(tensors, {"format": "pt"}))
         staging.chmod(0o755)  # a temporary directory is the owner's alone
         _publish(staging, directory)

@@ -20,10 +20,10 @@ from typing import TypeVar
 
 from fusionserve.adapters.artifact_errors import quoted
 from fusionserve.adapters.strict_json import StrictJsonError, parse_json_object
+from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError
 from fusionserve.limits import is_name
 
-CONFIG_FILE = "fusion_config.json"
 FORMAT_VERSION = 1
 MAX_CONFIG_BYTES = 1 << 20
 MAX_MEMBERS = 64
@@ -216,4 +216,4 @@ def _check_ranges(config: FusionConfig) -> None:
 
 
 def _malformed(problem: str) -> ArtifactError:
-    return ArtifactError(f"{CONFIG_FILE} is wrong: {problem}", reason="CONFIG_MALFORMED")
+    return ArtifactError(f"{FUSION_CONFIG} is wrong: {problem}", reason="CONFIG_MALFORMED")

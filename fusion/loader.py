@@ -13,9 +13,10 @@ from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.safetensors_file import SafetensorsFile
 from fusionserve.adapters.serial_copy import largest_magnitude
+from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, CapacityError, UnavailableError
 from fusionserve.fusion.artifact import WEIGHTS_FILE
-from fusionserve.fusion.config import CONFIG_FILE, MAX_CONFIG_BYTES, FusionConfig, parse_fusion_config
+from fusionserve.fusion.config import MAX_CONFIG_BYTES, FusionConfig, parse_fusion_config
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
 from fusionserve.fusion.params import FusionParams, copy_tensors, make_params, tensor_shapes
 
@@ -71,7 +72,7 @@ def read_fusion_config(directory: ArtifactDirectory) -> FusionConfig:
 
     Raises ArtifactError: CONFIG_MISSING, CONFIG_MALFORMED, FUSION_VERSION_UNSUPPORTED, and what opening a file raises.
     """
-    with directory.open_file(CONFIG_FILE, missing_reason="CONFIG_MISSING") as file:
+    with directory.open_file(FUSION_CONFIG, missing_reason="CONFIG_MISSING") as file:
         try:
             data = file.read(MAX_CONFIG_BYTES + 1)
         except OSError:

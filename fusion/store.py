@@ -16,8 +16,9 @@ from fusionserve.adapters.artifact_store import ArtifactSource, ArtifactStore, o
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.store import AdapterStore, FusionHold
+from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, NotFoundError
-from fusionserve.fusion.config import CONFIG_FILE, FusionConfig
+from fusionserve.fusion.config import FusionConfig
 from fusionserve.fusion.fusion import Fusion, FusionContent
 from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over, read_fusion
 from fusionserve.fusion.registry import FusionRegistry
@@ -34,7 +35,7 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         base: BaseModules,
         policy: FusionPolicy,
     ) -> None:
-        super().__init__("fusion", CONFIG_FILE, registry, roots, metrics.FUSION_HOST)
+        super().__init__("fusion", FUSION_CONFIG, registry, roots, metrics.FUSION_HOST)
         self._adapters = adapters
         self._base = base
         self._policy = policy

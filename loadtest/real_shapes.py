@@ -18,7 +18,7 @@ from pathlib import Path
 from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, save_adapter, save_checkpoint
 from fusionserve.loadtest.rounds import Workload, measure_rounds
-from fusionserve.loadtest.serving import serving
+from fusionserve.loadtest.serving import process_memory, serving
 
 _MEBIBYTE = 1 << 20
 
@@ -104,13 +104,8 @@ def _print_rates(rates: dict[str, list[float]]) -> None:
 
 def _print_status_bytes(when: str, process: subprocess.Popen[str]) -> None:
     """Prints the server's memory from the kernel: resident now, and the peak."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    sizes = {
-        key: int(rest.split()[0]) // 1024
-        for key, _, rest in (line.partition(":") for line in lines)
-        if "kB" in rest
-    }
-    print(f"memory {when}: resident {sizes['VmRSS']} MiB, peak {sizes['VmHWM']} MiB")
+    sizes = process_memory(process.pid)
+    print(f"memory {when}: resident {sizes['VmRSS']:.0f} MiB, peak {sizes['VmHWM']:.0f} MiB")
 
 
 if __name__ == "__main__":

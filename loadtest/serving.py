@@ -29,3 +29,10 @@ def serving(flags: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]
     finally:
         process.terminate()
         process.wait(_STOP_TIMEOUT_S)
+
+
+def process_memory(process_id: int) -> dict[str, float]:
+    """MiB by the kernel's names (`VmRSS`, `VmHWM`, `RssAnon`, ...), from /proc."""
+    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    words = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.removesuffix(":"): int(number) / 1024 for name, number, _ in words}

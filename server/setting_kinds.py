@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusionserve.artifact_folders import ADAPTER_CONFIG, FUSION_CONFIG
 from fusionserve.errors import StartupError
 from fusionserve.limits import is_name
 from fusionserve.server.listen_address import ListenAddress
@@ -169,12 +170,12 @@ def parse_folder(text: str) -> Path:
 
 def parse_adapter(text: str) -> tuple[str, Path]:
     """NAME=PATH of an adapter that exists."""
-    return _parse_named(text, "an adapter", "adapter_config.json")
+    return _parse_named(text, "an adapter", ADAPTER_CONFIG)
 
 
 def parse_fusion(text: str) -> tuple[str, Path]:
     """NAME=PATH of a fusion that exists."""
-    return _parse_named(text, "a fusion", "fusion_config.json")
+    return _parse_named(text, "a fusion", FUSION_CONFIG)
 
 
 def _parse_named(text: str, what: str, config_file: str) -> tuple[str, Path]:

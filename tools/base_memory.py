@@ -19,6 +19,7 @@ import urllib.request
 from pathlib import Path
 
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
+from fusionserve.loadtest.serving import process_memory
 
 _WAYS = (("none", "float32"), ("none", "bfloat16"), ("nf4", "float32"), ("nf4", "bfloat16"))
 _SAMPLE_S = 0.01
@@ -65,11 +66,11 @@ def _measure(model: Path | None, quantize: str, dtype: str) -> tuple[float, ...]
         assert process.stdout is not None
         peak = 0.0
         while not select.select((process.stdout,), (), (), _SAMPLE_S)[0]:
-            peak = max(peak, _status_mebibytes(process.pid)["RssAnon"])
+            peak = max(peak, process_memory(process.pid)["RssAnon"])
         ready = process.stdout.readline().split()
         if not ready:
             raise SystemExit("the server did not start")
-        status = _status_mebibytes(process.pid)
+        status = process_memory(process.pid)
         weights = _weight_bytes(ready[2].removeprefix("metrics="))
         return (weights / _MEBIBYTE, status["RssAnon"], status["RssFile"], max(peak, status["RssAnon"]))
     finally:
@@ -81,13 +82,6 @@ def _weight_bytes(metrics_address: str) -> float:
     with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as response:
         lines: list[str] = response.read().decode().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("fusionserve_base_weight_bytes "))
-
-
-def _status_mebibytes(process_id: int) -> dict[str, float]:
-    """What the kernel says of a process, of all that it says in kB."""
-    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
-    words = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.removesuffix(":"): int(number) / 1024 for name, number, _ in words}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fusionserve.adapters.artifact_directory import CONFIG_FILE, open_directory
+from fusionserve.adapters.artifact_directory import open_directory
+from fusionserve.artifact_folders import ADAPTER_CONFIG, find_by_name
 from fusionserve.errors import InvalidRequestError
 from fusionserve.fusion.loader import read_fusion_config
 from fusionserve.fusion.params import layer_of
@@ -98,10 +99,10 @@ def _find_members(request: InspectionRequest) -> Mapping[str, Path]:
 
 
 def _find(name: str, folders: Sequence[Path]) -> Path:
-    for folder in folders:
-        if (folder / name / CONFIG_FILE).is_file():
-            return folder / name
-    raise _bad_member(f"the fusion's member {name!r} is in no adapter folder; say --member {name}=PATH")
+    found = find_by_name(name, folders, ADAPTER_CONFIG)
+    if found is None:
+        raise _bad_member(f"the fusion's member {name!r} is in no adapter folder; say --member {name}=PATH")
+    return found
 
 
 def _bad_member(problem: str) -> InvalidRequestError:

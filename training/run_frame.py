@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from fusionserve.adapters.weight_bytes import count_parameters, weight_bytes
+from fusionserve.artifact_folders import ADAPTER_CONFIG, FUSION_CONFIG
 from fusionserve.errors import TrainingError
 from fusionserve.training.adaptation_trainer import TrainedRun
 from fusionserve.training.checkpoints import prepare_work_dir, remove_work_dir
@@ -17,8 +18,6 @@ from fusionserve.training.peak_memory import PeakMemory
 from fusionserve.training.run_identity import describe_run, identify_run
 from fusionserve.training.training_summary import FusionStatistics, TrainingSummary, last_losses
 from fusionserve.training_config import TrainingRun
-
-_ARTIFACTS = ("adapter_config.json", "fusion_config.json")
 
 
 class RunFrame:
@@ -85,7 +84,7 @@ class RunFrame:
 
 def _check_out(out: Path) -> None:
     """Only an artifact may be replaced: a mistyped path must not cost a folder of something else."""
-    if not out.exists() or any((out / name).is_file() for name in _ARTIFACTS):
+    if not out.exists() or any((out / name).is_file() for name in (ADAPTER_CONFIG, FUSION_CONFIG)):
         return
     if not out.is_dir() or any(out.iterdir()):
         raise TrainingError(f"{out} is neither free nor an adapter or fusion to replace")

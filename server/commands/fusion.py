@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fusionserve.artifact_folders import FUSION_CONFIG, find_by_name
 from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS
 from fusionserve.errors import ArtifactError, InvalidRequestError
 from fusionserve.inspection_request import InspectionRequest
@@ -20,7 +21,6 @@ from fusionserve.server.setting_kinds import Kind, choice
 from fusionserve.server.settings import CommandParser, Setting, Values, add_settings, config_setting, resolve
 
 ENV_PREFIX = "FUSIONSERVE_INSPECT_"
-FUSION_CONFIG = "fusion_config.json"
 PICTURE = ".png"
 
 
@@ -137,11 +137,13 @@ def _to_request(fusion: str, values: Values) -> InspectionRequest:
 
 def _find_fusion(text: str, folders: tuple[Path, ...]) -> Path:
     """A folder is one wherever it is; a name counts only where no such folder is."""
-    places = [Path(text).expanduser(), *(folder / text for folder in folders if is_name(text))]
-    for place in places:
-        if (place / FUSION_CONFIG).is_file():
-            return place
-    if places[0].is_dir():
+    place = Path(text).expanduser()
+    if (place / FUSION_CONFIG).is_file():
+        return place
+    found = find_by_name(text, folders, FUSION_CONFIG) if is_name(text) else None
+    if found is not None:
+        return found
+    if place.is_dir():
         raise UsageError(f"{text!r} is not a fusion folder: it has no {FUSION_CONFIG}")
     names = sorted(path.parent.name for folder in folders for path in folder.glob(f"*/{FUSION_CONFIG}"))
     raise UsageError(f"there is no fusion {text!r}, neither a folder nor one of {', '.join(names)}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusionserve.artifact_folders import ADAPTER_CONFIG, find_by_name
 from fusionserve.config import EMBEDDED_ADAPTERS
 from fusionserve.limits import is_name
 from fusionserve.server import setting_kinds as kinds
@@ -293,7 +294,7 @@ def _fields(values: Values, settings: Fields) -> dict[str, Any]:
 def _find(name: str, path: Path | None, folders: tuple[Path, ...]) -> tuple[str, Path]:
     if path is not None:
         return name, path
-    for folder in folders:
-        if (folder / name / "adapter_config.json").is_file():
-            return name, folder / name
-    raise UsageError(f"--member: there is no adapter {name!r} in the adapter folders")
+    found = find_by_name(name, folders, ADAPTER_CONFIG)
+    if found is None:
+        raise UsageError(f"--member: there is no adapter {name!r} in the adapter folders")
+    return name, found

@@ -78,7 +78,8 @@ def test_linked_directory_is_an_escape(target: str, root: Path) -> None:
 def test_root_itself_may_be_a_link(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to(root)
-    open_artifact_directory(link, "good").close()
+    with open_artifact_directory(link, "good") as directory:
+        assert directory.has_file("adapter_config.json")
 
 
 def test_swapped_directory_stays_the_one_that_was_opened(root: Path) -> None:

@@ -13,9 +13,10 @@ from loose_adapters import FIRST, make_content, make_lora
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
-from fusionserve.adapters.artifact_directory import CONFIG_FILE, ArtifactDirectory
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
+from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import AlreadyExistsError, ArtifactError, CapacityError, NotFoundError
 
 SIZE = make_content({FIRST: make_lora(1, seed=1)}).nbytes
@@ -38,10 +39,10 @@ class Disk:
     def write(self, name: str, text: str = "1", *, root: int = 0) -> None:
         directory = self.roots[root] / name
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(text)
+        (directory / ADAPTER_CONFIG).write_text(text)
 
     def load_content(self, directory: ArtifactDirectory) -> AdapterContent:
-        with directory.open_file(CONFIG_FILE, missing_reason="CONFIG_MISSING") as file:
+        with directory.open_file(ADAPTER_CONFIG, missing_reason="CONFIG_MISSING") as file:
             text = file.read().decode()
         with self._lock:
             self.num_reads += 1
@@ -222,7 +223,7 @@ async def test_operators_directory_need_not_lie_under_a_root(
     disk: Disk, store: AdapterStore, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / CONFIG_FILE).write_text("3")
+    (tmp_path / "elsewhere" / ADAPTER_CONFIG).write_text("3")
     adapter = await store.load_from("named", tmp_path / "elsewhere")
     assert adapter.num_rows == 3
     assert (await store.status("named", frozenset([adapter.uid]))).residency is Residency.DEVICE

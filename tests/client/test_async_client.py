@@ -80,6 +80,7 @@ async def test_leaving_a_stream_cancels_it(served: Served, client: AsyncClient) 
 async def test_dropping_a_stream_cancels_it(served: Served, client: AsyncClient) -> None:
     served.engine.gate = asyncio.Event()
     async for _ in client.stream("x"):
+        assert served.engine.num_open == 1
         break
     await until_idle(served)
 

@@ -137,7 +137,9 @@ def test_stop_ends_the_thread_with_work_left() -> None:
 
 
 def test_stop_before_start_returns() -> None:
-    RunningThread(EngineHarness()).thread.stop()
+    running = RunningThread(EngineHarness())
+    running.thread.stop()
+    assert running.num_steps == 0
 
 
 @pytest.mark.parametrize("where", ["command", "step"])

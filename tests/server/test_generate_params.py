@@ -143,7 +143,8 @@ def test_value_out_of_range_is_refused_by_name(request_: pb.GenerateRequest, fie
 
 @pytest.mark.parametrize("request_", ACCEPTED, ids=lambda value: str(value)[:40])
 def test_value_at_the_end_of_its_range_is_accepted(request_: pb.GenerateRequest) -> None:
-    to_generate_params(request_, deadline_s=0)
+    params = to_generate_params(request_, deadline_s=0)
+    assert params != to_generate_params(make_request(), deadline_s=0), "it is taken as it is, not as unset"
 
 
 def test_unset_fields_take_the_documented_defaults() -> None:

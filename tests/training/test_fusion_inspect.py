@@ -253,6 +253,7 @@ def test_a_picture_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.M
 def test_characters_without_a_glyph_and_signs_of_formulas_can_be_drawn(tmp_path: Path) -> None:
     for token in ("你", "$x$", "\x1b[31m", "\n\n", "", "\U0001f600"):
         draw_inspection(tmp_path / "out.png", made_up(2, 3, token=token))
+        assert min(png_size(tmp_path / "out.png")) > 0
 
 
 def test_many_layers_are_printed_below_each_other() -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.adapters import ADAPTED_MODULES
 from fusionserve.training.data import TrainingData, load_data, read_rows
@@ -97,7 +98,7 @@ def _train_own(lab: Lab, data: TrainingData, out: Path, seed: int) -> Result:
 
 def _train_with_own(lab: Lab, data: TrainingData, own: Path, seed: int) -> Result:
     """A fusion of all adapters and the new domain's own, which an interrupted experiment may not have kept."""
-    if not (own / "adapter_config.json").is_file():
+    if not (own / ADAPTER_CONFIG).is_file():
         _train_own(lab, data, own, seed)
     return _train_fusion(lab, data, WITH_OWN, {**lab.adapters, NEW: own}, seed)
 
