@@ -1,0 +1,77 @@
+"""Does a request get the same tokens in a crowd as alone? Asked of a server with the embedded model, through gRPC.
+
+    python -P -m fusionserve.loadtest.company --dtype bfloat16 --quantize nf4
+
+Random prompts for the base, every adapter, a blend and the fusion; each request first alone, then all of them at once.
+Prints how many of them differed. In float32 none may; the command then fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+from collections.abc import Sequence
+
+from fusionserve.client import AsyncClient, GenerateOptions
+from fusionserve.loadtest.serving import serving
+
+_ADAPTERS = ("changelog", "cpp", "perl", "polish", "spanish")
+_SINGLE: tuple[GenerateOptions, ...] = tuple(GenerateOptions(adapter=name) for name in _ADAPTERS)
+_ADAPTATIONS: tuple[GenerateOptions, ...] = (
+    {},
+    *_SINGLE,
+    {"blend": {"perl": 0.5, "spanish": 0.5}},
+    {"fusion": "domains"},
+)
+_PROMPT_TOKEN_IDS = range(1, 4096)
+_MAX_PROMPT_TOKENS = 40
+
+
+def main() -> None:
+    """Ask, print, and fail where the promise is broken."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quantize", choices=("none", "nf4"), default="none")
+    parser.add_argument("--prompts", type=int, default=8, help="for each adaptation")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    arguments = parser.parse_args()
+    with serving(["--dtype", arguments.dtype, "--quantize", arguments.quantize]) as (target, _):
+        different, asked = asyncio.run(_compare(target, arguments.prompts, arguments.new_tokens))
+    print(
+        f"{arguments.dtype}, quantize {arguments.quantize}: {different} of {asked} requests differed in a crowd"
+    )
+    if different and arguments.dtype == "float32":
+        sys.exit("in float32 none may differ")
+
+
+async def _compare(target: str, num_prompts: int, new_tokens: int) -> tuple[int, int]:
+    """(requests whose tokens differed, requests)."""
+    numbers = random.Random(0)
+    requests = [
+        (numbers.choices(_PROMPT_TOKEN_IDS, k=numbers.randint(1, _MAX_PROMPT_TOKENS)), adaptation)
+        for _ in range(num_prompts)
+        for adaptation in _ADAPTATIONS
+    ]
+    async with AsyncClient(target) as client:
+        alone = [await _generate(client, *request, new_tokens, "alone") for request in requests]
+        crowd = await asyncio.gather(
+            *(_generate(client, *request, new_tokens, "crowd") for request in requests)
+        )
+    return sum(one != other for one, other in zip(alone, crowd, strict=True)), len(requests)
+
+
+async def _generate(
+    client: AsyncClient, prompt: Sequence[int], adaptation: GenerateOptions, new_tokens: int, salt: str
+) -> tuple[int, ...]:
+    """Greedy tokens; the salt keeps what was computed alone out of the crowd's prefix cache."""
+    length = GenerateOptions(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True, cache_salt=salt)
+    options: GenerateOptions = {**adaptation, **length}
+    return (await client.generate(prompt, **options)).token_ids
+
+
+if __name__ == "__main__":
+    main()
