@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fusionserve.adapters.module_pattern import (
@@ -59,7 +60,9 @@ ORDINARY = (
 
 
 def peft_matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # "[[" may mean something else in a Python to come
+        return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def our_match(key: str, path: str) -> bool:
@@ -94,6 +97,7 @@ def test_any_key_of_the_subset_matches_like_re(key: str, path: str) -> None:
     assert our_match(key, path) is peft_matches(key, path)
 
 
+@example(key="[[]", path="[")
 @settings(max_examples=150, deadline=None)
 @given(key=st.text(r"ab.*+?|()[]{}^$\-,1d ", max_size=12), path=st.text("ab.1", max_size=6))
 def test_any_text_is_refused_or_matches_like_re(key: str, path: str) -> None:
