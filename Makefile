@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-eval fusion-experiment serve test check format-check lint types proto-lint verify-proto layers proto
+.PHONY: help setup demo demo-eval fusion-experiment serve bench bench-peers peers test check format-check lint types proto-lint verify-proto layers proto
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,15 @@ fusion-experiment: $(INSTALLED) ## Train and compare fusions, blends and gates (
 
 serve: $(INSTALLED) ## Serve the embedded model on the default ports
 	@$(BIN)/fusionserve serve
+
+bench: $(INSTALLED) ## Measure this server beside transformers and PEFT (docs/peers.md; BENCH="--workloads W1" for less)
+	@$(BIN)/python -P -m fusionserve.loadtest.bench.command --no-peers $(BENCH)
+
+bench-peers: peers ## Measure this server beside vLLM and llama.cpp, too (half an hour; docs/peers.md)
+	@$(BIN)/python -P -m fusionserve.loadtest.bench.command $(BENCH)
+
+peers: $(INSTALLED) ## Install vLLM and llama.cpp into environments of their own under build/peers
+	@$(BIN)/python -P -m fusionserve.loadtest.bench.peers
 
 test: $(INSTALLED) ## Run the tests
 	@$(BIN)/pytest -q -n auto --dist loadfile

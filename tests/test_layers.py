@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "training": {"", "kernels", "adapters", "fusion"},
     "client": {"v1"},
     "loadtest": {"client", "v1"},
+    "loadtest.bench.drivers": {"", "engine", "client", "v1", "loadtest"},
 }
 # Layers that must work without the heavy packages name everything else they may import.
 THIRD_PARTY = {

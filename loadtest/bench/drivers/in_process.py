@@ -1,0 +1,104 @@
+"""This server's engine without a server: `AsyncEngine` driven on an event loop of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+from fusionserve import __version__
+from fusionserve.config import EngineConfig
+from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.generation import (
+    Adaptation,
+    AdapterTerm,
+    GenerateParams,
+    GenerationChunk,
+    GenerationFinished,
+    SamplingParams,
+    StoppingCriteria,
+    TokenPrompt,
+)
+from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
+from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
+from fusionserve.metrics import AdapterLabels
+
+_NUM_LABELS = 32
+
+
+class InProcess:
+    """The engine with its own thread, as the server runs it. Option `adapters`: yes, or no for a bare engine."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.versions = {"fusionserve": __version__}
+        self._request_ids = itertools.count()
+        self._loop = asyncio.Runner()
+        self._engine = AsyncEngine.load(_config(setup), AdapterLabels(_NUM_LABELS))
+        self._loop.run(self._engine.start())
+
+    def run(self, job: Job) -> Outcome:
+        """All streams at once."""
+        return self._loop.run(self._run(job))
+
+    def close(self) -> None:
+        """Stops the engine thread."""
+        self._loop.run(self._engine.close())
+        self._loop.close()
+
+    async def _run(self, job: Job) -> Outcome:
+        started_s = time.monotonic()
+        ended = await asyncio.gather(*(self._stream(job, stream) for stream in range(len(job.prompts))))
+        total_s = time.monotonic() - started_s
+        prompt_s = max(first_token_s for first_token_s, _ in ended) - started_s
+        return Outcome(prompt_s, total_s, [token_ids for _, token_ids in ended])
+
+    async def _stream(self, job: Job, stream: int) -> tuple[float, list[int]]:
+        """The time of the first token, and all of them."""
+        first_token_s = 0.0
+        async with aclosing(self._engine.generate(self._params(job, stream))) as events:
+            async for event in events:
+                if isinstance(event, GenerationChunk):
+                    first_token_s = first_token_s or time.monotonic()
+                elif isinstance(event, GenerationFinished):
+                    return first_token_s, list(event.candidates[0].token_ids)
+        raise RuntimeError("a stream ended without a result")
+
+    def _params(self, job: Job, stream: int) -> GenerateParams:
+        return GenerateParams(
+            request_id=str(next(self._request_ids)),
+            prompt=TokenPrompt(tuple(job.prompts[stream])),
+            adaptation=self._adaptation(job.kind, stream),
+            sampling=SamplingParams(temperature=0.0),
+            stopping=StoppingCriteria(max_new_tokens=job.new_tokens, ignore_eos=True),
+        )
+
+    def _adaptation(self, kind: str, stream: int) -> Adaptation:
+        if kind == MIXED:
+            name = Path(self._setup.adapters[self._setup.adapter_of(stream)]).name
+            return Adaptation(kind="lora", terms=(AdapterTerm(name),))
+        if kind == FUSION:
+            return Adaptation(kind="fusion", fusion=Path(self._setup.fusion).name)
+        return Adaptation()
+
+
+def _config(setup: Setup) -> EngineConfig:
+    has_adapters = setup.options["adapters"] == "yes"
+    return EngineConfig(
+        model=setup.model,
+        model_name="bench",
+        dtype="bfloat16",
+        adapter_dirs=(Path(setup.adapters[0]).parent,) if has_adapters else (),
+        fusion_dirs=(Path(setup.fusion).parent,) if has_adapters else (),
+        max_context_tokens=setup.tokens_per_stream + 64,
+        kv_cache_bytes=kv_cache_bytes(setup),
+        adapter_pool_ranks=pool_ranks(setup),
+        allow_base_mismatch=True,
+        num_threads=setup.num_threads,
+    )
+
+
+if __name__ == "__main__":
+    answer_jobs(InProcess)

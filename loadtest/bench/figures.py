@@ -1,0 +1,120 @@
+"""From rounds to figures: medians, spread, ratios within a repeat, share of the floor, agreement of tokens."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fusionserve.loadtest.bench.floor import Floor
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, Outcome
+from fusionserve.loadtest.bench.systems import (
+    LLAMA_CPP,
+    OURS,
+    OURS_BARE,
+    OURS_WIRE,
+    PEFT,
+    TRANSFORMERS,
+    VLLM,
+    VLLM_LORA,
+)
+
+Key = tuple[str, str]  # (system, kind)
+Outcomes = Mapping[Key, Sequence[Outcome]]
+# Whose tokens the others' are compared with; nobody else has fusions.
+REFERENCE = {BASE: TRANSFORMERS, MIXED: PEFT}
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median and the least and greatest of what it is the median of."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Spread:
+        """Of one number per repeat."""
+        return cls(statistics.median(numbers), min(numbers), max(numbers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """One line of a table; shares and agreements are None where there is nothing to compare with."""
+
+    tokens_per_s: Spread
+    prompt_s: float | None  # None where prompts and decoding do not part
+    decode_s: float | None
+    ours_times: Spread | None  # our tokens/s of the same kind, in process, divided by these
+    floor_share: float | None  # the floor's seconds divided by these
+    decode_floor_share: float | None
+    first_tokens_equal: float | None  # of the reference's, over all prompts and repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Tokens/s of one line divided by those of another; `bar` is what the project asks of itself."""
+
+    label: str
+    over: Key
+    under: Key
+    bar: float | None = None
+
+
+RATIOS = (
+    Ratio("base / vLLM base", (OURS, BASE), (VLLM, BASE), 1.5),
+    Ratio("base / llama.cpp base", (OURS, BASE), (LLAMA_CPP, BASE), 1.5),
+    Ratio("base / transformers", (OURS, BASE), (TRANSFORMERS, BASE), 2.4),
+    Ratio("mixed / our base", (OURS, MIXED), (OURS, BASE), 0.80),
+    Ratio("mixed / vLLM mixed", (OURS, MIXED), (VLLM_LORA, MIXED), 8.0),
+    Ratio("mixed / PEFT mixed", (OURS, MIXED), (PEFT, MIXED), 4.0),
+    Ratio("mixed / llama.cpp mixed", (OURS, MIXED), (LLAMA_CPP, MIXED), 3.5),
+    Ratio("fusion of 4 / our base", (OURS, FUSION), (OURS, BASE), 0.75),
+    Ratio("base with adapters in the pool / without", (OURS, BASE), (OURS_BARE, BASE), 0.98),
+    Ratio("gRPC / in process, base", (OURS_WIRE, BASE), (OURS, BASE), 0.95),
+    Ratio("gRPC / in process, mixed", (OURS_WIRE, MIXED), (OURS, MIXED), 0.95),
+)
+
+
+def figures(key: Key, outcomes: Outcomes, least: Floor | None) -> Figures:
+    """The line of one system and kind; `least` is its floor, None where the floor's arithmetic is not its own."""
+    mine = outcomes[key]
+    total_s = statistics.median(each.total_s for each in mine)
+    parts = [(each.prompt_s, each.total_s - each.prompt_s) for each in mine if each.prompt_s is not None]
+    prompt_s, decode_s = map(statistics.median, zip(*parts, strict=True)) if parts else (None, None)
+    return Figures(
+        tokens_per_s=Spread.of([tokens_per_s(each) for each in mine]),
+        prompt_s=prompt_s,
+        decode_s=decode_s,
+        ours_times=ratio((OURS, key[1]), key, outcomes),
+        floor_share=least.total_s / total_s if least else None,
+        decode_floor_share=least.decode_s / decode_s if least and decode_s else None,
+        first_tokens_equal=first_tokens_equal(key, outcomes),
+    )
+
+
+def tokens_per_s(outcome: Outcome) -> float:
+    """Generated tokens by the time of the whole round."""
+    return sum(map(len, outcome.token_ids)) / outcome.total_s
+
+
+def ratio(over: Key, under: Key, outcomes: Outcomes) -> Spread | None:
+    """Tokens/s of `over` by those of `under`, each within its repeat; None if one of them did not run."""
+    if over not in outcomes or under not in outcomes:
+        return None
+    pairs = zip(outcomes[over], outcomes[under], strict=True)
+    return Spread.of([tokens_per_s(mine) / tokens_per_s(theirs) for mine, theirs in pairs])
+
+
+def first_tokens_equal(key: Key, outcomes: Outcomes) -> float | None:
+    """The share of prompts after which the first token is the reference's."""
+    reference = (REFERENCE.get(key[1], ""), key[1])
+    if reference not in outcomes:
+        return None
+    equal = [
+        mine[0] == theirs[0]
+        for own, expected in zip(outcomes[key], outcomes[reference], strict=True)
+        for mine, theirs in zip(own.token_ids, expected.token_ids, strict=True)
+    ]
+    return sum(equal) / len(equal)

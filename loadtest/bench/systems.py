@@ -1,0 +1,120 @@
+"""The systems of a benchmark: the module that drives each, where it is installed and what it can run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fusionserve.loadtest.bench.artifacts import BenchFiles, make_gguf_files
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, Setup
+from fusionserve.loadtest.bench.workloads import BenchWorkload
+
+OURS = "ours"
+OURS_BARE = "ours-no-adapters"
+OURS_WIRE = "ours-grpc"
+TRANSFORMERS = "transformers"
+PEFT = "peft"
+VLLM = "vllm"
+VLLM_LORA = "vllm-lora"
+LLAMA_CPP = "llama.cpp"
+LLAMA_CPP_Q8 = "llama.cpp-q8_0"
+
+_DRIVERS = "fusionserve.loadtest.bench.drivers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class System:
+    """A driver module, the interpreter it runs on, and the kinds of round it can run."""
+
+    name: str
+    driver: str
+    kinds: tuple[str, ...]
+    environment_name: str = ""  # the peer's folder under build/peers; none: this interpreter
+    options: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+    gguf_type: str = ""  # llama.cpp: the type of its matrices
+    is_bfloat16: bool = True
+
+    @property
+    def module(self) -> str:
+        """What `python -m` runs."""
+        return f"{_DRIVERS}.{self.driver}"
+
+    def python(self, peers: Path) -> Path:
+        """The interpreter, which is not there if the peer was not installed."""
+        if not self.environment_name:
+            return Path(sys.executable)
+        return peers / self.environment_name / ".venv" / "bin" / "python"
+
+
+_VLLM_VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the driver's process: nothing to send between steps
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; W3, the largest, needs 0.4
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+SYSTEMS = {
+    each.name: each
+    for each in (
+        System(name=OURS, driver="in_process", kinds=(BASE, MIXED, FUSION), options={"adapters": "yes"}),
+        System(name=OURS_BARE, driver="in_process", kinds=(BASE,), options={"adapters": "no"}),
+        System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION)),
+        System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE,), options={"peft": "no"}),
+        System(name=PEFT, driver="hugging_face", kinds=(MIXED,), options={"peft": "yes"}),
+        System(
+            name=VLLM,
+            driver="vllm_cpu",
+            kinds=(BASE,),
+            environment_name="vllm",
+            options={"enable_lora": "no"},
+            variables=_VLLM_VARIABLES,
+        ),
+        System(
+            name=VLLM_LORA,
+            driver="vllm_cpu",
+            kinds=(BASE, MIXED),
+            environment_name="vllm",
+            options={"enable_lora": "yes"},
+            variables=_VLLM_VARIABLES,
+        ),
+        System(
+            name=LLAMA_CPP,
+            driver="llama_cpp",
+            kinds=(BASE, MIXED),
+            environment_name="llama_cpp",
+            gguf_type="bf16",
+        ),
+        System(
+            name=LLAMA_CPP_Q8,
+            driver="llama_cpp",
+            kinds=(BASE,),
+            environment_name="llama_cpp",
+            gguf_type="q8_0",
+            is_bfloat16=False,
+        ),
+    )
+}
+
+
+def make_setup(system: System, workload: BenchWorkload, files: BenchFiles, num_threads: int) -> Setup:
+    """What the system's process is told; makes the files that only this system needs."""
+    options = dict(system.options)
+    if system.gguf_type:
+        make_gguf_files(files, system.gguf_type)
+        options["gguf"] = str(files.gguf_model(system.gguf_type))
+        options["gguf_adapters"] = " ".join(str(path) for path in files.gguf_adapters)
+    return Setup(
+        model=str(files.model),
+        adapters=[str(path) for path in files.adapters],
+        fusion=str(files.fusion),
+        num_streams=workload.num_streams,
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        rank=workload.rank,
+        kv_bytes_per_token=workload.model_size().kv_bytes_per_token,
+        num_threads=num_threads,
+        options=options,
+    )
