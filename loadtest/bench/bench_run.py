@@ -70,7 +70,7 @@ def _started(
     """The system with its model loaded."""
     setup = make_setup(system, workload, files, run.num_threads)
     log = run.folder / "logs" / f"{workload.name}-{system.name}.log"
-    variables = {"OMP_NUM_THREADS": str(run.num_threads), **system.variables}
+    variables = {"OMP_NUM_THREADS": str(run.num_threads), **system.process_variables(run.peers)}
     with closing(SystemProcess(system.python(run.peers), system.module, variables, log)) as process:
         process.load(setup)
         yield process

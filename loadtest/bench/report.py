@@ -58,10 +58,17 @@ def to_text(report: WorkloadReport) -> str:
     lines = [report.workload.title, machine_line(report.limits, report.num_threads), ""]
     lines += figure_lines(report.lines())
     lines += [*floor_lines(report.workload, report.floors()), ""]
-    lines += [*ratio_lines(report.outcomes), ""]
+    lines += [*ratio_lines(report.outcomes, report.workload.name), ""]
+    lines += [", ".join(_versions(report)), ""]
     lines += ["tokens/s of each repeat", *repeat_lines(report.outcomes), ""]
     lines += [f"left out: {name}: {reason}" for name, reason in report.failures.items()]
     return "\n".join(lines)
+
+
+def _versions(report: WorkloadReport) -> list[str]:
+    """What the systems said of themselves, each package once for each version."""
+    told = (item for versions in report.versions.values() for item in versions.items())
+    return list({f"{package} {number}": None for package, number in told})
 
 
 def to_json(report: WorkloadReport) -> dict[str, Any]:
@@ -86,7 +93,9 @@ def to_json(report: WorkloadReport) -> dict[str, Any]:
             for (system, kind), line in report.lines().items()
         ],
         "ratios": [
-            {"label": each.label, "bar": each.bar, **asdict(spread)} for each, spread in found if spread
+            {"label": each.label, "bar": each.bars.get(report.workload.name), **asdict(spread)}
+            for each, spread in found
+            if spread
         ],
         "failures": dict(report.failures),
     }

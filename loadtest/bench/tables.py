@@ -48,10 +48,12 @@ def figure_lines(lines: Mapping[Key, Figures]) -> list[str]:
     return [_HEADER, *(_figure_line(key, each) for key, each in lines.items())]
 
 
-def ratio_lines(outcomes: Outcomes) -> list[str]:
+def ratio_lines(outcomes: Outcomes, workload: str) -> list[str]:
     """The ratios that the project holds itself to, as far as both sides ran."""
     found = ((each, ratio(each.over, each.under, outcomes)) for each in RATIOS)
-    return [_ratio_line(each, spread) for each, spread in found if spread is not None]
+    return [
+        _ratio_line(each, spread, each.bars.get(workload)) for each, spread in found if spread is not None
+    ]
 
 
 def repeat_lines(outcomes: Outcomes) -> list[str]:
@@ -73,13 +75,9 @@ def _figure_line(key: Key, line: Figures) -> str:
     )
 
 
-def _ratio_line(each: Ratio, spread: Spread) -> str:
-    bar = (
-        ""
-        if each.bar is None
-        else f"   bar {each.bar:.2f}: {'met' if spread.median >= each.bar else 'MISSED'}"
-    )
-    return f"{each.label:42} {spread.median:6.2f}   ({spread.least:.2f}-{spread.greatest:.2f}){bar}"
+def _ratio_line(each: Ratio, spread: Spread, bar: float | None) -> str:
+    verdict = "" if bar is None else f"   bar {bar:.2f}: {'met' if spread.median >= bar else 'MISSED'}"
+    return f"{each.label:42} {spread.median:6.2f}   ({spread.least:.2f}-{spread.greatest:.2f}){verdict}"
 
 
 def _two_digits(figure: float | None) -> str:

@@ -1,6 +1,8 @@
 """llama.cpp through the low-level functions of `llama-cpp-python`: all streams of a batch in one context.
 
-A context has one set of adapters at a time, so a mixed round runs adapter by adapter, each with its own streams.
+A context has one set of adapters at a time, so a mixed round runs adapter by adapter, each with its own streams. These
+are sequences 0, 1, ... of the context, whatever their numbers: a batch is cut where sequences do not follow one
+another.
 """
 
 from __future__ import annotations
@@ -83,25 +85,25 @@ class LlamaCpp:
         per_batch = max(1, _PROMPT_BATCH_TOKENS // max(len(job.prompts[stream]) for stream in streams))
         for start in range(0, len(streams), per_batch):
             together = streams[start : start + per_batch]
-            for stream in together:
+            for sequence, stream in enumerate(together, start):
                 last = len(job.prompts[stream]) - 1
                 for position, token_id in enumerate(job.prompts[stream]):
-                    self._add(token_id, position, stream, wants_logits=position == last)
+                    self._add(token_id, position, sequence, wants_logits=position == last)
             self._decode(together, token_ids)
 
     def _feed_last_tokens(self, job: Job, streams: Sequence[int], token_ids: list[list[int]]) -> None:
-        for stream in streams:
+        for sequence, stream in enumerate(streams):
             generated = token_ids[stream]
             position = len(job.prompts[stream]) + len(generated) - 1
-            self._add(generated[-1], position, stream, wants_logits=True)
+            self._add(generated[-1], position, sequence, wants_logits=True)
         self._decode(streams, token_ids)
 
-    def _add(self, token_id: int, position: int, stream: int, *, wants_logits: bool) -> None:
+    def _add(self, token_id: int, position: int, sequence: int, *, wants_logits: bool) -> None:
         batch, index = self._batch, self._batch.n_tokens
         batch.token[index] = token_id
         batch.pos[index] = position
         batch.n_seq_id[index] = 1
-        batch.seq_id[index][0] = stream
+        batch.seq_id[index][0] = sequence
         batch.logits[index] = wants_logits
         batch.n_tokens = index + 1
 
@@ -122,7 +124,6 @@ def _context_params(setup: Setup) -> llama_cpp.llama_context_params:
     params.n_batch = _PROMPT_BATCH_TOKENS
     params.n_seq_max = setup.num_streams
     params.n_threads = params.n_threads_batch = setup.num_threads
-    params.kv_unified = setup.options.get("kv_unified") == "yes"
     params.no_perf = True
     return params
 
