@@ -29,6 +29,8 @@ def serving(flags: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]
     finally:
         process.terminate()
         process.wait(_STOP_TIMEOUT_S)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def process_memory(process_id: int) -> dict[str, float]:

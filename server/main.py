@@ -23,6 +23,7 @@ COMMANDS = {
     "adapters": "list, load, unload, reload or describe adapters",
     "fusions": "the same for fusions of adapters",
     "fusion": "show what a fusion on disk attends to (fusion inspect); needs no server",
+    "loadtest": "put a server under load and report latencies, throughput and fairness",
     "train": "train an adapter, or a fusion of adapters",
     "version": "print the versions of fusionserve and of what it runs on",
 }

@@ -46,12 +46,16 @@ class Setting:
 
     def describe(self) -> str:
         """The help text with default and environment variable."""
+        return f"{self.explain()} [env: {self.env}]"
+
+    def explain(self) -> str:
+        """The help text with the default."""
         default = self.default_text
         if not default and self.default is not None and not self.is_list:
             default = self.kind.show(self.default)
         repeats = "; may be repeated, in the environment separated by commas" if self.is_list else ""
         shown = f" (default: {default})" if default else ""
-        return f"{self.help}{repeats}{shown} [env: {self.env}]"
+        return f"{self.help}{repeats}{shown}"
 
     def read(self, raw: object, source: str) -> Any:
         """The value of `raw`. Raises UsageError that names the source."""
@@ -79,8 +83,8 @@ def config_setting(env_prefix: str = "FUSIONSERVE_") -> Setting:
     return Setting(name="config", kind=setting_kinds.FILE, help=text, env_prefix=env_prefix)
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> None:
-    """Adds a flag for each setting; what they were given is read by `resolve`."""
+def add_settings(parser: argparse._ActionsContainer, settings: Sequence[Setting]) -> None:
+    """Adds a flag for each setting to a parser or a group of one; what they were given is read by `resolve`."""
     for setting in settings:
         help_text = setting.describe().replace("%", "%%")
         if setting.is_flag:

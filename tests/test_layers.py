@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "server.commands": {"", "engine", "v1", "server", "client"},
     "training": {"", "kernels", "adapters", "fusion"},
     "client": {"v1"},
-    "loadtest": {"client", "v1"},
+    "loadtest": {"", "client", "v1"},
     "loadtest.bench.drivers": {"", "engine", "client", "v1", "loadtest"},
 }
 # Layers that must work without the heavy packages name everything else they may import.

@@ -1,0 +1,60 @@
+"""The live line of a load test: how far it is, and how the server does at present."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+
+from tqdm import tqdm
+
+from fusionserve.loadtest.latency import Spread
+from fusionserve.loadtest.load_run import LoadRun
+from fusionserve.loadtest_config import LoadConfig
+
+INTERVAL_S = 0.25
+RECENT = 200  # requests that the line's figures are over
+_BY_TIME = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s  {postfix}"
+_BY_NUMBER = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}  {postfix}"
+
+
+@contextlib.asynccontextmanager
+async def shown_progress(run: LoadRun, config: LoadConfig) -> AsyncIterator[None]:
+    """Shows the line on standard error while the block runs, if that is a terminal."""
+    task = asyncio.create_task(_show(run, config))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _show(run: LoadRun, config: LoadConfig) -> None:
+    total = config.num_requests or config.duration_s
+    form = _BY_TIME if config.num_requests is None else _BY_NUMBER
+    with tqdm(total=total, bar_format=form, disable=None, file=sys.stderr, leave=False) as bar:
+        while True:
+            bar.set_description_str("measuring" if run.measured_s else "warm-up", refresh=False)
+            done = run.num_ended if config.num_requests is not None else run.measured_s
+            bar.n = min(done, total or done)
+            bar.set_postfix_str(describe(run), refresh=False)
+            bar.refresh()
+            await asyncio.sleep(INTERVAL_S)
+
+
+def describe(run: LoadRun) -> str:
+    """Requests in flight, recent tokens/s and TTFT, and what failed, in a few words."""
+    recent = [record for record in run.records[-RECENT:] if record.ended_s]
+    spread = Spread.of(record.ttft_s for record in recent)
+    words = [f"{run.num_in_flight} in flight"]
+    if spread is not None:
+        since_s = run.clock.now_s() - min(record.sent_s for record in recent)
+        rate = sum(record.generated_tokens for record in recent) / max(since_s, 1e-3)
+        words += [f"{rate:.0f} tokens/s", f"TTFT p50 {spread.p50 * 1000:.0f} ms"]
+    if num_failed := sum(not record.is_ok for record in recent):
+        words.append(f"{num_failed} of the last {len(recent)} failed")
+    if run.num_not_sent:
+        words.append(f"{run.num_not_sent} not sent")
+    return ", ".join(words)
