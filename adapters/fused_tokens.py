@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.adapters.pool import ModuleRows
+from fusionserve.kernels.few_tokens import FusionAttention, Segment, attend_members
 from fusionserve.kernels.low_rank import weigh_
 
 
@@ -46,10 +48,48 @@ class FusedTokens:
         rows.expand_(y[self._tokens_here], weighted, self._member_rows_here)
 
     def _attend(self, path: str, module: FusionModule, u: Tensor, scores: Tensor) -> None:
-        allowed = self._allowed
-        if not module.is_complete:
-            allowed = module.present if allowed is None else allowed & module.present
+        allowed = allowed_members(module, self._allowed)
         member_of_row = self._rows.member_of_row
         self.weights[path] = self._rows.weights(u, scores, allowed)
         self._coefficients = self.weights[path].index_select(1, member_of_row)
         self._left_out = None if allowed is None else ~allowed.index_select(-1, member_of_row)
+
+
+class FusedSegment:
+    """The same for few tokens, computed natively: a segment whose coefficients an attention fills."""
+
+    def __init__(self, start: int, end: int, row_start: int, rows: FusionRows, allowed: Tensor) -> None:
+        self.start = start
+        self.end = end
+        self.weights: dict[str, Tensor] = {}  # by path of the attention, [tokens, members (+ 1)]
+        self._rows = rows
+        self._row_start = row_start
+        self._allowed = None if bool(allowed.all()) else allowed.contiguous()
+        self._coefficients = torch.zeros(end - start, rows.num_member_rows)
+        self.segment = Segment(start, end, row_start, row_start + rows.num_member_rows, self._coefficients)
+
+    def attends_at(self, path: str) -> bool:
+        """True if this module's attention must run before its rows are added."""
+        module = self._rows.modules.get(path)
+        return module is not None and module.has_attention
+
+    def attend(self, path: str, x: Tensor, rows: ModuleRows) -> None:
+        """Sets the coefficients from x [num_tokens, d_in], for this module and those behind it without attention."""
+        attention = FusionAttention(
+            token_start=self.start,
+            token_end=self.end,
+            row_start=self._row_start,
+            member_of_row=self._rows.member_of_row,
+            num_members=self._rows.num_members,
+            has_member_keys=self._rows.has_member_keys,
+            has_base_member=self._rows.has_base_member,
+            allowed=allowed_members(self._rows.modules[path], self._allowed),
+        )
+        self.weights[path] = attend_members(x, rows.part, attention, self._coefficients)
+
+
+def allowed_members(module: FusionModule, allowed: Tensor | None) -> Tensor | None:
+    """The members that may have a say in an attention: allowed by the requests, and adapting the module. None: all."""
+    if module.is_complete:
+        return allowed
+    return module.present if allowed is None else allowed & module.present

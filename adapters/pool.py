@@ -14,6 +14,7 @@ from torch import Tensor
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
 from fusionserve.adapters.resident import Resident, RowPiece
+from fusionserve.kernels.few_tokens import PartRows
 from fusionserve.kernels.low_rank import expand_, shrink
 
 
@@ -28,6 +29,15 @@ class ModuleRows:
         self.shrink_bias = self._like  # [capacity]
         self.expand_rows = self._like  # [capacity, d_out]
         self._has_bias = False
+        self._part: PartRows | None = None
+
+    @property
+    def part(self) -> PartRows:
+        """All rows, as the native kernels take them; they must not be empty."""
+        if self._part is None:
+            bias = self.shrink_bias if self._has_bias else None
+            self._part = PartRows(self.shrink_rows, bias, self.expand_rows)
+        return self._part
 
     @property
     def is_empty(self) -> bool:
@@ -49,6 +59,7 @@ class ModuleRows:
             if not pieces:
                 return
             self._allocate()
+        self._part = None
         for tensor in self._tensors:
             tensor[start : start + num_rows] = 0
         for piece in pieces:

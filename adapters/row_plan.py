@@ -2,25 +2,28 @@
 
 A span is a rectangle: neighbouring tokens by neighbouring rank rows, with a coefficient for each pair. Decoding tokens
 of many adapters share one wide span (most coefficients zero); a long prompt gets a narrow one of its own. The choice is
-made by `span_cost`, not by phase.
+made by `span_cost`, not by phase. Where the native kernel can be had, few tokens of an adapter are a segment instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
-from fusionserve.adapters.fused_tokens import FusedTokens
+from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
+from fusionserve.kernels.few_tokens import Segment, Segments, can_add
 from fusionserve.kernels.low_rank import zeros_of
 
 # Measured on two cores in units of one token by one rank row of a 2,048-wide pair of A and B (about 40 ns):
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
 _SPAN_COST = 1000
 _ROW_COST = 5
+# As a segment, natively, a token by a rank row costs several times what it does in a product, but nothing to start.
+_MOST_FEW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,11 @@ class AdaptedTokens:
     start: int
     end: int
     rows: tuple[RowRange, ...]
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """The ranges without their coefficients."""
+        return tuple((rows.start, rows.end) for rows in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +71,31 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class FewTokens:
+    """What the native kernel computes: the segments of adapters and of fusions, together as it takes them."""
+
+    adapted: tuple[Segment, ...]
+    fused: tuple[FusedSegment, ...]
+    segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
-    """What the adapted layers need to know of a batch: spans, fused tokens, and tokens with whole-module changes."""
+    """What the adapted layers need to know of a batch.
+
+    Spans and fused tokens where there are many tokens, segments where there are few, and whole-module changes.
+    """
 
     num_tokens: int
     spans: tuple[Span, ...] = ()
     fused: tuple[FusedTokens, ...] = ()
+    few: FewTokens | None = None
     whole_modules: tuple[WholeModuleTokens, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if every token is the base's."""
-        return not (self.spans or self.fused or self.whole_modules)
+        return not (self.spans or self.fused or self.few or self.whole_modules)
 
 
 EMPTY_PLAN = RowPlan(num_tokens=0)
@@ -85,6 +106,43 @@ class PlanCell:
 
     def __init__(self) -> None:
         self.plan = EMPTY_PLAN
+
+
+def are_few(num_tokens: int, like: Tensor) -> bool:
+    """True if so many tokens of one adapter or fusion are cheaper as a segment than as products of their own."""
+    return num_tokens <= _MOST_FEW and can_add(like)
+
+
+def plan_few(
+    adapted: Sequence[AdaptedTokens], fused: Sequence[FusedSegment], like: Tensor
+) -> FewTokens | None:
+    """Segments for the adapted tokens, given in ascending order, and for the fused ones; None if there are none."""
+    segments = tuple(segment for group in _alike(adapted) for segment in _segments(group))
+    together = [*segments, *(tokens.segment for tokens in fused)]
+    return FewTokens(segments, tuple(fused), Segments(together, like)) if together else None
+
+
+def _alike(adapted: Iterable[AdaptedTokens]) -> Iterator[list[AdaptedTokens]]:
+    """Neighbours on the same rank rows, which read them together."""
+    group: list[AdaptedTokens] = []
+    for tokens in adapted:
+        if group and not (group[-1].end == tokens.start and group[-1].places == tokens.places):
+            yield group
+            group = []
+        group.append(tokens)
+    if group:
+        yield group
+
+
+def _segments(group: Sequence[AdaptedTokens]) -> Iterator[Segment]:
+    """One for each adapter of the group."""
+    start, end = group[0].start, group[-1].end
+    for index, rows in enumerate(group[0].rows):
+        of_tokens = [t.rows[index].coefficient for t in group for _ in range(t.start, t.end)]
+        if len(set(of_tokens)) == 1:
+            del of_tokens[1:]
+        coefficients = torch.tensor(of_tokens)[:, None].expand(-1, rows.end - rows.start).contiguous()
+        yield Segment(start, end, rows.start, rows.end, coefficients)
 
 
 def span_cost(num_tokens: int, num_rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, suppress
 from itertools import count
 
@@ -48,6 +49,7 @@ from fusionserve.generation import (
     StoppingCriteria,
     TokenPrompt,
 )
+from fusionserve.kernels.threads import call_in_passing_thread, compute_alone
 from fusionserve.metrics import AdapterLabels, FusionLabels
 from fusionserve.model_info import ModelInfo
 
@@ -110,7 +112,7 @@ class AsyncEngine:
     @classmethod
     def load(cls, config: EngineConfig, adapter_labels: AdapterLabels) -> AsyncEngine:
         """Loads the model and makes the caches; takes seconds and blocks. Raises StartupError."""
-        return cls(config, load_base_model(config), adapter_labels)
+        return call_in_passing_thread(lambda: cls(config, load_base_model(config), adapter_labels))
 
     async def start(self) -> None:
         """Starts the engine thread, loads what is named at start and runs one request to warm up.
@@ -118,6 +120,9 @@ class AsyncEngine:
         Raises StartupError if an adapter or a fusion cannot be loaded.
         """
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(
+            ThreadPoolExecutor(thread_name_prefix="worker", initializer=compute_alone)
+        )
         self._thread.start()
         for name, directory in self._config.adapters:
             with self._failing_start("adapter", name):

@@ -7,7 +7,7 @@ call, the cache of a layer is found by its attention module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,13 @@ from transformers import AttentionInterface
 
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
+    DecodeBatch,
+    DecodingRequest,
     causal_mask,
     chunk_attention,
-    decode_attention,
+    slots_of_blocks,
 )
+from fusionserve.kernels.pointwise import Rotation, rotate_and_store
 
 ATTENTION_NAME = "fusionserve_paged"
 
@@ -34,44 +37,30 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """One request's part of the batch: tokens [start, end), the first at `position`, and the slots of its context."""
+    """One request's part of the batch: tokens [start, end), the first at `position`, and the blocks of its context."""
 
     start: int
     end: int
     position: int
-    slots: Tensor  # [context], context = position + end - start
+    blocks: Sequence[int]
 
+    @property
+    def num_tokens(self) -> int:
+        """New tokens."""
+        return self.end - self.start
 
-class _DecodeGroup:
-    """Requests with one new token and contexts of similar length, padded to the longest."""
-
-    def __init__(self, sequences: Sequence[PackedSequence]) -> None:
-        self.tokens = torch.tensor([sequence.start for sequence in sequences])  # [requests]
-        self._lengths = torch.tensor([len(sequence.slots) for sequence in sequences])  # [requests]
-        # Padding repeats the request's own newest slot: masked, but read, so it must not be another request's.
-        longest = int(self._lengths.max())
-        self.slots = torch.stack(
-            [_pad(sequence.slots, longest) for sequence in sequences]
-        )  # [requests, context]
-        self._masks: dict[int | None, Tensor] = {}
-
-    def mask(self, sliding_window: int | None) -> Tensor:
-        """[requests, context], True where the new token attends."""
-        if sliding_window not in self._masks:
-            positions = torch.arange(self.slots.shape[1])[None, :]
-            mask = positions < self._lengths[:, None]
-            if sliding_window is not None:
-                mask &= positions >= self._lengths[:, None] - sliding_window
-            self._masks[sliding_window] = mask
-        return self._masks[sliding_window]
+    @property
+    def length(self) -> int:
+        """Positions up to the last new token's."""
+        return self.position + self.num_tokens
 
 
 class _Chunk:
     """Several new tokens of one request."""
 
-    def __init__(self, sequence: PackedSequence) -> None:
+    def __init__(self, sequence: PackedSequence, block_size: int, device: torch.device) -> None:
         self.tokens = slice(sequence.start, sequence.end)
-        self.slots = sequence.slots
+        self.slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, device)
         self._position = sequence.position
         self._masks: dict[int | None, Tensor | None] = {}
 
@@ -86,31 +75,48 @@ class _Chunk:
 
 
 class AttentionBatch:
-    """The packed batch as attention sees it; masks are made once per step and shared by the layers."""
+    """The packed batch as attention sees it; what depends on the step alone is made once and shared by the layers."""
 
-    def __init__(self, caches: Mapping[nn.Module, LayerCache], sequences: Sequence[PackedSequence]) -> None:
+    def __init__(
+        self,
+        caches: Mapping[nn.Module, LayerCache],
+        sequences: Sequence[PackedSequence],
+        block_size: int,
+        device: torch.device,
+    ) -> None:
         self._caches = caches
-        self.new_slots = torch.cat(
-            [sequence.slots[sequence.position :] for sequence in sequences]
-        )  # [num_tokens]
-        decoding = [sequence for sequence in sequences if sequence.end - sequence.start == 1]
-        self.decode_groups = [_DecodeGroup(group) for group in _group_by_length(decoding)]
-        self.chunks = [_Chunk(sequence) for sequence in sequences if sequence.end - sequence.start > 1]
+        new_slots = [slot for sequence in sequences for slot in _new_slots(sequence, block_size)]
+        self._new_slots = torch.tensor(new_slots, dtype=torch.long, device=device)  # [num_tokens]
+        decoding = [DecodingRequest(s.start, s.length, s.blocks) for s in sequences if s.num_tokens == 1]
+        self._decoding = DecodeBatch(decoding, block_size, device) if decoding else None
+        self._chunks = [_Chunk(s, block_size, device) for s in sequences if s.num_tokens > 1]
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         """query, key, value [num_tokens, heads, dim] of the new tokens -> [num_tokens, heads, dim]."""
         cache = self._caches[module]
-        cache.keys[self.new_slots] = key
-        cache.values[self.new_slots] = value
-        output = query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
-        for group in self.decode_groups:
-            mask = group.mask(options.sliding_window)
-            output[group.tokens] = decode_attention(
-                query[group.tokens], cache.keys, cache.values, group.slots, mask, options
-            )
-        for chunk in self.chunks:
+        cache.keys[self._new_slots] = key
+        cache.values[self._new_slots] = value
+        return self._attend(cache, query.contiguous(), options)
+
+    def rotate_and_attend(
+        self,
+        module: nn.Module,
+        heads: tuple[Tensor, Tensor, Tensor],
+        angles: tuple[Tensor, Tensor],
+        options: AttentionOptions,
+    ) -> Tensor:
+        """The same for queries, keys and values that are still to be turned by cos and sin [num_tokens, dim]."""
+        cache, rotation = self._caches[module], Rotation(*angles, self._new_slots)
+        query = rotate_and_store(*heads, cache.keys, cache.values, rotation)
+        return self._attend(cache, query, options)
+
+    def _attend(self, cache: LayerCache, query: Tensor, options: AttentionOptions) -> Tensor:
+        output = query.new_empty(query.shape[0], query.shape[1], cache.values.shape[-1])
+        if self._decoding is not None:
+            self._decoding.attend_(query, cache.keys, cache.values, options, output)
+        for chunk in self._chunks:
             output[chunk.tokens] = chunk_attention(
                 query[chunk.tokens],
                 cache.keys,
@@ -148,16 +154,7 @@ def register_attention() -> None:
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
 
 
-def _group_by_length(sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
-    """Groups whose padding at most doubles the shortest context (64 tokens are always fine)."""
-    groups: list[list[PackedSequence]] = []
-    for sequence in sorted(sequences, key=lambda sequence: len(sequence.slots)):
-        if groups and len(sequence.slots) <= 2 * len(groups[-1][0].slots) + 64:
-            groups[-1].append(sequence)
-        else:
-            groups.append([sequence])
-    return groups
-
-
-def _pad(slots: Tensor, length: int) -> Tensor:
-    return torch.cat([slots, slots[-1:].expand(length - len(slots))])
+def _new_slots(sequence: PackedSequence, block_size: int) -> Iterator[int]:
+    """The slots of the new tokens."""
+    for position in range(sequence.position, sequence.length):
+        yield sequence.blocks[position // block_size] * block_size + position % block_size

@@ -25,9 +25,12 @@ from fusionserve.adapters.row_plan import PlanCell
 from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.config_check import check_config
+from fusionserve.engine.decoder_layer import install_decoder_layers
 from fusionserve.engine.fit_check import CacheShape, check_fit
+from fusionserve.engine.loading_memory import little_garbage
 from fusionserve.engine.model_source import find_model
-from fusionserve.engine.nf4_base import little_garbage, load_options, settle
+from fusionserve.engine.nf4_base import load_options, settle
+from fusionserve.engine.packing import pack_linear_modules
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
 
@@ -102,7 +105,9 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     fit = check_fit(model, modules, max_context_tokens)
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
+    pack_linear_modules(model, fit.modules)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
+    install_decoder_layers(model)
     base = BaseModel(
         model=model,
         tokenizer=Tokenizer(_read_tokenizer(directory)),

@@ -9,7 +9,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fusionserve.adapters.fused_tokens import FusedTokens
+from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
+from fusionserve.adapters.row_plan import are_few
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.scheduler import ScheduledChunk
 
@@ -20,14 +21,17 @@ ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end
 class FusedChunks:
     """Neighbouring chunks of one fusion, served together."""
 
-    tokens: FusedTokens
+    tokens: FusedTokens | FusedSegment
     ranges: tuple[ChunkRange, ...]
 
 
-def plan_fused(ranges: Sequence[ChunkRange]) -> list[FusedChunks]:
-    """One group for each fusion in the batch, in which chunks of a fusion stand side by side."""
+def plan_fused(ranges: Sequence[ChunkRange], like: Tensor) -> list[FusedChunks]:
+    """One group for each fusion in the batch, in which chunks of a fusion stand side by side.
+
+    `like` is of the type and device that the model computes in.
+    """
     fused = [r for r in ranges if r[0].request.generation.adaptation.fusion is not None]
-    return [_group(tuple(group)) for _, group in groupby(fused, key=lambda r: r[0].row_starts)]
+    return [_group(tuple(group), like) for _, group in groupby(fused, key=lambda r: r[0].row_starts)]
 
 
 def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkWeights]:
@@ -41,13 +45,13 @@ def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkW
     return found
 
 
-def _group(ranges: tuple[ChunkRange, ...]) -> FusedChunks:
+def _group(ranges: tuple[ChunkRange, ...], like: Tensor) -> FusedChunks:
     chunk, start, _ = ranges[0]
+    end = ranges[-1][2]
     fusion = chunk.request.generation.adaptation.fusion
     assert fusion is not None
-    tokens = FusedTokens(
-        start, ranges[-1][2], chunk.row_starts[0], fusion.content.folded.rows, _allowed(ranges)
-    )
+    kind = FusedSegment if are_few(end - start, like) else FusedTokens
+    tokens = kind(start, end, chunk.row_starts[0], fusion.content.folded.rows, _allowed(ranges))
     return FusedChunks(tokens, ranges)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionserve import metrics
+from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
 from fusionserve.adapters.row_plan import (
     EMPTY_PLAN,
@@ -17,6 +18,8 @@ from fusionserve.adapters.row_plan import (
     RowPlan,
     RowRange,
     WholeModuleTokens,
+    are_few,
+    plan_few,
     plan_spans,
 )
 from fusionserve.engine.attention import AttentionBatch, LayerCache, PackedSequence
@@ -60,6 +63,7 @@ class ModelRunner:
     def __init__(self, base: BaseModel, *, block_size: int, num_blocks: int) -> None:
         self._base = base
         self._block_size = block_size
+        self._like = torch.empty(0, dtype=base.dtype, device=base.device)
         self._caches = allocate_cache(base.cache_shapes, block_size * num_blocks, base.dtype, base.device)
 
     @torch.inference_mode()
@@ -71,7 +75,7 @@ class ModelRunner:
         chunks = sorted(batch.chunks, key=_batch_order)
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
         logit_rows = _plan_logits(chunks)
-        fused = plan_fused(_ranges(chunks, starts))
+        fused = plan_fused(_ranges(chunks, starts), self._like)
         logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
         weights = gather_weights(fused)
@@ -93,8 +97,9 @@ class ModelRunner:
         sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
         wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
         logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows]
-        base.token_rows.plan = _plan(_ranges(chunks, starts), starts[-1], fused, base)
-        base.logit_rows.plan = _plan(logit_ranges, sum(map(len, wanted)), plan_fused(logit_ranges), base)
+        base.token_rows.plan = _plan(_ranges(chunks, starts), starts[-1], fused, self._like)
+        fused_logits = plan_fused(logit_ranges, self._like)
+        base.logit_rows.plan = _plan(logit_ranges, sum(map(len, wanted)), fused_logits, self._like)
         try:
             output = base.model(
                 input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
@@ -103,7 +108,7 @@ class ModelRunner:
                 position_ids=self._tensor([p for c in chunks for p in range(c.start, c.end)])[None],
                 use_cache=False,
                 logits_to_keep=self._tensor([position for positions in wanted for position in positions]),
-                attention_batch=AttentionBatch(self._caches, sequences),
+                attention_batch=AttentionBatch(self._caches, sequences, self._block_size, base.device),
             )
         finally:
             base.token_rows.plan = base.logit_rows.plan = EMPTY_PLAN
@@ -112,9 +117,8 @@ class ModelRunner:
 
     def _pack(self, chunk: ScheduledChunk, start: int) -> PackedSequence:
         num_blocks = -(-chunk.end // self._block_size)
-        blocks = self._tensor(chunk.request.blocks[:num_blocks])
-        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()[: chunk.end]
-        return PackedSequence(start, start + chunk.num_tokens, chunk.start, slots)
+        blocks = chunk.request.blocks[:num_blocks]
+        return PackedSequence(start, start + chunk.num_tokens, chunk.start, blocks)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._base.device)
@@ -169,11 +173,14 @@ def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[Chu
 
 
 def _plan(
-    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], base: BaseModel
+    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], like: Tensor
 ) -> RowPlan:
     adapted = [
         AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
     ]
+    few = [tokens for tokens in adapted if are_few(tokens.end - tokens.start, like)]
+    many = [tokens for tokens in adapted if not are_few(tokens.end - tokens.start, like)]
+    groups = [group.tokens for group in fused]
     whole = [
         WholeModuleTokens(start, end, adapter)
         for chunk, start, end in ranges
@@ -182,8 +189,9 @@ def _plan(
     ]
     return RowPlan(
         num_tokens,
-        spans=plan_spans(adapted, dtype=base.dtype, device=base.device),
-        fused=tuple(group.tokens for group in fused),
+        spans=plan_spans(many, dtype=like.dtype, device=like.device),
+        fused=tuple(tokens for tokens in groups if isinstance(tokens, FusedTokens)),
+        few=plan_few(few, [tokens for tokens in groups if isinstance(tokens, FusedSegment)], like),
         whole_modules=tuple(whole),
     )
 

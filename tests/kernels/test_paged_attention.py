@@ -1,4 +1,4 @@
-"""Paged attention against its definition, in float64."""
+"""Paged attention against its definition: torch's operations in float64, the native kernel in its own types."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from torch import Tensor
 
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
+    DecodeBatch,
+    DecodingRequest,
     causal_mask,
     chunk_attention,
     decode_attention,
     reference_attention,
+    slots_of_blocks,
 )
 
 NUM_SLOTS = 200
@@ -90,3 +93,70 @@ def test_chunk_without_mask_is_causal(name: str) -> None:
 def test_causal_mask_covers_the_window_up_to_the_token_itself() -> None:
     assert causal_mask(3, 2, 6, None).int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
     assert causal_mask(3, 2, 6, 2).int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0]]
+
+
+CPU = torch.device("cpu")
+# (query heads, KV heads, dim, value dim): groups of 1 to 7, dims that are and are not whole registers
+NATIVE_HEADS = [
+    (4, 4, 64, 64),
+    (9, 3, 64, 64),
+    (14, 2, 32, 128),
+    (5, 5, 24, 20),
+    (8, 1, 80, 96),
+    (6, 2, 256, 256),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def make_requests(lengths: tuple[int, ...], block_size: int) -> list[DecodingRequest]:
+    """Scattered blocks, no block twice; the requests' tokens stand at every second place of the batch."""
+    sizes = [-(-length // block_size) for length in lengths]
+    blocks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(2)).tolist()
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [
+        DecodingRequest(2 * index, length, blocks[start : start + size])
+        for index, (length, start, size) in enumerate(zip(lengths, starts, sizes, strict=True))
+    ]
+
+
+@with_options
+@pytest.mark.parametrize("heads", NATIVE_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+def test_decode_batch_equals_reference(
+    heads: tuple[int, int, int, int], options: AttentionOptions, dtype: torch.dtype, block_size: int
+) -> None:
+    num_heads, num_kv_heads, dim, value_dim = heads
+    lengths = (1, 4, 5, 16, 17, 33, 70, 6, 31)
+    requests = make_requests(lengths, block_size)
+    generator = torch.Generator().manual_seed(3)
+    num_slots = block_size * sum(len(request.blocks) for request in requests)
+    keys = torch.randn(num_slots, num_kv_heads, dim, generator=generator).to(dtype)
+    values = torch.randn(num_slots, num_kv_heads, value_dim, generator=generator).to(dtype)
+    query = torch.randn(2 * len(lengths), num_heads, dim, generator=generator).to(dtype) * dim**-0.25
+    for few in (requests, requests[5:6]):  # a request for each piece of work, and a head for each
+        output = torch.zeros(2 * len(lengths), num_heads, value_dim, dtype=dtype)
+        DecodeBatch(few, block_size, CPU).attend_(query, keys, values, options, output)
+        for request in few:
+            slots = slots_of_blocks(request.blocks, request.length, block_size, CPU)
+            expected = reference_attention(
+                query[request.token : request.token + 1].double(),
+                keys[slots].double(),
+                values[slots].double(),
+                request.length - 1,
+                options,
+            )
+            error = 2**-7 if dtype is torch.bfloat16 else 1e-5
+            torch.testing.assert_close(output[request.token].double(), expected[0], rtol=error, atol=error)
+        assert not output[1].any()
+
+
+def test_slots_never_written_are_not_read_into_the_sum() -> None:
+    """A request's last block may hold anything behind its own positions."""
+    requests = [DecodingRequest(0, 3, [0]), DecodingRequest(1, 20, [1, 2])]
+    keys, values = torch.randn(48, 2, 64), torch.randn(48, 2, 64)
+    for unwritten in (slice(3, 16), slice(36, 48)):
+        keys[unwritten] = values[unwritten] = float("nan")
+    output = torch.zeros(2, 4, 64)
+    DecodeBatch(requests, 16, CPU).attend_(torch.randn(2, 4, 64), keys, values, OPTIONS["plain"], output)
+    assert output.isfinite().all()

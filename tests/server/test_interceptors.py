@@ -178,7 +178,7 @@ async def test_deadline_reaches_the_engine(served: Served) -> None:
     await served.inference.Generate(pb.GenerateRequest(text="a"), timeout=30)
     deadline_s = served.engine.params[0].deadline_s
     assert deadline_s is not None
-    assert 25 < deadline_s - loop.time() <= 30
+    assert 25 < deadline_s - loop.time() <= 31  # gRPC rounds a timeout up for the wire
 
 
 async def test_request_without_deadline_gets_the_servers(served: Served) -> None:

@@ -1,0 +1,130 @@
+"""Adapted linear modules that share an input, computed together: base, adapters and fusions.
+
+    y = W0 x + b0 + sum_i c_i s_i B_i A_i x      c_i given by the request, or by a fusion's attention
+
+Queries, keys and values are such a group, and gate and up; every other module is a group of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.pool import ModuleRows
+from fusionserve.adapters.row_plan import FewTokens, PlanCell, RowPlan
+from fusionserve.kernels.few_tokens import PartRows
+from fusionserve.kernels.low_rank import weigh_
+from fusionserve.kernels.packed_linear import PackedLinear, PackedProduct
+
+
+class Projection(Protocol):
+    """An adapted linear module: the base's own module, the pool's rows beside it, and where it finds the step's plan."""
+
+    base: nn.Module
+    path: str
+    rows: ModuleRows
+    cell: PlanCell
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base module's own bias."""
+
+
+class Projections:
+    """The modules of one group, which read one plan."""
+
+    def __init__(self, modules: Sequence[Projection]) -> None:
+        self._modules = tuple(modules)
+        self._cell = modules[0].cell
+        bases = [module.base for module in modules]
+        packed = [base for base in bases if isinstance(base, PackedLinear)]
+        self._product = PackedProduct(packed) if len(packed) == len(bases) else None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., num_tokens, d_in] -> [..., num_tokens, d_out] of each module."""
+        outputs = [module.base(x) for module in self._modules] if self._product is None else self._product(x)
+        plan = self._cell.plan
+        if not plan.is_empty:
+            flat = [output.view(-1, output.shape[-1]) for output in outputs]
+            self._adapt_(x.reshape(-1, x.shape[-1]), flat, plan)
+        return outputs
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + y for a group of one, x [num_tokens, d_in], residual [num_tokens, d_out]; may write to `residual`."""
+        plan = self._cell.plan
+        if self._product is None or plan.whole_modules:
+            return residual + self(x)[0]
+        self._product.add_(x, residual)
+        if not plan.is_empty:
+            self._adapt_(x, [residual], plan)
+        return residual
+
+    def _adapt_(self, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan) -> None:
+        """x [num_tokens, d_in], outputs [num_tokens, d_out]; in place."""
+        assert x.shape[0] == plan.num_tokens, (
+            f"{self._modules[0].path} sees {x.shape[0]} of {plan.num_tokens} tokens"
+        )
+        if plan.whole_modules:
+            for module, y in zip(self._modules, outputs, strict=True):
+                _replace_(module, x, y, plan)
+        for module, y in zip(self._modules, outputs, strict=True):
+            if not module.rows.is_empty:
+                _add_spans_(module, x, y, plan)
+        if plan.few is not None:
+            self._add_few_(x, outputs, plan.few)
+        if plan.whole_modules:
+            for module, y in zip(self._modules, outputs, strict=True):
+                _scale_columns_(module, y, plan)
+
+    def _add_few_(self, x: Tensor, outputs: Sequence[Tensor], few: FewTokens) -> None:
+        """The native part. An attention sets the coefficients of its module and of those up to the next attention."""
+        pending: list[tuple[PartRows, Tensor]] = []
+        for module, y in zip(self._modules, outputs, strict=True):
+            if module.rows.is_empty:
+                continue
+            attending = [fused for fused in few.fused if fused.attends_at(module.path)]
+            if attending and pending:
+                few.segments.add_(x, pending)
+                pending = []
+            for fused in attending:
+                fused.attend(module.path, x, module.rows)
+            pending.append((module.rows.part, y))
+        if pending:
+            few.segments.add_(x, pending)
+
+
+def _add_spans_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:
+    """y += the low-rank part of every span and of the fused tokens; x [num_tokens, d_in], y [num_tokens, d_out]."""
+    rows = module.rows
+    for span in plan.spans:
+        tokens_here, rows_here = slice(span.token_start, span.token_end), slice(span.row_start, span.row_end)
+        u = rows.shrink(x[tokens_here], rows_here)
+        rows.expand_(y[tokens_here], weigh_(u, span.coefficients, span.left_out), rows_here)
+    for fused in plan.fused:
+        fused.add_(module.path, x, y, rows)
+
+
+def _replace_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:
+    """The tokens of adapters that saved the whole module."""
+    for tokens in plan.whole_modules:
+        saved = tokens.whole_module.weights.replacements.get(module.path)
+        if saved is not None:
+            here = slice(tokens.start, tokens.end)
+            y[here] = functional.linear(x[here], saved, module.bias)
+
+
+def _scale_columns_(module: Projection, y: Tensor, plan: RowPlan) -> None:
+    """DoRA's y = c * (W0 x + s B A x) + b0, on the tokens of its adapters."""
+    for tokens in plan.whole_modules:
+        _scale_tokens_(module, y[tokens.start : tokens.end], tokens.whole_module)
+
+
+def _scale_tokens_(module: Projection, y: Tensor, adapter: Adapter) -> None:
+    scale = adapter.content.column_scales.get(module.path)
+    if scale is not None:
+        bias = 0 if module.bias is None else module.bias
+        y.copy_((y - bias) * scale + bias)

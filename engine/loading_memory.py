@@ -1,0 +1,47 @@
+"""Gives back the memory that loading a base leaves behind."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them
+_MOST_KEPT = 32 << 20
+
+
+@contextmanager
+def little_garbage() -> Iterator[None]:
+    """Lets weights that are freed while a base is converted go back to the system at once.
+
+    Else glibc soon keeps blocks of up to 32 MiB for later, and several times the size of the base lies about in holes.
+    That is the size at which it stands behind the block, as it does in any process that has freed large blocks.
+    """
+    _glibc("mallopt", _MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        _glibc("mallopt", _MMAP_THRESHOLD, _MOST_KEPT)
+        _glibc("mallopt", _TRIM_THRESHOLD, 2 * _MOST_KEPT)
+
+
+@torch.no_grad()
+def let_go_of_files(model: PreTrainedModel) -> None:
+    """Copies what was not converted: a view of the mapped checkpoint would keep all of that in memory."""
+    for parameter in model.parameters():
+        if getattr(parameter, "quant_state", None) is None and not getattr(parameter, "is_converted", False):
+            parameter.data = parameter.data.clone()
+    _glibc(
+        "malloc_trim", 0
+    )  # converting leaves holes of the size of whole weights, which glibc keeps unless asked
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Calls a function that only glibc has, where there is glibc."""
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if found is not None:
+        found(*arguments)

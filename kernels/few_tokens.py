@@ -1,0 +1,183 @@
+"""The one equation for few tokens, natively: every token meets its own rank rows, of several modules at once.
+
+    y_t += sum_j c_tj (A_j x_t + a_j) B_j          j over the rank rows of the token's segments
+
+`low_rank.py` has the same sums as products over rectangles of tokens and rank rows, which pay for many tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fusionserve.kernels.native_call import native_function
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [token_start, token_end) by rank rows [row_start, row_end), with a coefficient for each pair.
+
+    `coefficients` is float32, [tokens, rows], or [1, rows] where all tokens share them. A coefficient of zero means
+    exactly zero, whatever the input is. The values may change between calls, in place.
+    """
+
+    token_start: int
+    token_end: int
+    row_start: int
+    row_end: int
+    coefficients: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PartRows:
+    """A module's rank rows: shrink [capacity, d_in], bias [capacity] or None, expand [capacity, d_out]."""
+
+    shrink: Tensor
+    bias: Tensor | None
+    expand: Tensor
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("token_start", "num_tokens", "row_start", "num_rows")),
+        ("coefficients", c_void_p),
+        ("coefficient_stride", c_int64),
+    )
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("shrink_rows", "shrink_bias", "expand_rows", "y")),
+        *((name, c_int64) for name in ("d_out", "y_stride")),
+    )
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = (("x", c_void_p), ("d_in", c_int64), ("x_stride", c_int64))
+
+
+def can_add(like: Tensor) -> bool:
+    """True if `Segments` can be added to tensors of this type and device."""
+    return native_function("add_low_rank", like) is not None
+
+
+class Segments:
+    """All segments of a step. Made once, used by every module."""
+
+    def __init__(self, segments: Sequence[Segment], like: Tensor) -> None:
+        native = native_function("add_low_rank", like)
+        assert native is not None, "segments need the native kernel"
+        self._native = native
+        self._coefficients = [
+            segment.coefficients for segment in segments
+        ]  # kept: the kernel has their address
+        self._segments = (_Segment * len(segments))(*map(_to_native, segments))
+        self._num_products = sum(s.num_tokens * s.num_rows for s in self._segments)
+        self._workspace = torch.empty(0)
+
+    def add_(self, x: Tensor, parts: Sequence[tuple[PartRows, Tensor]]) -> None:
+        """y += their low-rank part, in place, for x [num_tokens, d_in] and the y [num_tokens, d_out] of each part."""
+        if self._workspace.numel() < len(parts) * self._num_products:
+            self._workspace = torch.empty(len(parts) * self._num_products)
+        self._native(
+            ctypes.byref(inputs_of(x)),
+            (_Part * len(parts))(*(_part(rows, y) for rows, y in parts)),
+            c_int64(len(parts)),
+            self._segments,
+            c_int64(len(self._segments)),
+            c_void_p(self._workspace.data_ptr()),
+        )
+
+
+def inputs_of(x: Tensor) -> _Inputs:
+    """x [num_tokens, d_in] for a kernel; its rows must be contiguous."""
+    assert x.stride(1) == 1, "the numbers of a token must lie side by side"
+    return _Inputs(x.data_ptr(), x.shape[1], x.stride(0))
+
+
+def _to_native(segment: Segment) -> _Segment:
+    coefficients = segment.coefficients
+    assert coefficients.dtype == torch.float32, "coefficients are float32"
+    return _Segment(
+        segment.token_start,
+        segment.token_end - segment.token_start,
+        segment.row_start,
+        segment.row_end - segment.row_start,
+        coefficients.data_ptr(),
+        0 if coefficients.shape[0] == 1 else coefficients.stride(0),
+    )
+
+
+def _part(rows: PartRows, y: Tensor) -> _Part:
+    bias = None if rows.bias is None else rows.bias.data_ptr()
+    return _Part(
+        rows.shrink.data_ptr(), bias, rows.expand.data_ptr(), y.data_ptr(), rows.expand.shape[1], y.stride(0)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionAttention:
+    """Where a fusion's scores come from: its rank rows from `row_start` and what they mean.
+
+    First come the members' rows, `member_of_row` [rows] says whose; then as many of the scores; then, with
+    `has_member_keys`, a row per member. `allowed` bool [members] or [tokens, members], None for all.
+    """
+
+    token_start: int
+    token_end: int
+    row_start: int
+    member_of_row: Tensor
+    num_members: int
+    has_member_keys: bool
+    has_base_member: bool
+    allowed: Tensor | None
+
+
+class _FusionAttention(ctypes.Structure):
+    _fields_ = (
+        ("shrink_rows", c_void_p),
+        ("shrink_bias", c_void_p),
+        *((n, c_int64) for n in ("token_start", "num_tokens", "row_start", "num_rows", "num_members")),
+        ("member_of_row", c_void_p),
+        ("allowed", c_void_p),
+        *((n, c_int64) for n in ("allowed_stride", "has_member_keys", "has_base_member")),
+        ("weights", c_void_p),
+        ("coefficients", c_void_p),
+    )
+
+
+def attend_members(x: Tensor, rows: PartRows, fusion: FusionAttention, coefficients: Tensor) -> Tensor:
+    """The fusion weights [tokens, members (+ 1)], float32, of x [num_tokens, d_in]'s fused tokens.
+
+    Also fills `coefficients` [tokens, rows], float32: each rank row's member's weight.
+    """
+    native = native_function("fusion_attention", x)
+    assert native is not None, "fused segments need the native kernel"
+    num_tokens, num_rows = coefficients.shape
+    weights = coefficients.new_empty(num_tokens, fusion.num_members + fusion.has_base_member)
+    allowed = fusion.allowed
+    arguments = _FusionAttention(
+        rows.shrink.data_ptr(),
+        None if rows.bias is None else rows.bias.data_ptr(),
+        fusion.token_start,
+        num_tokens,
+        fusion.row_start,
+        num_rows,
+        fusion.num_members,
+        fusion.member_of_row.data_ptr(),
+        None if allowed is None else allowed.data_ptr(),
+        0 if allowed is None or allowed.dim() == 1 else allowed.stride(0),
+        fusion.has_member_keys,
+        fusion.has_base_member,
+        weights.data_ptr(),
+        coefficients.data_ptr(),
+    )
+    all_rows = 2 * num_rows + fusion.num_members
+    workspace = coefficients.new_empty(num_tokens * all_rows)
+    native(ctypes.byref(inputs_of(x)), ctypes.byref(arguments), c_void_p(workspace.data_ptr()))
+    return weights

@@ -1,0 +1,220 @@
+// The one equation for few tokens: y_t += sum_j c_tj (A_j x_t + a_j) B_j over the rank rows j of the token's own segments.
+//
+// Modules that share an input (queries, keys and values; gate and up) are parts of one call. Every token meets its own
+// rank rows only, so base tokens cost nothing and nobody pads to anybody's rank.
+
+#include "dot.h"
+#include "lanes.h"
+#include "threads.h"
+
+#include <algorithm>
+
+constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
+constexpr Index COLUMN_BLOCK = 128;  // outputs whose sums stay in registers
+
+// A module's rank rows and its output. expand_rows [capacity, d_out], y [num_tokens, d_out] with rows y_stride apart.
+struct LowRankPart {
+    const void* shrink_rows;  // [capacity, d_in]
+    const void* shrink_bias;  // [capacity] or null
+    const void* expand_rows;
+    void* y;
+    Index d_out;
+    Index y_stride;
+};
+
+// Tokens [token_start, + num_tokens) by rank rows [row_start, + num_rows).
+struct Segment {
+    Index token_start, num_tokens, row_start, num_rows;
+    const float* coefficients;  // [num_tokens, num_rows], rows coefficient_stride apart (0: one row for all tokens)
+    Index coefficient_stride;
+};
+
+struct Inputs {
+    const void* x;  // [num_tokens, d_in], rows x_stride apart
+    Index d_in;
+    Index x_stride;
+};
+
+static Index num_row_blocks(const Segment& segment) { return (segment.num_rows + ROW_BLOCK - 1) / ROW_BLOCK; }
+
+// u[r] = A_r x + a_r for `count` (at most ROW_BLOCK) rank rows from `row`.
+template <typename Number>
+static inline void shrink_block(const Inputs& inputs, const void* all_rows, const void* all_bias, Index token, Index row,
+                                Index count, float* u) {
+    const Number* x = static_cast<const Number*>(inputs.x) + token * inputs.x_stride;
+    const Number* rows = static_cast<const Number*>(all_rows) + row * inputs.d_in;
+    const Number* bias = static_cast<const Number*>(all_bias);
+    if (count == ROW_BLOCK)
+        dot_rows<ROW_BLOCK>(x, rows, inputs.d_in, inputs.d_in, u);
+    else
+        for (Index r = 0; r < count; ++r) dot_rows<1>(x, rows + r * inputs.d_in, inputs.d_in, inputs.d_in, u + r);
+    if (bias)
+        for (Index r = 0; r < count; ++r) u[r] += to_float(bias[row + r]);
+}
+
+// weighted [num_tokens, num_rows] of the segment: c (A x + a), and exactly 0 where c is 0, whatever x is.
+template <typename Number>
+static void shrink_segment(const Inputs& inputs, const LowRankPart& part, const Segment& segment, Index block,
+                           float* weighted) {
+    const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, segment.num_rows - first);
+    for (Index token = 0; token < segment.num_tokens; ++token) {
+        float u[ROW_BLOCK];
+        shrink_block<Number>(inputs, part.shrink_rows, part.shrink_bias, segment.token_start + token,
+                             segment.row_start + first, count, u);
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + first;
+        float* result = weighted + token * segment.num_rows + first;
+        for (Index r = 0; r < count; ++r) result[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+    }
+}
+
+// y[columns] += sum_r weighted[r] B[r, columns] for one token; `count` is COLUMN_BLOCK but at the end of a row.
+template <typename Number>
+static inline void expand_block(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
+                                Index count) {
+    constexpr Index NUM_LANES = COLUMN_BLOCK / LANES;
+    if (count == COLUMN_BLOCK) {
+        Lanes sums[NUM_LANES];
+#pragma GCC unroll 8
+        for (Index i = 0; i < NUM_LANES; ++i) sums[i] = load_lanes(y + i * LANES);
+        for (Index r = 0; r < num_rows; ++r)
+#pragma GCC unroll 8
+            for (Index i = 0; i < NUM_LANES; ++i) sums[i] += load_lanes(rows + r * d_out + i * LANES) * weighted[r];
+#pragma GCC unroll 8
+        for (Index i = 0; i < NUM_LANES; ++i) store_lanes(sums[i], y + i * LANES);
+        return;
+    }
+    for (Index i = 0; i < count; ++i) {
+        float sum = to_float(y[i]);
+        for (Index r = 0; r < num_rows; ++r) sum += weighted[r] * to_float(rows[r * d_out + i]);
+        y[i] = from_float<Number>(sum);
+    }
+}
+
+template <typename Number>
+static void expand_columns(const LowRankPart& part, const Segment& segment, Index column, const float* weighted) {
+    const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
+    const Index count = std::min(COLUMN_BLOCK, part.d_out - column);
+    for (Index token = 0; token < segment.num_tokens; ++token) {
+        Number* y = static_cast<Number*>(part.y) + (segment.token_start + token) * part.y_stride + column;
+        expand_block(weighted + token * segment.num_rows, segment.num_rows, rows, part.d_out, y, count);
+    }
+}
+
+static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }
+
+// `workspace` holds num_parts * sum of num_tokens * num_rows over the segments.
+template <typename Number>
+static void add_low_rank(const Inputs& inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+                         Index num_segments, float* workspace) {
+    Index num_weighted = 0, shrinks = 0, expands = 0;
+    for (Index s = 0; s < num_segments; ++s) {
+        num_weighted += segments[s].num_tokens * segments[s].num_rows;
+        shrinks += num_row_blocks(segments[s]);
+    }
+    for (Index p = 0; p < num_parts; ++p) expands += num_column_blocks(parts[p]);
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 4)
+        for (Index item = 0; item < shrinks * num_parts; ++item) {
+            const Index p = item / shrinks;
+            Index block = item % shrinks;
+            float* weighted = workspace + p * num_weighted;
+            const Segment* segment = segments;
+            for (; block >= num_row_blocks(*segment); ++segment) {
+                block -= num_row_blocks(*segment);
+                weighted += segment->num_tokens * segment->num_rows;
+            }
+            shrink_segment<Number>(inputs, parts[p], *segment, block, weighted);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (Index item = 0; item < expands; ++item) {
+            Index p = 0, block = item;
+            while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
+            const float* weighted = workspace + p * num_weighted;
+            for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
+                expand_columns<Number>(parts[p], *segment, block * COLUMN_BLOCK, weighted);
+                weighted += segment->num_tokens * segment->num_rows;
+            }
+        }
+    }
+}
+
+// Where a fusion's scores come from, and where its weights go; its rows lie in the pool from row_start:
+// first those of the members, num_rows of them, then as many of the scores, then a row per member with has_member_keys.
+struct FusionAttention {
+    const void* shrink_rows;  // of the module with the attention
+    const void* shrink_bias;  // or null
+    Index token_start, num_tokens, row_start, num_rows, num_members;
+    const Index* member_of_row;  // [num_rows]
+    const uint8_t* allowed;      // [num_tokens, num_members], rows allowed_stride apart, or null for all
+    Index allowed_stride;
+    Index has_member_keys, has_base_member;
+    float* weights;       // [num_tokens, num_members + has_base_member]
+    float* coefficients;  // [num_tokens, num_rows]: each rank row's member's weight
+};
+
+// Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
+static void softmax_allowed(float* scores, Index count, const uint8_t* allowed, Index num_members) {
+    const auto is_allowed = [&](Index i) { return !allowed || i >= num_members || allowed[i]; };
+    float maximum = -INFINITY, total = 0;
+    for (Index i = 0; i < count; ++i)
+        if (is_allowed(i)) maximum = scores[i] > maximum || scores[i] != scores[i] ? scores[i] : maximum;
+    for (Index i = 0; i < count; ++i) {
+        scores[i] = is_allowed(i) ? std::exp(scores[i] - maximum) : 0.0f;
+        total += scores[i];
+    }
+    for (Index i = 0; i < count; ++i)
+        if (is_allowed(i)) scores[i] /= total;
+}
+
+// score_i = sum over the rows j of member i of u_j g_j, + n_i x with member keys; the base member's score is 0.
+static void weigh_members(const FusionAttention& fusion, Index token, const float* u) {
+    const Index count = fusion.num_members + fusion.has_base_member;
+    float* weights = fusion.weights + token * count;
+    const float* scores = u + fusion.num_rows;
+    std::fill(weights, weights + count, 0.0f);
+    for (Index r = 0; r < fusion.num_rows; ++r) weights[fusion.member_of_row[r]] += u[r] * scores[r];
+    if (fusion.has_member_keys)
+        for (Index i = 0; i < fusion.num_members; ++i) weights[i] += scores[fusion.num_rows + i];
+    const uint8_t* allowed = fusion.allowed ? fusion.allowed + token * fusion.allowed_stride : nullptr;
+    softmax_allowed(weights, count, allowed, fusion.num_members);
+    for (Index r = 0; r < fusion.num_rows; ++r)
+        fusion.coefficients[token * fusion.num_rows + r] = weights[fusion.member_of_row[r]];
+}
+
+// `workspace` holds num_tokens times all rows of the fusion.
+template <typename Number>
+static void fusion_attention(const Inputs& inputs, const FusionAttention& fusion, float* workspace) {
+    const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
+    const Index num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
+#pragma omp parallel num_threads(num_threads)
+    {
+#pragma omp for schedule(dynamic, 4)
+        for (Index block = 0; block < num_blocks; ++block) {
+            const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
+            for (Index token = 0; token < fusion.num_tokens; ++token)
+                shrink_block<Number>(inputs, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
+                                     fusion.row_start + first, count, workspace + token * num_rows + first);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (Index token = 0; token < fusion.num_tokens; ++token)
+            weigh_members(fusion, token, workspace + token * num_rows);
+    }
+}
+
+extern "C" {
+void add_low_rank_f32(const Inputs* inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+                      Index num_segments, float* workspace) {
+    add_low_rank<float>(*inputs, parts, num_parts, segments, num_segments, workspace);
+}
+void add_low_rank_bf16(const Inputs* inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+                       Index num_segments, float* workspace) {
+    add_low_rank<BFloat16>(*inputs, parts, num_parts, segments, num_segments, workspace);
+}
+void fusion_attention_f32(const Inputs* inputs, const FusionAttention* fusion, float* workspace) {
+    fusion_attention<float>(*inputs, *fusion, workspace);
+}
+void fusion_attention_bf16(const Inputs* inputs, const FusionAttention* fusion, float* workspace) {
+    fusion_attention<BFloat16>(*inputs, *fusion, workspace);
+}
+}

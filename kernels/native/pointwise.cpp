@@ -1,0 +1,95 @@
+// What stands between the products of a decoder layer: norms, rotary positions, gated activations.
+
+#include "threads.h"
+
+// y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`; rows stride apart in x and y.
+template <typename Number>
+static void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, Index x_stride,
+                     Index y_stride, float epsilon) {
+#pragma omp parallel for num_threads(num_threads) if (num_rows * width > SERIAL_ELEMENTS)
+    for (Index row = 0; row < num_rows; ++row) {
+        const Number* from = x + row * x_stride;
+        Number* to = y + row * y_stride;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (Index i = 0; i < width; ++i) squares += to_float(from[i]) * to_float(from[i]);
+        const float scale = 1.0f / std::sqrt(squares / width + epsilon);
+#pragma omp simd
+        for (Index i = 0; i < width; ++i) {
+            const Number normalized = from_float<Number>(to_float(from[i]) * scale);
+            to[i] = from_float<Number>(to_float(normalized) * to_float(weight[i]));
+        }
+    }
+}
+
+// y = silu(gate) * up, elementwise.
+template <typename Number>
+static void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
+#pragma omp parallel for simd num_threads(num_threads) if (parallel : count > SERIAL_ELEMENTS)
+    for (Index i = 0; i < count; ++i) {
+        const float g = to_float(gate[i]);
+        const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
+        y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
+    }
+}
+
+// Heads of one token, [num_heads, dim], turned by its angles; cos and sin [dim], halves paired as in Llama.
+template <typename Number>
+static inline void rotate(const Number* from, Number* to, Index num_heads, Index dim, const Number* cos,
+                          const Number* sin) {
+    const Index half = dim / 2;
+    for (Index head = 0; head < num_heads; ++head, from += dim, to += dim) {
+#pragma omp simd
+        for (Index i = 0; i < half; ++i) {
+            const float low = to_float(from[i]), high = to_float(from[half + i]);
+            to[i] = from_float<Number>(low * to_float(cos[i]) - high * to_float(sin[i]));
+            to[half + i] = from_float<Number>(high * to_float(cos[half + i]) + low * to_float(sin[half + i]));
+        }
+    }
+}
+
+struct Heads {
+    void* query;        // [num_tokens, num_heads * dim], turned in place
+    const void* key;    // [num_tokens, num_kv_heads * dim]
+    const void* value;  // [num_tokens, num_kv_heads * dim]
+    const void* cos;    // [num_tokens, dim]
+    const void* sin;    // [num_tokens, dim]
+    void* keys;         // the cache, [num_slots, num_kv_heads, dim]
+    void* values;
+    const Index* slots;  // [num_tokens]
+    Index num_tokens, num_heads, num_kv_heads, dim;
+};
+
+// Turns queries and keys to their positions, and writes keys and values to their slots of the cache.
+template <typename Number>
+static void rotate_and_store(const Heads& heads) {
+    const Index width = heads.num_kv_heads * heads.dim;
+#pragma omp parallel for num_threads(num_threads) if (heads.num_tokens * heads.num_heads * heads.dim > SERIAL_ELEMENTS)
+    for (Index token = 0; token < heads.num_tokens; ++token) {
+        const Number* cos = static_cast<const Number*>(heads.cos) + token * heads.dim;
+        const Number* sin = static_cast<const Number*>(heads.sin) + token * heads.dim;
+        Number* query = static_cast<Number*>(heads.query) + token * heads.num_heads * heads.dim;
+        const Number* key = static_cast<const Number*>(heads.key) + token * width;
+        const Number* value = static_cast<const Number*>(heads.value) + token * width;
+        const Index slot = heads.slots[token] * width;
+        rotate(query, query, heads.num_heads, heads.dim, cos, sin);
+        rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, cos, sin);
+        std::memcpy(static_cast<Number*>(heads.values) + slot, value, width * sizeof(Number));
+    }
+}
+
+extern "C" {
+void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, Index xs, Index ys, float eps) {
+    rms_norm(x, w, y, rows, width, xs, ys, eps);
+}
+void rms_norm_bf16(const BFloat16* x, const BFloat16* w, BFloat16* y, Index rows, Index width, Index xs, Index ys,
+                   float eps) {
+    rms_norm(x, w, y, rows, width, xs, ys, eps);
+}
+void silu_product_f32(const float* gate, const float* up, float* y, Index count) { silu_product(gate, up, y, count); }
+void silu_product_bf16(const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {
+    silu_product(gate, up, y, count);
+}
+void rotate_and_store_f32(const Heads* heads) { rotate_and_store<float>(*heads); }
+void rotate_and_store_bf16(const Heads* heads) { rotate_and_store<BFloat16>(*heads); }
+}

@@ -1,0 +1,130 @@
+"""The kernels written in C++ (the folder `native`), compiled for the processor at hand when first needed, then kept.
+
+Compiling takes two seconds and needs a C++ compiler; where there is none, everything is computed with torch's own
+operations. The library is kept in the user's cache folder under a name that follows from the sources, the compiler and
+the processor. Its threads are torch's own: OpenMP comes from the library that torch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SWITCH = "FUSIONSERVE_NATIVE"  # "off" in the environment: torch's operations only
+_SOURCES = Path(__file__).parent / "native"
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+_COMPILE_TIMEOUT_S = 120
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def native_library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had; the reason is logged once."""
+    if os.environ.get(SWITCH) == "off":
+        return None
+    try:
+        library = ctypes.CDLL(str(_built_library()))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("computing without native kernels, several times slower: %s", _why(error))
+        return None
+    library.set_num_threads(torch.get_num_threads())
+    return library
+
+
+def _built_library() -> Path:
+    compiler = _compiler()
+    path = _cache_folder() / f"native-{_key(compiler)}.so"
+    if path.exists():
+        _refuse_strangers(path)
+    else:
+        _build(compiler, path)
+    return path
+
+
+def _compiler() -> str:
+    found = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "c++"))), None)
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler (on Debian: apt install g++)")
+    return found
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compiles to a temporary folder and moves the result, so that nobody loads half a library."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        objects = [f"{folder}/{source.stem}.o" for source in _units()]
+        for source, target in zip(_units(), objects, strict=True):
+            _run(compiler, *_FLAGS, "-c", str(source), "-o", target)
+        # Linked without OpenMP: its functions are found in the library that torch has loaded.
+        _run(compiler, "-shared", *objects, "-o", f"{folder}/native.so")
+        os.chmod(f"{folder}/native.so", 0o700)
+        os.replace(f"{folder}/native.so", path)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+
+
+def _units() -> list[Path]:
+    return sorted(_SOURCES.glob("*.cpp"))
+
+
+def _key(compiler: str) -> str:
+    """A digest of everything that the library follows from."""
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=10).stdout
+    digest.update(version + " ".join(_FLAGS).encode() + _processor().encode())
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What tells processors apart that `-march=native` compiles differently for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
+    return platform.machine() + "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "fusionserve"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _refuse_strangers(folder)
+    return folder
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Code is loaded from here: it must be the user's own, and nobody else may write it."""
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} belongs to, or can be written by, another user")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
+        lines = str(error.stderr).strip().splitlines()
+        return f"the compiler failed: {next((line for line in lines if 'error' in line), lines[0])}"
+    return str(error)

@@ -1,0 +1,94 @@
+"""What stands between the products of a decoder layer: norms, rotary positions and gated activations.
+
+    rms_norm      y = x / sqrt(mean(x^2) + eps) * w
+    silu_product  y = silu(g) * u
+    rotate        (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head, as in Llama
+
+Natively where there is a library and the type is float32 or bfloat16, else with torch's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fusionserve.kernels.native_call import native_function
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., width], weight [width] -> like x."""
+    native = native_function("rms_norm", x)
+    if native is None:
+        return reference_rms_norm(x, weight, epsilon)
+    x = x.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    pointers = c_void_p(x.data_ptr()), c_void_p(weight.data_ptr()), c_void_p(y.data_ptr())
+    sizes = c_int64(x.numel() // width), c_int64(width), c_int64(width), c_int64(width)
+    native(*pointers, *sizes, c_float(epsilon))
+    return y
+
+
+def reference_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The definition, normalized in float32."""
+    wide = x.float()
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * normalized.to(x.dtype)
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> silu(gate) * up."""
+    native = native_function("silu_product", gate)
+    if native is None:
+        return functional.silu(gate) * up
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    native(c_void_p(gate.data_ptr()), c_void_p(up.data_ptr()), c_void_p(y.data_ptr()), c_int64(gate.numel()))
+    return y
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "key", "value", "cos", "sin", "keys", "values", "slots")),
+        *((name, c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The angles of the new tokens, cos and sin [num_tokens, dim], and the slots [num_tokens] their keys go to."""
+
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
+
+def rotate_and_store(
+    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rotation: Rotation
+) -> Tensor:
+    """Turned queries; turned keys and the values go to their slots of the cache.
+
+    query [num_tokens, num_heads, dim], key and value [num_tokens, num_kv_heads, dim], contiguous; keys and values
+    [num_slots, num_kv_heads, dim] are written to, and `query` may be.
+    """
+    native = native_function("rotate_and_store", query)
+    if native is None:
+        keys[rotation.slots] = rotated(key, rotation)
+        values[rotation.slots] = value
+        return rotated(query, rotation)
+    num_tokens, num_heads, dim = query.shape
+    tensors = (query, key, value, rotation.cos, rotation.sin, keys, values, rotation.slots)
+    pointers = (tensor.data_ptr() for tensor in tensors)
+    native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim)))
+    return query
+
+
+def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
+    """heads [num_tokens, heads, dim] turned by the angles of their tokens."""
+    low, high = heads.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return heads * rotation.cos[:, None] + turned * rotation.sin[:, None]

@@ -1,0 +1,138 @@
+"""Segments and member attention, natively, against the definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusionserve.kernels.few_tokens import (
+    FusionAttention,
+    PartRows,
+    Segment,
+    Segments,
+    attend_members,
+    can_add,
+)
+from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
+from fusionserve.kernels.low_rank import reference_delta
+
+D_IN, CAPACITY = 70, 60
+DTYPES = [torch.float32, torch.bfloat16]
+with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_rows(d_out: int, dtype: torch.dtype, *, bias: bool) -> PartRows:
+    shrink = make((CAPACITY, D_IN), dtype, 1) * D_IN**-0.5
+    return PartRows(shrink, make((CAPACITY,), dtype, 2) if bias else None, make((CAPACITY, d_out), dtype, 3))
+
+
+def expected_output(x: Tensor, rows: PartRows, y: Tensor, segments: list[Segment]) -> Tensor:
+    """y plus each segment's delta, in float64."""
+    wide = y.double()
+    bias = torch.zeros(CAPACITY) if rows.bias is None else rows.bias
+    for segment in segments:
+        tokens = slice(segment.token_start, segment.token_end)
+        here = slice(segment.row_start, segment.row_end)
+        count = segment.token_end - segment.token_start
+        wide[tokens] += reference_delta(
+            x[tokens].double(),
+            rows.shrink[here].double(),
+            bias[here].double(),
+            rows.expand[here].double(),
+            segment.coefficients.double().expand(count, -1),
+        )
+    return wide
+
+
+def make_segments() -> list[Segment]:
+    """Ranks 1 to 33, one token and several, a blend of two, shared and own coefficients; tokens 0 and 5 are base."""
+    return [
+        Segment(1, 2, 0, 16, torch.full((1, 16), 0.5)),
+        Segment(2, 5, 16, 17, torch.tensor([[1.0], [0.0], [-2.0]])),
+        Segment(6, 8, 17, 50, make((2, 33), torch.float32, 4)),
+        Segment(8, 9, 3, 8, torch.ones(1, 5)),
+        Segment(8, 9, 50, 60, torch.full((1, 10), 0.25)),
+    ]
+
+
+def test_segments_are_native_here() -> None:
+    assert can_add(torch.zeros(0))
+    assert not can_add(torch.zeros(0, dtype=torch.float16))
+
+
+@with_dtype
+@pytest.mark.parametrize("bias", [True, False])
+def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, bias: bool) -> None:
+    x = make((10, D_IN), dtype, 0)
+    parts = [make_rows(d_out, dtype, bias=bias) for d_out in (7, 128, 300)]
+    outputs = [make((10, rows.expand.shape[1]), dtype, 5) for rows in parts]
+    segments = make_segments()
+    expected = [expected_output(x, rows, y, segments) for rows, y in zip(parts, outputs, strict=True)]
+    before = [y.clone() for y in outputs]
+    Segments(segments, x).add_(x, list(zip(parts, outputs, strict=True)))
+    for y, wide, untouched in zip(outputs, expected, before, strict=True):
+        torch.testing.assert_close(
+            y.double(), wide, rtol=2**-6 if dtype is torch.bfloat16 else 1e-5, atol=0.02
+        )
+        assert torch.equal(y[[0, 5, 9]], untouched[[0, 5, 9]])
+
+
+def test_zero_coefficient_means_zero_whatever_the_input() -> None:
+    rows = make_rows(20, torch.float32, bias=False)
+    x, y = torch.full((2, D_IN), float("inf")), torch.zeros(2, 20)
+    Segments([Segment(0, 1, 0, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, torch.ones(1, 4))], x).add_(
+        x, [(rows, y)]
+    )
+    assert not y[0].any()
+    assert not y[1].isfinite().any()
+
+
+ALLOWED = {
+    "all": None,
+    "some": torch.tensor([True, False, True]),
+    "by token": torch.tensor(
+        [[True, True, True], [False, True, False], [False, False, False], [True, False, True]]
+    ),
+}
+
+
+@with_dtype
+@pytest.mark.parametrize("allowed", ALLOWED.values(), ids=ALLOWED.keys())
+@pytest.mark.parametrize("member_keys", [True, False])
+@pytest.mark.parametrize("base_member", [True, False])
+def test_attention_over_members_equals_the_definition(
+    dtype: torch.dtype, allowed: Tensor | None, member_keys: bool, base_member: bool
+) -> None:
+    member_of_row, start, num_tokens = torch.tensor([0, 0, 0, 1, 2, 2]), 5, 4
+    x, rows = make((7, D_IN), dtype, 0), make_rows(8, dtype, bias=True)
+    assert rows.bias is not None
+    fusion = FusionAttention(
+        token_start=2,
+        token_end=2 + num_tokens,
+        row_start=start,
+        member_of_row=member_of_row,
+        num_members=3,
+        has_member_keys=member_keys,
+        has_base_member=base_member,
+        allowed=allowed,
+    )
+    coefficients = torch.full((num_tokens, 6), float("nan"))
+    weights = attend_members(x, rows, fusion, coefficients)
+    outputs = (
+        x[2:6].double() @ rows.shrink[start : start + 15].double().T + rows.bias[start : start + 15].double()
+    )
+    scores = member_scores(
+        outputs[:, :6], outputs[:, 6:12], member_of_row, 3, outputs[:, 12:15] if member_keys else None
+    )
+    mask = None if allowed is None else allowed.expand(num_tokens, -1)
+    if base_member:
+        scores = with_base_member(scores)
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+    expected = masked_softmax(scores, mask)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(coefficients, weights[:, member_of_row])

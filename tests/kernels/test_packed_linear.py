@@ -1,0 +1,93 @@
+"""The packed product against the definition, and that a token's output does not depend on its company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusionserve.kernels.native_library import native_library
+from fusionserve.kernels.packed_linear import (
+    PackedEmbedding,
+    PackedLinear,
+    PackedProduct,
+    can_pack,
+    pack,
+    reference_linear,
+    unpack,
+)
+
+SIZES = [(2, 16), (64, 16), (66, 48), (128, 64), (130, 80), (576, 192)]  # (d_in, d_out)
+
+library = native_library()
+needs_product = pytest.mark.skipif(
+    library is None or not library.has_packed_linear(), reason="the processor has no bfloat16 product"
+)
+
+
+def make_weight(d_in: int, d_out: int) -> Tensor:
+    torch.manual_seed(d_in)
+    return (torch.randn(d_out, d_in) * d_in**-0.5).bfloat16()
+
+
+def make_linear(d_in: int, d_out: int, *, bias: bool = True) -> tuple[PackedLinear, Tensor]:
+    weight = make_weight(d_in, d_out)
+    return PackedLinear(pack(weight), torch.randn(d_out).bfloat16() if bias else None), weight
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), SIZES)
+def test_unpack_undoes_pack(d_in: int, d_out: int) -> None:
+    weight = make_weight(d_in, d_out)
+    assert torch.equal(unpack(pack(weight)), weight)
+
+
+@needs_product
+@pytest.mark.parametrize(("d_in", "d_out"), SIZES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 7, 8, 13, 40])
+def test_product_equals_the_definition(d_in: int, d_out: int, bias: bool, num_tokens: int) -> None:
+    linear, weight = make_linear(d_in, d_out, bias=bias)
+    x = torch.randn(num_tokens, d_in).bfloat16()
+    expected = reference_linear(x, weight, linear.bias)
+    torch.testing.assert_close(linear(x), expected.bfloat16(), rtol=2**-7, atol=1e-4)
+
+
+@needs_product
+def test_parts_share_one_call_and_a_strided_input() -> None:
+    parts = [make_linear(66, d_out) for d_out in (16, 80, 48)]
+    x = torch.randn(9, 132).bfloat16()[:, :66]
+    outputs = PackedProduct([linear for linear, _ in parts])(x)
+    for output, (linear, weight) in zip(outputs, parts, strict=True):
+        expected = reference_linear(x, weight, linear.bias)
+        torch.testing.assert_close(output, expected.bfloat16(), rtol=2**-7, atol=1e-4)
+
+
+@needs_product
+def test_residual_is_added_before_rounding() -> None:
+    linear, weight = make_linear(64, 48)
+    x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 48).bfloat16() * 100
+    expected = residual.float() + reference_linear(x, weight, linear.bias)
+    PackedProduct([linear]).add_(x, residual)
+    torch.testing.assert_close(residual, expected.bfloat16(), rtol=2**-8, atol=0)
+
+
+@needs_product
+def test_token_gets_the_same_bits_in_any_company() -> None:
+    linear, _ = make_linear(576, 192)
+    x = torch.randn(45, 576).bfloat16()
+    together = linear(x)
+    alone = torch.cat([linear(x[index : index + 1]) for index in range(len(x))])
+    assert torch.equal(together, alone)
+
+
+@needs_product
+def test_tied_embedding_reads_the_packed_rows() -> None:
+    head, weight = make_linear(66, 80, bias=False)
+    token_ids = torch.tensor([[0, 79, 17, 16]])
+    assert torch.equal(PackedEmbedding(head)(token_ids), nn.functional.embedding(token_ids, weight))
+
+
+def test_only_what_fits_is_packed() -> None:
+    assert not can_pack(torch.zeros(16, 4))  # float32
+    assert not can_pack(torch.zeros(15, 4, dtype=torch.bfloat16))
+    assert not can_pack(torch.zeros(16, 3, dtype=torch.bfloat16))
