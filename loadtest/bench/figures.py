@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fusionserve.loadtest.bench.floor import Floor
@@ -47,7 +47,7 @@ class Figures:
     prompt_s: float | None  # None where prompts and decoding do not part
     decode_s: float | None
     ours_times: Spread | None  # our tokens/s of the same kind, in process, divided by these
-    floor_share: float | None  # the floor's seconds divided by these
+    floor_share: float | None  # the floor's seconds divided by these, each within its repeat
     decode_floor_share: float | None
     first_tokens_equal: float | None  # of the reference's, over all prompts and repeats
 
@@ -79,10 +79,9 @@ RATIOS = (
 )
 
 
-def figures(key: Key, outcomes: Outcomes, least: Floor | None) -> Figures:
-    """The line of one system and kind; `least` is its floor, None where the floor's arithmetic is not its own."""
+def figures(key: Key, outcomes: Outcomes, floors: Sequence[Floor]) -> Figures:
+    """The line of one system and kind; `floors` has one per repeat, or none if the arithmetic is not its own."""
     mine = outcomes[key]
-    total_s = statistics.median(each.total_s for each in mine)
     parts = [(each.prompt_s, each.total_s - each.prompt_s) for each in mine if each.prompt_s is not None]
     prompt_s, decode_s = map(statistics.median, zip(*parts, strict=True)) if parts else (None, None)
     return Figures(
@@ -90,10 +89,18 @@ def figures(key: Key, outcomes: Outcomes, least: Floor | None) -> Figures:
         prompt_s=prompt_s,
         decode_s=decode_s,
         ours_times=ratio((OURS, key[1]), key, outcomes),
-        floor_share=least.total_s / total_s if least else None,
-        decode_floor_share=least.decode_s / decode_s if least and decode_s else None,
+        floor_share=_median(least.total_s / each.total_s for least, each in zip(floors, mine, strict=False)),
+        decode_floor_share=_median(
+            least.decode_s / part[1] for least, part in zip(floors, parts, strict=False) if part[1]
+        ),
         first_tokens_equal=first_tokens_equal(key, outcomes),
     )
+
+
+def _median(numbers: Iterable[float]) -> float | None:
+    """None of nothing."""
+    listed = list(numbers)
+    return statistics.median(listed) if listed else None
 
 
 def tokens_per_s(outcome: Outcome) -> float:

@@ -3,7 +3,8 @@
 Reading: the sum of a float32 tensor of 512 MiB, far more than any cache holds, by torch on all threads. A sum does
 nothing but read; matrix-vector products of torch read at half that speed and would flatter everyone. Multiplying:
 `torch.mm` of two bfloat16 matrices of 2048 x 2048, which oneDNN runs from its caches. The best of a few tries counts,
-because a limit is what can be reached.
+because a limit is what can be reached. A virtual machine's limit is no constant: reading came out at 48 GB/s for some
+minutes and at 78 for others, hence a measurement per repeat.
 """
 
 from __future__ import annotations

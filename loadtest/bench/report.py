@@ -40,17 +40,23 @@ class WorkloadReport:
             statistics.median(each.flops_per_s for each in self.limits),
         )
 
+    def floor(self, kind: str, limit: MachineLimit) -> Floor:
+        """The least seconds of a kind of round."""
+        return floor(self.workload.model_size(), self.workload.load(kind), limit)
+
     def floors(self) -> dict[str, Floor]:
-        """The least seconds of each kind."""
-        size = self.workload.model_size()
-        return {kind: floor(size, self.workload.load(kind), self.limit) for kind in KINDS}
+        """The least seconds of each kind with the median limit."""
+        return {kind: self.floor(kind, self.limit) for kind in KINDS}
 
     def lines(self) -> dict[Key, Figures]:
-        """Figures by (system, kind), kind by kind. The floor's arithmetic is for bfloat16 alone."""
-        floors = self.floors()
+        """Figures by (system, kind), kind by kind."""
         keys = sorted(self.outcomes, key=lambda key: (KINDS.index(key[1]), list(SYSTEMS).index(key[0])))
-        least = {key: floors[key[1]] if SYSTEMS[key[0]].is_bfloat16 else None for key in keys}
-        return {key: figures(key, self.outcomes, least[key]) for key in keys}
+        return {key: figures(key, self.outcomes, self._floors_of_repeats(key)) for key in keys}
+
+    def _floors_of_repeats(self, key: Key) -> list[Floor]:
+        """A machine shared with others changes its pace between repeats. The arithmetic is for bfloat16 alone."""
+        system, kind = key
+        return [self.floor(kind, limit) for limit in self.limits] if SYSTEMS[system].is_bfloat16 else []
 
 
 def to_text(report: WorkloadReport) -> str:
