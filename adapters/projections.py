@@ -22,7 +22,7 @@ from fusionserve.kernels.packed_linear import PackedLinear, PackedProduct
 
 
 class Projection(Protocol):
-    """An adapted linear module: the base's own module, the pool's rows beside it, and where it finds the step's plan."""
+    """An adapted linear module: the base's own, the pool's rows beside it, and where it finds the step's plan."""
 
     base: nn.Module
     path: str
@@ -54,7 +54,7 @@ class Projections:
         return outputs
 
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + y for a group of one, x [num_tokens, d_in], residual [num_tokens, d_out]; may write to `residual`."""
+        """residual + y for a group of one; x [num_tokens, d_in], residual [num_tokens, d_out], which may be written to."""
         plan = self._cell.plan
         if self._product is None or plan.whole_modules:
             return residual + self(x)[0]

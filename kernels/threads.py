@@ -1,8 +1,8 @@
 """Who may compute on several cores: the engine thread, and nobody beside it.
 
 OpenMP gives every thread that computes a pool of its own. Once the pools together have more threads than there are
-cores, an idle worker goes to sleep at once instead of waiting for the next piece of work, and waking it costs 40 us: more
-than most operations of a decoding step take.
+cores, an idle worker goes to sleep at once instead of waiting for the next piece of work, and waking it costs 40 us,
+more than most operations of a decoding step take.
 """
 
 from __future__ import annotations

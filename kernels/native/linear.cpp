@@ -103,7 +103,7 @@ extern "C" int has_packed_linear() { return 1; }
 extern "C" void packed_linear(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
     Index total = 0;
     for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+#pragma omp parallel for schedule(static) num_threads(num_threads)
     for (Index item = 0; item < total; ++item) {
         const LinearPart* part = parts;
         Index index = item;

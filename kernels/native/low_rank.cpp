@@ -10,7 +10,7 @@
 #include <algorithm>
 
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
-constexpr Index COLUMN_BLOCK = 128;  // outputs whose sums stay in registers
+constexpr Index COLUMN_BLOCK = 128;  // outputs that are one piece of work
 
 // A module's rank rows and its output. expand_rows [capacity, d_out], y [num_tokens, d_out] with rows y_stride apart.
 struct LowRankPart {
@@ -67,22 +67,32 @@ static void shrink_segment(const Inputs& inputs, const LowRankPart& part, const 
     }
 }
 
-// y[columns] += sum_r weighted[r] B[r, columns] for one token; `count` is COLUMN_BLOCK but at the end of a row.
-template <typename Number>
+// y[token, columns] += sum_r weighted[token, r] B[r, columns] for TOKENS tokens and NUM_LANES * LANES columns.
+template <int TOKENS, int NUM_LANES, typename Number>
 static inline void expand_block(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
-                                Index count) {
-    constexpr Index NUM_LANES = COLUMN_BLOCK / LANES;
-    if (count == COLUMN_BLOCK) {
-        Lanes sums[NUM_LANES];
+                                Index y_stride) {
+    Lanes sums[TOKENS][NUM_LANES];
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
-        for (Index i = 0; i < NUM_LANES; ++i) sums[i] = load_lanes(y + i * LANES);
-        for (Index r = 0; r < num_rows; ++r)
+        for (int i = 0; i < NUM_LANES; ++i) sums[t][i] = load_lanes(y + t * y_stride + i * LANES);
+    for (Index r = 0; r < num_rows; ++r)
 #pragma GCC unroll 8
-            for (Index i = 0; i < NUM_LANES; ++i) sums[i] += load_lanes(rows + r * d_out + i * LANES) * weighted[r];
+        for (int i = 0; i < NUM_LANES; ++i) {
+            const Lanes row = load_lanes(rows + r * d_out + i * LANES);
+#pragma GCC unroll 4
+            for (int t = 0; t < TOKENS; ++t) sums[t][i] += row * weighted[t * num_rows + r];
+        }
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 8
-        for (Index i = 0; i < NUM_LANES; ++i) store_lanes(sums[i], y + i * LANES);
-        return;
-    }
+        for (int i = 0; i < NUM_LANES; ++i) store_lanes(sums[t][i], y + t * y_stride + i * LANES);
+}
+
+// The columns [column, + count) of one token, where they do not fill registers.
+template <typename Number>
+static inline void expand_rest(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
+                               Index count) {
     for (Index i = 0; i < count; ++i) {
         float sum = to_float(y[i]);
         for (Index r = 0; r < num_rows; ++r) sum += weighted[r] * to_float(rows[r * d_out + i]);
@@ -90,14 +100,35 @@ static inline void expand_block(const float* weighted, Index num_rows, const Num
     }
 }
 
+template <int TOKENS, typename Number>
+static inline void expand_tokens(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
+                                 Index y_stride, Index count) {
+    constexpr int NUM_LANES = TOKENS == 1 ? 8 : 4;
+    Index column = 0;
+    for (; column + NUM_LANES * LANES <= count; column += NUM_LANES * LANES)
+        expand_block<TOKENS, NUM_LANES>(weighted, num_rows, rows + column, d_out, y + column, y_stride);
+    for (; column + LANES <= count; column += LANES)
+        expand_block<TOKENS, 1>(weighted, num_rows, rows + column, d_out, y + column, y_stride);
+    for (int t = 0; t < TOKENS; ++t)
+        expand_rest(weighted + t * num_rows, num_rows, rows + column, d_out, y + t * y_stride + column, count - column);
+}
+
+// Columns [column, + COLUMN_BLOCK) of the part, or what is left of them, for a segment's tokens.
 template <typename Number>
 static void expand_columns(const LowRankPart& part, const Segment& segment, Index column, const float* weighted) {
     const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
-    const Index count = std::min(COLUMN_BLOCK, part.d_out - column);
-    for (Index token = 0; token < segment.num_tokens; ++token) {
-        Number* y = static_cast<Number*>(part.y) + (segment.token_start + token) * part.y_stride + column;
-        expand_block(weighted + token * segment.num_rows, segment.num_rows, rows, part.d_out, y, count);
-    }
+    const Index count = std::min(COLUMN_BLOCK, part.d_out - column), num_rows = segment.num_rows;
+    Number* y = static_cast<Number*>(part.y) + segment.token_start * part.y_stride + column;
+    Index token = 0;
+    for (; token + 4 <= segment.num_tokens; token += 4)
+        expand_tokens<4>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
+                         part.y_stride, count);
+    for (; token + 2 <= segment.num_tokens; token += 2)
+        expand_tokens<2>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
+                         part.y_stride, count);
+    for (; token < segment.num_tokens; ++token)
+        expand_tokens<1>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
+                         part.y_stride, count);
 }
 
 static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }

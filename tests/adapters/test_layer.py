@@ -33,6 +33,7 @@ from fusionserve.adapters.row_plan import (
     RowPlan,
     RowRange,
     WholeModuleTokens,
+    plan_few,
     plan_spans,
 )
 
@@ -42,8 +43,11 @@ Request = tuple[int, tuple[tuple[Adapter, float], ...]]  # tokens, and adapters 
 class Bench:
     """One adapted layer over a pool, and plans for it."""
 
-    def __init__(self, path: str, base: nn.Module, adapters: Sequence[Adapter]) -> None:
+    def __init__(
+        self, path: str, base: nn.Module, adapters: Sequence[Adapter], *, as_segments: bool = False
+    ) -> None:
         self.cell = PlanCell()
+        self._as_segments = as_segments
         self.base = base
         pool = AdapterPool(make_modules(), 32, dtype=torch.float32, device=torch.device("cpu"))
         self.starts: dict[Adapter, int] = {}
@@ -67,8 +71,13 @@ class Bench:
             adapted += [AdaptedTokens(start, end, rows)] if rows else []
             whole += [WholeModuleTokens(start, end, a) for a, _ in members if not a.weights.is_low_rank_only]
             start = end
-        spans = plan_spans(adapted, dtype=torch.float32, device=torch.device("cpu"))
-        self.cell.plan = RowPlan(start, spans, whole_modules=tuple(whole))
+        if self._as_segments:
+            self.cell.plan = RowPlan(
+                start, few=plan_few(adapted, [], torch.zeros(0)), whole_modules=tuple(whole)
+            )
+        else:
+            spans = plan_spans(adapted, dtype=torch.float32, device=torch.device("cpu"))
+            self.cell.plan = RowPlan(start, spans, whole_modules=tuple(whole))
         return self.layer(x[None])[0]
 
 
@@ -92,8 +101,12 @@ def make_x(num_tokens: int) -> Tensor:
     return torch.randn(num_tokens, D_IN, generator=torch.Generator().manual_seed(3))
 
 
+as_both = pytest.mark.parametrize("as_segments", [False, True], ids=["as spans", "as segments"])
+
+
+@as_both
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_mixed_batch_equals_the_equation(kind: str) -> None:
+def test_mixed_batch_equals_the_equation(kind: str, as_segments: bool) -> None:
     a, b, c = make_plain(3, 1), make_plain(5, 2, bias=True), make_plain(1, 3)
     requests: list[Request] = [
         (2, ()),
@@ -104,7 +117,7 @@ def test_mixed_batch_equals_the_equation(kind: str) -> None:
         (1, ()),
     ]
     x, base = make_x(12), make_linear(kind)
-    y = Bench(FIRST, base, [a, b, c]).run(x, requests)
+    y = Bench(FIRST, base, [a, b, c], as_segments=as_segments).run(x, requests)
     expected, start = base(x), 0
     for num_tokens, members in requests:
         here = slice(start, start + num_tokens)
@@ -114,7 +127,8 @@ def test_mixed_batch_equals_the_equation(kind: str) -> None:
     torch.testing.assert_close(y, expected)
 
 
-def test_base_tokens_are_untouched_bit_for_bit() -> None:
+@as_both
+def test_base_tokens_are_untouched_bit_for_bit(as_segments: bool) -> None:
     a, b = make_plain(8, 1), make_plain(8, 2)
     x, base = make_x(9), make_linear()
     requests: list[Request] = [
@@ -125,26 +139,27 @@ def test_base_tokens_are_untouched_bit_for_bit() -> None:
         (3, ()),
         (1, ((a, 2.0),)),
     ]
-    y = Bench(FIRST, base, [a, b]).run(x, requests)
+    y = Bench(FIRST, base, [a, b], as_segments=as_segments).run(x, requests)
     is_base = torch.tensor([True, False, True, True, False, True, True, True, False])
     assert torch.equal(y[is_base], base(x)[is_base])
     assert (y[~is_base] != base(x)[~is_base]).any(dim=1).all()
 
 
+@as_both
 @pytest.mark.parametrize("size", [float("inf"), float("-inf"), float("nan"), 1e38])
-def test_overflow_of_one_adapter_stays_with_its_tokens(size: float) -> None:
-    """Its neighbours share the span, and so the product, but not the infinities."""
+def test_overflow_of_one_adapter_stays_with_its_tokens(size: float, as_segments: bool) -> None:
+    """As spans its neighbours share the product, but not the infinities."""
     good = make_plain(4, 1)
     bad = make_adapter(
         make_content({FIRST: replace(make_lora(4, seed=2), shrink=torch.full((4, D_IN), size))})
     )
     x, base = make_x(6), make_linear()
     requests: list[Request] = [(1, ((good, 1.0),)), (1, ()), (1, ((bad, 1.0),)), (1, ()), (2, ((good, 0.5),))]
-    bench = Bench(FIRST, base, [good, bad])
+    bench = Bench(FIRST, base, [good, bad], as_segments=as_segments)
     y = bench.run(x, requests)
-    assert len(bench.cell.plan.spans) == 1
+    assert as_segments or len(bench.cell.plan.spans) == 1
     harmless = [(n, tuple(m for m in members if m[0] is good)) for n, members in requests]
-    expected = Bench(FIRST, base, [good]).run(x, harmless)
+    expected = Bench(FIRST, base, [good], as_segments=as_segments).run(x, harmless)
     others = [0, 1, 3, 4, 5]
     torch.testing.assert_close(y[others], expected[others])
     assert torch.equal(y[[1, 3]], base(x)[[1, 3]])
@@ -165,15 +180,17 @@ def test_module_that_no_adapter_touches_is_the_base() -> None:
     assert torch.equal(bench.run(make_x(4), [(4, ((elsewhere, 1.0),))]), bench.base(make_x(4)))
 
 
+@as_both
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_column_scales_apply_to_their_tokens_without_the_bias(has_bias: bool) -> None:
+def test_column_scales_apply_to_their_tokens_without_the_bias(has_bias: bool, as_segments: bool) -> None:
     scales = torch.rand(D_OUT) + 0.5
     lora = replace(make_lora(3, seed=1), magnitude=torch.ones(D_OUT))
     dora = make_adapter(make_content({FIRST: lora}, column_scales={FIRST: scales}))
     plain, base, x = make_plain(2, 5), make_linear(), make_x(7)
     if not has_bias:
         base.bias = None
-    y = Bench(FIRST, base, [dora, plain]).run(x, [(2, ()), (3, ((dora, 1.0),)), (2, ((plain, 1.0),))])
+    requests: list[Request] = [(2, ()), (3, ((dora, 1.0),)), (2, ((plain, 1.0),))]
+    y = Bench(FIRST, base, [dora, plain], as_segments=as_segments).run(x, requests)
     expected = base(x)
     expected[2:5] = scales * (x[2:5] @ base.weight.T + delta(lora, x[2:5])) + (base.bias if has_bias else 0)
     expected[5:] += delta(plain.weights.modules[FIRST], x[5:])
@@ -197,8 +214,9 @@ def test_wrong_number_of_tokens_is_a_bug() -> None:
         bench.run(make_x(5), [(4, ((adapter, 1.0),))])
 
 
+@as_both
 @pytest.mark.parametrize("embed_scale", [None, 4.0])
-def test_embedding_adds_columns_of_a(embed_scale: float | None) -> None:
+def test_embedding_adds_columns_of_a(embed_scale: float | None, as_segments: bool) -> None:
     """The scale that some models multiply embeddings with multiplies the change and the saved weight too."""
     base = nn.Embedding(VOCAB, D_IN).requires_grad_(requires_grad=False)
     factor = 1.0
@@ -210,7 +228,7 @@ def test_embedding_adds_columns_of_a(embed_scale: float | None) -> None:
     adapter = make_adapter(make_content({EMBEDDING: lora}))
     replaced = make_adapter(make_content(replacements={EMBEDDING: saved}))
     ids = torch.tensor([0, 10, 3, 3, 7, 1])
-    bench = Bench(EMBEDDING, base, [adapter, replaced])
+    bench = Bench(EMBEDDING, base, [adapter, replaced], as_segments=as_segments)
     y = bench.run(ids, [(1, ()), (2, ((adapter, -0.5),)), (2, ((replaced, 1.0),)), (1, ())])
     expected = base(ids)
     expected[1:3] += -0.5 * factor * (lora.shrink.T[ids[1:3]] @ lora.expand)

@@ -1,4 +1,7 @@
-"""The folded rows give what the unfolded definition gives, in float64, for every option of a fusion."""
+"""The folded rows give what the unfolded definition gives, for every option of a fusion.
+
+In float64 with torch's operations, to 1e-10; in float32 with the native kernel that serves few tokens, to its rounding.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,19 @@ from random_fusions import make_base, make_config, make_member, make_trained, ra
 from torch import Tensor, nn
 
 from fusionserve.adapters.base_modules import BaseModules
-from fusionserve.adapters.fused_tokens import FusedTokens
+from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.layer import AdaptedLinear
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.pool import AdapterPool
-from fusionserve.adapters.row_plan import PlanCell, RowPlan
+from fusionserve.adapters.projections import Projections
+from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_few
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
 from fusionserve.fusion.params import FusionParams, layer_of
 
 NUM_TOKENS = 6
 TOLERANCE = 1e-10
+TOLERANCE_FLOAT32 = 1e-4
 MEMBER_RANKS = ((3, 2, 3, 2), (1, 4, 2, 4), (2, 2, 5, 1), (4, 1, 1, 3))
 
 
@@ -75,12 +80,14 @@ def value_matrix(config: FusionConfig, params: FusionParams, path: str) -> Tenso
 class _InPool:
     """A fusion in a pool, used by the adapted layers of the server."""
 
-    def __init__(self, base: BaseModules, folded: FoldedFusion, start: int = 3) -> None:
+    def __init__(
+        self, base: BaseModules, folded: FoldedFusion, start: int = 3, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.cell = PlanCell()
-        pool = AdapterPool(base, start + folded.num_rows + 2, dtype=torch.float64, device=torch.device("cpu"))
+        pool = AdapterPool(base, start + folded.num_rows + 2, dtype=dtype, device=torch.device("cpu"))
         self.layers = {}
         for path, module in base.by_path.items():
-            linear = nn.Linear(module.d_in, module.d_out, bias=False, dtype=torch.float64)
+            linear = nn.Linear(module.d_in, module.d_out, bias=False, dtype=dtype)
             nn.init.zeros_(linear.weight)
             self.layers[path] = AdaptedLinear(linear, path, pool.rows(path), self.cell)
             pool.rows(path).write(start, folded.num_rows, folded.pieces(path))
@@ -92,6 +99,19 @@ class _InPool:
         fused = FusedTokens(0, NUM_TOKENS, self._start, self._folded.rows, allowed)
         self.cell.plan = RowPlan(NUM_TOKENS, fused=(fused,))
         return {path: layer(inputs[path]) for path, layer in self.layers.items()}, fused.weights
+
+    def plan_natively(self, allowed: Tensor) -> FusedSegment:
+        """The same plan as a segment, in float32."""
+        fused = FusedSegment(0, NUM_TOKENS, self._start, self._folded.rows, allowed)
+        self.cell.plan = RowPlan(NUM_TOKENS, few=plan_few([], [fused], torch.zeros(0)))
+        return fused
+
+    @torch.inference_mode()
+    def run_natively(
+        self, inputs: dict[str, Tensor], allowed: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        fused = self.plan_natively(allowed)
+        return {path: layer(inputs[path].float()) for path, layer in self.layers.items()}, fused.weights
 
 
 def make_inputs(base: BaseModules, seed: int) -> dict[str, Tensor]:
@@ -115,6 +135,16 @@ def assert_folded_equals_definition(
     assert weights.keys() == expected_weights.keys()
     for path, found in weights.items():
         torch.testing.assert_close(found, expected_weights[path], rtol=TOLERANCE, atol=TOLERANCE)
+    folded = fold_fusion(config, "d" * 64, params, members, torch.float32)
+    natively = _InPool(base, folded, dtype=torch.float32).run_natively(inputs, allowed)
+    for found_by_path, expected_by_path in zip(natively, (expected, expected_weights), strict=True):
+        for path in expected_by_path:
+            torch.testing.assert_close(
+                found_by_path[path].double(),
+                expected_by_path[path],
+                rtol=TOLERANCE_FLOAT32,
+                atol=TOLERANCE_FLOAT32,
+            )
 
 
 @pytest.mark.parametrize("scope", Scope)
@@ -199,3 +229,23 @@ def test_another_members_overflow_stays_out_of_the_scores() -> None:
     outputs, weights = _InPool(base, folded).run(make_inputs(base, 7), allowed)
     assert all(output.isfinite().all() for output in outputs.values())
     assert (weights[path][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("scope", Scope)
+def test_modules_that_share_an_input_are_computed_together(scope: Scope) -> None:
+    """An attention in the middle of a group sets the coefficients of what stands behind it only."""
+    base = make_base()
+    members = [make_member(base, seed, ranks) for seed, ranks in enumerate(MEMBER_RANKS)]
+    config = make_config(base, members, scope=scope)
+    folded = fold_fusion(config, "", make_trained(config, base, 1), members, torch.float32)
+    pool = _InPool(base, folded, dtype=torch.float32)
+    sizes = [module.d_in for module in base.by_path.values()]
+    paths = [path for path, module in base.by_path.items() if module.d_in == sizes[0]]
+    assert len(paths) > 1
+    x = random_tokens(NUM_TOKENS, sizes[0], 5).float()
+    pool.plan_natively(torch.ones(len(members), dtype=torch.bool))
+    with torch.inference_mode():
+        together = Projections([pool.layers[path] for path in paths])(x)
+        apart = [pool.layers[path](x) for path in paths]
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected)
