@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
@@ -26,7 +27,7 @@ async def generate_load(config: LoadConfig) -> Outcome:
     async with AsyncClient(config.target) as client:
         catalog = await read_catalog(client, config)
         run = LoadRun(client, config, plan_requests(config, catalog))
-        started_at = datetime.now(UTC)
+        started_at, cpu_s = datetime.now(UTC), time.process_time()
         async with shown_progress(run, config), _stopped_by_interrupt(run.stop):
             await run.run()
     return Outcome(
@@ -36,6 +37,7 @@ async def generate_load(config: LoadConfig) -> Outcome:
         started_at=started_at,
         num_not_sent=run.num_not_sent,
         most_in_flight=run.most_in_flight,
+        client_cpu_s=time.process_time() - cpu_s,
         was_stopped=run.is_stopped,
     )
 

@@ -30,7 +30,7 @@ def to_report(outcome: Outcome) -> Json:
         "started_at": outcome.started_at.isoformat(timespec="seconds"),
         "server": _server(outcome),
         "config": _config(outcome.config),
-        "mix": dict(outcome.catalog.mix),
+        "workload": _workload(outcome),
         "seconds": seconds,
         "was_stopped": outcome.was_stopped,
         "requests": _requests(outcome),
@@ -58,6 +58,12 @@ def to_request_line(record: RequestRecord, residency: str) -> Json:
 def _server(outcome: Outcome) -> Json:
     model = dataclasses.asdict(outcome.catalog.model)
     return {"target": outcome.config.target, **model}
+
+
+def _workload(outcome: Outcome) -> Json:
+    """What requests were drawn from, where the configuration leaves it to the server."""
+    catalog = outcome.catalog
+    return {"mix": dict(catalog.mix), "adapters": list(catalog.adapters), "fusions": list(catalog.fusions)}
 
 
 def _config(config: LoadConfig) -> Json:
@@ -140,9 +146,10 @@ def _groups(groups: Mapping[str, Sequence[RequestRecord]], seconds: float) -> di
 
 
 def _client(outcome: Outcome) -> Json:
-    """Whether the load generator kept up: how late it sent, and the most requests at once."""
+    """Whether the load generator kept up: its processor time, how late it sent, and the most requests at once."""
     delay = Spread.of(record.sent_s - record.due_s for record in outcome.counted)
     return {
+        "cpu_s": outcome.client_cpu_s,
         "most_in_flight": outcome.most_in_flight,
         "send_delay_s": None if delay is None else dataclasses.asdict(delay),
     }

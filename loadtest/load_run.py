@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterator
 
 from fusionserve.client import AsyncClient
@@ -21,6 +22,8 @@ class LoadRun:
         self._client = client
         self._config = config
         self._plan = plan
+        # A run with the seed of an earlier one would find all its prompts in the server's prefix cache.
+        self._cache_salt = uuid.uuid4().hex
         self._stop = asyncio.Event()
         self._first_counted_s: float | None = None
         self.clock = Clock()
@@ -116,7 +119,14 @@ class LoadRun:
 
     async def _send(self, planned: PlannedRequest, record: RequestRecord) -> None:
         try:
-            await send_request(self._client, planned, record, self.clock, self._config.timeout_s)
+            await send_request(
+                self._client,
+                planned,
+                record,
+                clock=self.clock,
+                options=planned.options(self._cache_salt),
+                timeout_s=self._config.timeout_s,
+            )
         finally:
             self.num_in_flight -= 1
             self.num_ended += record.is_counted

@@ -22,6 +22,7 @@ class Outcome:
     started_at: datetime
     num_not_sent: int
     most_in_flight: int
+    client_cpu_s: float  # processor time of the load generator over the whole run
     was_stopped: bool
 
     @cached_property

@@ -149,7 +149,7 @@ def draw_adapters(outcome: Outcome, report: Json, path: Path) -> Path:
     panels[1].barh(rows, [ttft["p50"] * 1000 for ttft in ttfts], color=_MAIN, height=0.7, label="p50")
     panels[2].barh(rows, [group["stream_tokens_per_s"] for _, group in groups], color="#009E73", height=0.7)
     panels[0].set_yticks(rows, [name for name, _ in groups], parse_math=False)
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(groups) - 0.4, -0.6)  # the first on top
     titles = ("requests", "time to first token (ms)", "tokens/s that a stream sees")
     for axes, title in zip(panels, titles, strict=True):
         axes.set_xlabel(title, color=_INK)

@@ -15,8 +15,8 @@ from fusionserve.loadtest_config import LoadConfig
 
 INTERVAL_S = 0.25
 RECENT = 200  # requests that the line's figures are over
-_BY_TIME = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s  {postfix}"
-_BY_NUMBER = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}  {postfix}"
+_BY_TIME = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s{postfix}"
+_BY_NUMBER = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{postfix}"
 
 
 @contextlib.asynccontextmanager

@@ -24,9 +24,14 @@ class PlannedRequest:
     prompt: str | tuple[int, ...]
     output_tokens: int
 
-    def options(self) -> GenerateOptions:
-        """What the client sends besides the prompt: greedy, and exactly as many tokens as planned."""
-        options = GenerateOptions(temperature=0.0, max_new_tokens=self.output_tokens, ignore_eos=True)
+    def options(self, cache_salt: str) -> GenerateOptions:
+        """What the client sends besides the prompt: greedy, and exactly as many tokens as planned.
+
+        Requests share cached prompt tokens with those of the same salt only.
+        """
+        options = GenerateOptions(
+            temperature=0.0, max_new_tokens=self.output_tokens, ignore_eos=True, cache_salt=cache_salt
+        )
         if self.kind == LORA:
             options["adapter"] = self.names[0]
         elif self.kind == BLEND:

@@ -7,6 +7,7 @@ import time
 from fusionserve.client import (
     AsyncClient,
     ClientError,
+    GenerateOptions,
     Generation,
     GenerationChunk,
     GenerationEvent,
@@ -34,12 +35,18 @@ class Clock:
 
 
 async def send_request(
-    client: AsyncClient, planned: PlannedRequest, record: RequestRecord, clock: Clock, timeout_s: float | None
+    client: AsyncClient,
+    planned: PlannedRequest,
+    record: RequestRecord,
+    *,
+    clock: Clock,
+    options: GenerateOptions,
+    timeout_s: float | None,
 ) -> None:
     """Streams the request to its end; whatever the server says, it is in `record`, and nothing is raised."""
     record.status = INCOMPLETE
     try:
-        async with client.stream(planned.prompt, timeout_s=timeout_s, **planned.options()) as events:
+        async with client.stream(planned.prompt, timeout_s=timeout_s, **options) as events:
             async for event in events:
                 _note(event, record, clock.now_s())
     except ClientError as error:

@@ -25,6 +25,7 @@ def to_text(outcome: Outcome, report: Json) -> str:
         _group_table("adapter", report["by_adapter"], MAX_ADAPTERS),
         _fairness(report["fairness"]),
         _errors(report),
+        _client(report),
     )
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part)))
 
@@ -48,15 +49,19 @@ def _rates(report: Json) -> Iterator[str]:
         f"{f' ({cached:.0f} from the prefix cache)' if cached else ''}, "
         f"{rates['generated_tokens_per_s']:.1f} generated tokens/s"
     )
-    goodput = report["goodput"]
-    limits = {name.removesuffix("_s"): value for name, value in goodput["service_levels"].items()}
-    wanted = [f"{_LEVELS[name]} <= {_duration(value)}" for name, value in limits.items() if value is not None]
+    yield from _goodput(report["goodput"])
+
+
+def _goodput(goodput: Mapping[str, Any]) -> Iterator[str]:
+    """Nothing without a service level."""
+    limits = {name.removesuffix("_s"): limit for name, limit in goodput["service_levels"].items()}
+    wanted = [f"{_LEVELS[name]} <= {_duration(limit)}" for name, limit in limits.items() if limit is not None]
     if wanted:
-        missed = ", ".join(f"{count} missed {_LEVELS[name]}" for name, count in goodput["missed"].items())
-        yield (
-            f"goodput     {goodput['requests_per_s']:.2f} requests/s, {_share(goodput['share'])} within "
-            f"{', '.join(wanted)}{f' ({missed})' if missed else ''}"
-        )
+        yield f"goodput     {goodput['requests_per_s']:.2f} requests/s, {_share(goodput['share'])} of all requests"
+        yield f"            within {', '.join(wanted)}"
+    if goodput["missed"]:
+        missed = (f"{count} x {_LEVELS[name]}" for name, count in goodput["missed"].items())
+        yield f"            missed: {', '.join(missed)}"
 
 
 def _latency_table(latency: Mapping[str, Any]) -> Iterator[str]:
@@ -107,6 +112,15 @@ def _errors(report: Json) -> Iterator[str]:
         words = " ".join(filter(None, (error["status"], error["reason"])))
         text = f"{words}: {error['example']}"
         yield f"{error['count']} x {_cut(text, 90)}"
+
+
+def _client(report: Json) -> Iterator[str]:
+    client = report["client"]
+    if client["send_delay_s"] is not None:
+        yield (
+            f"load generator: {client['cpu_s']:.1f} s of processor time, at most {client['most_in_flight']} requests "
+            f"in flight, sent late by {_ms(client['send_delay_s']['p99'])} ms (p99)"
+        )
 
 
 def _of(spread: Mapping[str, float] | None, column: str) -> str:

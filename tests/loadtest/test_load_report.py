@@ -13,6 +13,9 @@ from fusionserve.loadtest.timeline import timeline
 from fusionserve.loadtest_config import LORA, LoadConfig, ServiceLevels
 
 CONFIG = LoadConfig(target="x", service_levels=ServiceLevels(ttft_s=1.0))
+EVERY_LEVEL = LoadConfig(
+    target="x", service_levels=ServiceLevels(ttft_s=9, itl_s=9.125, tpot_s=0.125, e2e_s=99)
+)
 REFUSED = {"status": "RESOURCE_EXHAUSTED", "reason": "QUEUE_FULL", "message": "full"}
 TRACE = [
     make_record(0, is_counted=False, tokens_s=[0.1, 3.0], ended_s=3.0),
@@ -82,12 +85,16 @@ def test_what_a_strict_run_does_not_pass() -> None:
 
 
 def test_text_names_what_matters_within_100_columns() -> None:
+    wide = make_outcome(TRACE, EVERY_LEVEL)
     outcome = make_outcome(TRACE, CONFIG, num_not_sent=2)
     text = to_text(outcome, to_report(outcome))
-    assert max(map(len, text.splitlines())) <= 100
+    for shown in (text, to_text(wide, to_report(wide))):
+        assert max(map(len, shown.splitlines())) <= 100
     for words in (
         "6 requests in 5.0 s: 3 succeeded, 3 failed, 2 not sent",
-        "25.0% within TTFT <= 1 s (1 missed TTFT)",
+        "0.40 requests/s, 25.0% of all requests",
+        "within TTFT <= 1 s",
+        "missed: 1 x TTFT",
         "2 x RESOURCE_EXHAUSTED QUEUE_FULL: full",
         "Jain's index over 2 adapters",
     ):

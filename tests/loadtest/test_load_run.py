@@ -37,8 +37,10 @@ async def test_closed_loop_sends_every_kind_and_counts_after_the_warm_up(served:
 async def test_the_same_seed_sends_the_same_requests(served: Served) -> None:
     await load(served, concurrency=1, num_requests=12, seed=9)
     first = [(params.prompt, params.adaptation) for params in served.engine.params]
+    (salt,) = {params.cache_salt for params in served.engine.params}
     served.engine.params.clear()
     await load(served, concurrency=1, num_requests=12, seed=9)
+    assert salt not in {params.cache_salt for params in served.engine.params}
     assert [(params.prompt, params.adaptation) for params in served.engine.params] == first
     assert len(first) == 12
 

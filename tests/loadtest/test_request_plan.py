@@ -55,7 +55,7 @@ def test_kinds_come_in_proportion_to_their_weights() -> None:
 
 def test_kinds_name_what_they_are_adapted_by() -> None:
     for request in plan(200, blend_size=3):
-        options = request.options()
+        options = request.options("salt")
         chosen = options.keys() & {"adapter", "blend", "fusion"}
         expected = {BASE: set(), LORA: {"adapter"}, BLEND: {"blend"}, FUSION: {"fusion"}}
         assert chosen == expected[request.kind]

@@ -74,6 +74,7 @@ def make_outcome(
         "started_at": datetime(2030, 1, 1, tzinfo=UTC),
         "num_not_sent": 0,
         "most_in_flight": 1,
+        "client_cpu_s": 0.5,
         "was_stopped": False,
     }
     return Outcome(config=config or LoadConfig(target="x"), records=list(records), **{**defaults, **fields})

@@ -1,0 +1,73 @@
+"""Loads one adapter after another while something else is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from fusionserve.client import AlreadyExistsError, AsyncClient, ClientError
+
+
+@dataclass(slots=True)
+class Storm:
+    """What became of the loads."""
+
+    seconds: list[float] = field(default_factory=list)  # of each that succeeded
+    num_refused: int = 0
+
+    @property
+    def num_loaded(self) -> int:
+        """Loads that succeeded."""
+        return len(self.seconds)
+
+    @property
+    def median_s(self) -> float:
+        """The time of a load; 0 if none succeeded."""
+        return statistics.median(self.seconds) if self.seconds else 0.0
+
+
+async def load_pinned(target: str, names: Sequence[str]) -> None:
+    """Loads adapters, or loads them anew, so that they stay. Raises ClientError if the server refuses."""
+    async with AsyncClient(target) as client:
+        for name in names:
+            await client.adapters.reload(name, pin=True)
+
+
+@contextlib.asynccontextmanager
+async def storm_of_loads(
+    target: str, names: Sequence[str], per_s: float, storm: Storm
+) -> AsyncIterator[None]:
+    """While the block runs, `per_s` adapters a second are loaded, in turn, whether or not the last is there."""
+    async with AsyncClient(target) as client, asyncio.TaskGroup() as group:
+        task = asyncio.create_task(_keep_loading(client, names, per_s, storm, group))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _keep_loading(
+    client: AsyncClient, names: Sequence[str], per_s: float, storm: Storm, group: asyncio.TaskGroup
+) -> None:
+    for name in itertools.cycle(names):
+        group.create_task(_load(client, name, storm))
+        await asyncio.sleep(1 / per_s)
+
+
+async def _load(client: AsyncClient, name: str, storm: Storm) -> None:
+    started_s = time.monotonic()
+    try:
+        await client.adapters.load(name)
+    except AlreadyExistsError:
+        return  # still in memory from before
+    except ClientError:
+        storm.num_refused += 1
+        return
+    storm.seconds.append(time.monotonic() - started_s)
