@@ -93,6 +93,18 @@ def test_no_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert err.count("\n") == 1
 
 
+def test_nothing_of_the_server_is_needed() -> None:
+    script = """
+import sys
+for name in ("torch", "transformers", "prometheus_client", "yaml", "grpc_health"):
+    sys.modules[name] = None
+from fusionserve.server.main import main
+sys.exit(main(["loadtest", "--server", "127.0.0.1:1", "--requests", "1"]))
+"""
+    done = subprocess.run((sys.executable, "-P", "-c", script), capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("error: UNAVAILABLE")
+
+
 @pytest.mark.parametrize("package", ["tqdm", "matplotlib", "numpy"])
 def test_a_missing_package_is_named_with_its_extra(package: str) -> None:
     script = f"""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fusionserve.client import Client
 from fusionserve.loadtest.serving import serving
 
 LOADTEST = (str(Path(sys.executable).with_name("fusionserve")), "loadtest")
@@ -66,19 +67,12 @@ def test_an_overloaded_server_is_told_by_its_errors(server: str, tmp_path: Path)
 
 
 def test_an_interrupt_reports_what_there_is(server: str) -> None:
-    command = (
-        *LOADTEST,
-        "--server",
-        server,
-        "--concurrency",
-        "2",
-        "--duration",
-        "1h",
-        "--output-tokens",
-        "4",
-    )
+    flags = ("--concurrency", "2", "--duration", "1h", "--output-tokens", "64", "--mix", "lora=1")
+    command = (*LOADTEST, "--server", server, *flags)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(6)  # imports take a while
+        with Client(server) as client:
+            while not any(adapter.active_requests for adapter in client.adapters.list()):
+                time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
