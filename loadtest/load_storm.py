@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from fusionserve.client import AlreadyExistsError, AsyncClient, ClientError
 
+MAX_LOADS = 8  # at once
+
 
 @dataclass(slots=True)
 class Storm:
@@ -42,7 +44,7 @@ async def load_pinned(target: str, names: Sequence[str]) -> None:
 async def storm_of_loads(
     target: str, names: Sequence[str], per_s: float, storm: Storm
 ) -> AsyncIterator[None]:
-    """While the block runs, `per_s` adapters a second are loaded, in turn, whether or not the last is there."""
+    """While the block runs, `per_s` adapters a second are loaded, in turn; fewer once MAX_LOADS are being loaded."""
     async with AsyncClient(target) as client, asyncio.TaskGroup() as group:
         task = asyncio.create_task(_keep_loading(client, names, per_s, storm, group))
         try:
@@ -56,8 +58,10 @@ async def storm_of_loads(
 async def _keep_loading(
     client: AsyncClient, names: Sequence[str], per_s: float, storm: Storm, group: asyncio.TaskGroup
 ) -> None:
+    room = asyncio.Semaphore(MAX_LOADS)
     for name in itertools.cycle(names):
-        group.create_task(_load(client, name, storm))
+        await room.acquire()
+        group.create_task(_load(client, name, storm)).add_done_callback(lambda _: room.release())
         await asyncio.sleep(1 / per_s)
 
 
