@@ -49,7 +49,7 @@ from fusionserve.generation import (
     StoppingCriteria,
     TokenPrompt,
 )
-from fusionserve.kernels.threads import call_in_passing_thread, compute_alone
+from fusionserve.kernels.threads import compute_alone
 from fusionserve.metrics import AdapterLabels, FusionLabels
 from fusionserve.model_info import ModelInfo
 
@@ -112,7 +112,7 @@ class AsyncEngine:
     @classmethod
     def load(cls, config: EngineConfig, adapter_labels: AdapterLabels) -> AsyncEngine:
         """Loads the model and makes the caches; takes seconds and blocks. Raises StartupError."""
-        return call_in_passing_thread(lambda: cls(config, load_base_model(config), adapter_labels))
+        return cls(config, load_base_model(config), adapter_labels)
 
     async def start(self) -> None:
         """Starts the engine thread, loads what is named at start and runs one request to warm up.

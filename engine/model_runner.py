@@ -239,7 +239,8 @@ def _to_results(
     sampled = [rows for rows in logit_rows if rows.chunk.is_last]
     tokens: list[int | None] = []
     if sampled:
-        last = logits[[rows.end - 1 for rows in sampled]]
+        last_rows = [rows.end - 1 for rows in sampled]
+        last = logits if last_rows == list(range(len(logits))) else logits[last_rows]
         tokens = sample(last, [_sampler_row(rows.chunk.request, eos_token_ids) for rows in sampled])
     for rows, token in zip(sampled, tokens, strict=True):
         results[rows.chunk] = _sampled_result(rows.chunk, token, logits[rows.end - 1])

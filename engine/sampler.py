@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.generation import SamplingParams
+from fusionserve.kernels.pointwise import largest
 
 _MIN_TEMPERATURE = 1e-30  # greedy to the last bit, and not rounded to 0 in float32
 _TOP_P_TOKENS = 1024  # sorted at first for top-p
@@ -42,16 +43,15 @@ class Logprobs:
 
 def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
     """The next token of each row of logits [rows, vocab]; None where the logits are not finite."""
-    logits = logits.float()
     if any(_changes_logits(row) for row in rows):
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         for index, row in enumerate(rows):
             _apply_penalties_(logits[index], row)
-    best_values, best_ids = logits.max(dim=-1)
+    best_values, best_ids = largest(logits)
     tokens = best_ids.tolist()
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        sampled = _draw(logits[drawn], [rows[index] for index in drawn])
+        sampled = _draw(logits[drawn].float(), [rows[index] for index in drawn])
         for index, token in zip(drawn, sampled, strict=True):
             tokens[index] = token
     return [

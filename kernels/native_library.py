@@ -2,7 +2,7 @@
 
 Compiling takes two seconds and needs a C++ compiler; where there is none, everything is computed with torch's own
 operations. The library is kept in the user's cache folder under a name that follows from the sources, the compiler and
-the processor. Its threads are torch's own: OpenMP comes from the library that torch has loaded.
+the processor. It has threads of its own, as many as torch has.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import torch
 SWITCH = "FUSIONSERVE_NATIVE"  # "off" in the environment: torch's operations only
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = (
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     "-march=native",
     "-fPIC",
-    "-fopenmp",
+    "-fopenmp-simd",
+    "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
 )
@@ -74,8 +75,7 @@ def _build(compiler: str, path: Path) -> None:
         objects = [f"{folder}/{source.stem}.o" for source in _units()]
         for source, target in zip(_units(), objects, strict=True):
             _run(compiler, *_FLAGS, "-c", str(source), "-o", target)
-        # Linked without OpenMP: its functions are found in the library that torch has loaded.
-        _run(compiler, "-shared", *objects, "-o", f"{folder}/native.so")
+        _run(compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
         os.chmod(f"{folder}/native.so", 0o700)
         os.replace(f"{folder}/native.so", path)
 

@@ -1,8 +1,9 @@
-"""What stands between the products of a decoder layer: norms, rotary positions and gated activations.
+"""What stands between the products of a model: norms, rotary positions, gated activations, the best token.
 
     rms_norm      y = x / sqrt(mean(x^2) + eps) * w
     silu_product  y = silu(g) * u
     rotate        (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head, as in Llama
+    largest       max_i x_i and its place
 
 Natively where there is a library and the type is float32 or bfloat16, else with torch's operations.
 """
@@ -92,3 +93,18 @@ def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
     low, high = heads.chunk(2, dim=-1)
     turned = torch.cat((-high, low), dim=-1)
     return heads * rotation.cos[:, None] + turned * rotation.sin[:, None]
+
+
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest number of each row of x [rows, width], float32, and its first place; NaN for a row that has one."""
+    native = native_function("largest", x)
+    if native is None:
+        found = x.float().max(dim=-1)
+        return found.values, found.indices
+    x = x.contiguous()
+    num_rows, width = x.shape
+    values = torch.empty(num_rows)
+    places = torch.empty(num_rows, dtype=torch.long)
+    sizes = c_int64(num_rows), c_int64(width)
+    native(c_void_p(x.data_ptr()), *sizes, c_void_p(values.data_ptr()), c_void_p(places.data_ptr()))
+    return values, places

@@ -196,17 +196,14 @@ static void attend_request(const Attention& a, Index request, Index first, Index
 // A request is one piece of work, unless there are too few of them for the threads: then each key-value head is one.
 template <typename Number>
 static void attend(const Attention& a) {
-    const Index heads_per_item = a.num_requests >= 4 * num_threads ? a.num_kv_heads : 1;
+    const Index heads_per_item = a.num_requests >= 4 * num_threads() ? a.num_kv_heads : 1;
     const Index items_per_request = a.num_kv_heads / heads_per_item;
-#pragma omp parallel num_threads(num_threads)
-    {
-        std::vector<Head> heads(heads_per_item * (a.num_heads / a.num_kv_heads));
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < a.num_requests * items_per_request; ++item) {
-            const Index first = item % items_per_request * heads_per_item;
-            attend_request<Number>(a, item / items_per_request, first, first + heads_per_item, heads.data());
-        }
-    }
+    parallel(a.num_requests * items_per_request, [&](Index item) {
+        thread_local std::vector<Head> heads;
+        heads.resize(heads_per_item * (a.num_heads / a.num_kv_heads));
+        const Index first = item % items_per_request * heads_per_item;
+        attend_request<Number>(a, item / items_per_request, first, first + heads_per_item, heads.data());
+    });
 }
 
 extern "C" {

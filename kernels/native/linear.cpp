@@ -103,13 +103,11 @@ extern "C" int has_packed_linear() { return 1; }
 extern "C" void packed_linear(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
     Index total = 0;
     for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (Index item = 0; item < total; ++item) {
+    parallel(total, [&](Index index) {
         const LinearPart* part = parts;
-        Index index = item;
         while (index >= num_tiles(*part)) index -= num_tiles(*part++);
         some_panels(*tokens, *part, index * TILE_PANELS);
-    }
+    });
 }
 
 #else
@@ -122,11 +120,12 @@ extern "C" void packed_linear(const Tokens*, const LinearPart*, Index) {}
 
 // Copies whole rows out of a packed weight: rows [num_rows, d_in] of the outputs `ids`.
 extern "C" void unpack_rows(const uint16_t* packed, const Index* ids, Index num_rows, Index d_in, uint16_t* rows) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows * d_in > SERIAL_ELEMENTS)
-    for (Index row = 0; row < num_rows; ++row) {
-        const Index panel = ids[row] / PANEL, output = ids[row] % PANEL;
-        const uint16_t* from = packed + panel * d_in * PANEL + output * 2;
-        for (Index pair = 0; pair < d_in / 2; ++pair)
-            std::memcpy(rows + row * d_in + 2 * pair, from + pair * 2 * PANEL, 2 * sizeof(uint16_t));
-    }
+    parallel_ranges(num_rows, num_rows * d_in, [&](Index begin, Index end) {
+        for (Index row = begin; row < end; ++row) {
+            const Index panel = ids[row] / PANEL, output = ids[row] % PANEL;
+            const uint16_t* from = packed + panel * d_in * PANEL + output * 2;
+            for (Index pair = 0; pair < d_in / 2; ++pair)
+                std::memcpy(rows + row * d_in + 2 * pair, from + pair * 2 * PANEL, 2 * sizeof(uint16_t));
+        }
+    });
 }

@@ -143,31 +143,26 @@ static void add_low_rank(const Inputs& inputs, const LowRankPart* parts, Index n
         shrinks += num_row_blocks(segments[s]);
     }
     for (Index p = 0; p < num_parts; ++p) expands += num_column_blocks(parts[p]);
-#pragma omp parallel num_threads(num_threads)
-    {
-#pragma omp for schedule(dynamic, 4)
-        for (Index item = 0; item < shrinks * num_parts; ++item) {
-            const Index p = item / shrinks;
-            Index block = item % shrinks;
-            float* weighted = workspace + p * num_weighted;
-            const Segment* segment = segments;
-            for (; block >= num_row_blocks(*segment); ++segment) {
-                block -= num_row_blocks(*segment);
-                weighted += segment->num_tokens * segment->num_rows;
-            }
-            shrink_segment<Number>(inputs, parts[p], *segment, block, weighted);
+    parallel(shrinks * num_parts, [&](Index item) {
+        const Index p = item / shrinks;
+        Index block = item % shrinks;
+        float* weighted = workspace + p * num_weighted;
+        const Segment* segment = segments;
+        for (; block >= num_row_blocks(*segment); ++segment) {
+            block -= num_row_blocks(*segment);
+            weighted += segment->num_tokens * segment->num_rows;
         }
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < expands; ++item) {
-            Index p = 0, block = item;
-            while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
-            const float* weighted = workspace + p * num_weighted;
-            for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
-                expand_columns<Number>(parts[p], *segment, block * COLUMN_BLOCK, weighted);
-                weighted += segment->num_tokens * segment->num_rows;
-            }
+        shrink_segment<Number>(inputs, parts[p], *segment, block, weighted);
+    });
+    parallel(expands, [&](Index block) {
+        Index p = 0;
+        while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
+        const float* weighted = workspace + p * num_weighted;
+        for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
+            expand_columns<Number>(parts[p], *segment, block * COLUMN_BLOCK, weighted);
+            weighted += segment->num_tokens * segment->num_rows;
         }
-    }
+    });
 }
 
 // Where a fusion's scores come from, and where its weights go; its rows lie in the pool from row_start:
@@ -218,19 +213,14 @@ template <typename Number>
 static void fusion_attention(const Inputs& inputs, const FusionAttention& fusion, float* workspace) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
     const Index num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
-#pragma omp parallel num_threads(num_threads)
-    {
-#pragma omp for schedule(dynamic, 4)
-        for (Index block = 0; block < num_blocks; ++block) {
-            const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
-            for (Index token = 0; token < fusion.num_tokens; ++token)
-                shrink_block<Number>(inputs, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
-                                     fusion.row_start + first, count, workspace + token * num_rows + first);
-        }
-#pragma omp for schedule(dynamic, 4)
+    parallel(num_blocks, [&](Index block) {
+        const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
         for (Index token = 0; token < fusion.num_tokens; ++token)
-            weigh_members(fusion, token, workspace + token * num_rows);
-    }
+            shrink_block<Number>(inputs, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
+                                 fusion.row_start + first, count, workspace + token * num_rows + first);
+    });
+    for (Index token = 0; token < fusion.num_tokens; ++token)
+        weigh_members(fusion, token, workspace + token * num_rows);
 }
 
 extern "C" {

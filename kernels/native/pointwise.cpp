@@ -2,35 +2,40 @@
 
 #include "threads.h"
 
+template <typename Number>
+static inline void norm_row(const Number* x, const Number* weight, Number* y, Index width, float epsilon) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (Index i = 0; i < width; ++i) squares += to_float(x[i]) * to_float(x[i]);
+    const float scale = 1.0f / std::sqrt(squares / width + epsilon);
+#pragma omp simd
+    for (Index i = 0; i < width; ++i) {
+        const Number normalized = from_float<Number>(to_float(x[i]) * scale);
+        y[i] = from_float<Number>(to_float(normalized) * to_float(weight[i]));
+    }
+}
+
 // y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`; rows stride apart in x and y.
 template <typename Number>
 static void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, Index x_stride,
                      Index y_stride, float epsilon) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows * width > SERIAL_ELEMENTS)
-    for (Index row = 0; row < num_rows; ++row) {
-        const Number* from = x + row * x_stride;
-        Number* to = y + row * y_stride;
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (Index i = 0; i < width; ++i) squares += to_float(from[i]) * to_float(from[i]);
-        const float scale = 1.0f / std::sqrt(squares / width + epsilon);
-#pragma omp simd
-        for (Index i = 0; i < width; ++i) {
-            const Number normalized = from_float<Number>(to_float(from[i]) * scale);
-            to[i] = from_float<Number>(to_float(normalized) * to_float(weight[i]));
-        }
-    }
+    parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
+        for (Index row = begin; row < end; ++row)
+            norm_row(x + row * x_stride, weight, y + row * y_stride, width, epsilon);
+    });
 }
 
 // y = silu(gate) * up, elementwise.
 template <typename Number>
 static void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
-#pragma omp parallel for simd num_threads(num_threads) if (parallel : count > SERIAL_ELEMENTS)
-    for (Index i = 0; i < count; ++i) {
-        const float g = to_float(gate[i]);
-        const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
-        y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
-    }
+    parallel_ranges(count, count, [&](Index begin, Index end) {
+#pragma omp simd
+        for (Index i = begin; i < end; ++i) {
+            const float g = to_float(gate[i]);
+            const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
+            y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
+        }
+    });
 }
 
 // Heads of one token, [num_heads, dim], turned by its angles; cos and sin [dim], halves paired as in Llama.
@@ -64,8 +69,7 @@ struct Heads {
 template <typename Number>
 static void rotate_and_store(const Heads& heads) {
     const Index width = heads.num_kv_heads * heads.dim;
-#pragma omp parallel for num_threads(num_threads) if (heads.num_tokens * heads.num_heads * heads.dim > SERIAL_ELEMENTS)
-    for (Index token = 0; token < heads.num_tokens; ++token) {
+    const auto one_token = [&](Index token) {
         const Number* cos = static_cast<const Number*>(heads.cos) + token * heads.dim;
         const Number* sin = static_cast<const Number*>(heads.sin) + token * heads.dim;
         Number* query = static_cast<Number*>(heads.query) + token * heads.num_heads * heads.dim;
@@ -75,10 +79,42 @@ static void rotate_and_store(const Heads& heads) {
         rotate(query, query, heads.num_heads, heads.dim, cos, sin);
         rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, cos, sin);
         std::memcpy(static_cast<Number*>(heads.values) + slot, value, width * sizeof(Number));
+    };
+    parallel_ranges(heads.num_tokens, heads.num_tokens * heads.num_heads * heads.dim, [&](Index begin, Index end) {
+        for (Index token = begin; token < end; ++token) one_token(token);
+    });
+}
+
+// The largest number of a row and its first place; not a number if one is not.
+template <typename Number>
+static inline void largest_of_row(const Number* row, Index width, float* value, Index* place) {
+    float largest = -INFINITY;
+    int num_bad = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : num_bad)
+    for (Index i = 0; i < width; ++i) {
+        const float number = to_float(row[i]);
+        largest = number > largest ? number : largest;
+        num_bad += number != number;
     }
+    *value = num_bad ? NAN : largest;
+    *place = 0;
+    while (!num_bad && *place < width - 1 && to_float(row[*place]) != largest) ++*place;
+}
+
+template <typename Number>
+static void largest(const Number* x, Index num_rows, Index width, float* values, Index* places) {
+    parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
+        for (Index row = begin; row < end; ++row) largest_of_row(x + row * width, width, values + row, places + row);
+    });
 }
 
 extern "C" {
+void largest_f32(const float* x, Index rows, Index width, float* values, Index* places) {
+    largest(x, rows, width, values, places);
+}
+void largest_bf16(const BFloat16* x, Index rows, Index width, float* values, Index* places) {
+    largest(x, rows, width, values, places);
+}
 void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, Index xs, Index ys, float eps) {
     rms_norm(x, w, y, rows, width, xs, ys, eps);
 }

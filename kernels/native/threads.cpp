@@ -1,5 +1,133 @@
+// A pool of helpers that costs nothing when a neighbour takes a core away.
+//
+// A decoding step has hundreds of pieces of work of 10 to 100 us. Helpers therefore watch for work a short while before
+// they sleep, and give the core away as they watch. The caller works too and never waits for a helper that has not begun:
+// every piece is claimed by one atomic step, and only claimed pieces are waited for.
+
 #include "threads.h"
 
-int num_threads = 1;
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+#include <vector>
 
-extern "C" void set_num_threads(int count) { num_threads = count; }
+#if defined(__x86_64__)
+#include <immintrin.h>
+static inline void pause_briefly() { _mm_pause(); }
+#else
+static inline void pause_briefly() {}
+#endif
+
+namespace {
+
+constexpr int PAUSES = 200;
+constexpr auto WATCH = std::chrono::microseconds(500);
+constexpr uint64_t ROUND = uint64_t(1) << 32;  // a ticket is the number of the job, times this, plus the next piece
+constexpr uint64_t PIECE_MASK = ROUND - 1;
+
+// The job at hand. Written only while its ticket shows no pieces, so whoever claims a piece has read it whole.
+struct Job {
+    std::atomic<Piece> run{nullptr};
+    std::atomic<const void*> work{nullptr};
+    std::atomic<Index> count{0};
+    std::atomic<uint64_t> ticket{PIECE_MASK};
+    std::atomic<Index> num_done{0};
+};
+
+class Pool {
+public:
+    // Never destroyed: helpers may sleep in it until the process ends.
+    static Pool& instance() {
+        static Pool* pool = new Pool;
+        return *pool;
+    }
+
+    int size() const { return size_.load(std::memory_order_relaxed); }
+
+    void resize(int size) {
+        const std::lock_guard<std::mutex> guard(callers_);
+        size_ = size < 1 ? 1 : size;
+        while (num_helpers_ < size_ - 1) {
+            const int number = num_helpers_++;
+            std::thread([this, number] { help(number); }).detach();
+        }
+    }
+
+    void run(Piece run, const void* work, Index count) {
+        const std::unique_lock<std::mutex> guard(callers_, std::try_to_lock);
+        if (!guard.owns_lock() || size() == 1 || count == 1) {
+            for (Index piece = 0; piece < count; ++piece) run(work, piece);
+            return;
+        }
+        job_.run.store(run, std::memory_order_relaxed);
+        job_.work.store(work, std::memory_order_relaxed);
+        job_.count.store(count, std::memory_order_relaxed);
+        job_.num_done.store(0, std::memory_order_relaxed);
+        round_ += ROUND;
+        job_.ticket.store(round_);  // in one order with num_sleeping_, which helpers set before they look again
+        if (num_sleeping_.load() > 0) job_.ticket.notify_all();
+        take_pieces(round_);
+        for (int turn = 0; job_.num_done.load(std::memory_order_acquire) < count; ++turn)
+            turn % PAUSES == PAUSES - 1 ? std::this_thread::yield() : pause_briefly();
+        job_.ticket.store(round_ | PIECE_MASK, std::memory_order_relaxed);
+    }
+
+private:
+    // Claims and runs pieces of the job numbered `round` until none is left.
+    void take_pieces(uint64_t round) {
+        uint64_t ticket = job_.ticket.load(std::memory_order_acquire);
+        while ((ticket & ~PIECE_MASK) == round) {
+            const Index piece = ticket & PIECE_MASK;
+            const Piece run = job_.run.load(std::memory_order_relaxed);
+            const void* work = job_.work.load(std::memory_order_relaxed);
+            if (piece >= job_.count.load(std::memory_order_relaxed)) return;
+            if (!job_.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            run(work, piece);
+            job_.num_done.fetch_add(1, std::memory_order_release);
+            ticket = job_.ticket.load(std::memory_order_acquire);
+        }
+    }
+
+    void help(int number) {
+        uint64_t seen = job_.ticket.load(std::memory_order_acquire) & ~PIECE_MASK;
+        for (;;) {
+            const uint64_t round = await_job(seen);
+            if (number < size() - 1) take_pieces(round);
+            seen = round;
+        }
+    }
+
+    // Returns the number of a job other than `seen`: watches for one, then sleeps.
+    uint64_t await_job(uint64_t seen) {
+        const auto end = std::chrono::steady_clock::now() + WATCH;
+        for (int turn = 0;; ++turn) {
+            const uint64_t ticket = job_.ticket.load(std::memory_order_acquire);
+            if ((ticket & ~PIECE_MASK) != seen) return ticket & ~PIECE_MASK;
+            if (turn % PAUSES != PAUSES - 1) {
+                pause_briefly();
+                continue;
+            }
+            std::this_thread::yield();
+            if (std::chrono::steady_clock::now() < end) continue;
+            ++num_sleeping_;
+            if (job_.ticket.load() == ticket) job_.ticket.wait(ticket);
+            --num_sleeping_;
+        }
+    }
+
+    Job job_;
+    uint64_t round_ = 0;
+    std::mutex callers_;
+    std::atomic<int> size_{1};
+    std::atomic<int> num_sleeping_{0};
+    int num_helpers_ = 0;
+};
+
+}  // namespace
+
+int num_threads() { return Pool::instance().size(); }
+
+void run_pieces(Piece run, const void* work, Index count) { Pool::instance().run(run, work, count); }
+
+extern "C" void set_num_threads(int count) { Pool::instance().resize(count); }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 
 from fusionserve.config import EngineConfig
 from fusionserve.metrics import AdapterLabels
@@ -31,6 +32,8 @@ def run(argv: list[str], load_engine: LoadEngine) -> int:
 
 def load_engine(config: EngineConfig, adapter_labels: AdapterLabels) -> EngineFacade:
     """The real engine."""
+    # Else idle workers of OpenMP, which reads this when torch is imported, keep a core from everybody for milliseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Importing torch takes seconds: it waits until the settings are checked and the ports are bound.
     module = importlib.import_module("fusionserve.engine.async_engine")
     engine: EngineFacade = module.AsyncEngine.load(config, adapter_labels)
