@@ -54,7 +54,7 @@ class Projections:
         return outputs
 
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + y for a group of one; x [num_tokens, d_in], residual [num_tokens, d_out], which may be written to."""
+        """residual + y for a group of one, x [num_tokens, d_in]; residual [num_tokens, d_out] may be written to."""
         plan = self._cell.plan
         if self._product is None or plan.whole_modules:
             return residual + self(x)[0]

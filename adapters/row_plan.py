@@ -22,8 +22,8 @@ from fusionserve.kernels.low_rank import zeros_of
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
 _SPAN_COST = 1000
 _ROW_COST = 5
-# As a segment, natively, a token by a rank row costs several times what it does in a product, but nothing to start.
-_MOST_FEW = 16
+# Natively, as a segment, a token by a rank row costs four times what it does in a product, but starting costs nothing.
+_MOST_FEW = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,16 @@ class AdaptedTokens:
     start: int
     end: int
     rows: tuple[RowRange, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the request."""
+        return self.end - self.start
+
+    @property
+    def num_rows(self) -> int:
+        """Rank rows of all its adapters."""
+        return sum(rows.end - rows.start for rows in self.rows)
 
     @property
     def places(self) -> tuple[tuple[int, int], ...]:
@@ -108,9 +118,9 @@ class PlanCell:
         self.plan = EMPTY_PLAN
 
 
-def are_few(num_tokens: int, like: Tensor) -> bool:
-    """True if so many tokens of one adapter or fusion are cheaper as a segment than as products of their own."""
-    return num_tokens <= _MOST_FEW and can_add(like)
+def are_few(num_tokens: int, num_rows: int, like: Tensor) -> bool:
+    """True if so many tokens by so many rank rows are cheaper as a segment than as products of their own."""
+    return num_tokens * num_rows <= _MOST_FEW and can_add(like)
 
 
 def plan_few(

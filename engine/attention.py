@@ -7,21 +7,15 @@ call, the cache of a layer is found by its attention module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fusionserve.kernels.paged_attention import (
-    AttentionOptions,
-    DecodeBatch,
-    DecodingRequest,
-    causal_mask,
-    chunk_attention,
-    slots_of_blocks,
-)
+from fusionserve.kernels.paged_attention import AttentionOptions
+from fusionserve.kernels.paged_batch import PackedSequence, PagedBatch
 from fusionserve.kernels.pointwise import Rotation, rotate_and_store
 
 ATTENTION_NAME = "fusionserve_paged"
@@ -35,45 +29,6 @@ class LayerCache:
     values: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class PackedSequence:
-    """One request's part of the batch: tokens [start, end), the first at `position`, and the blocks of its context."""
-
-    start: int
-    end: int
-    position: int
-    blocks: Sequence[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens."""
-        return self.end - self.start
-
-    @property
-    def length(self) -> int:
-        """Positions up to the last new token's."""
-        return self.position + self.num_tokens
-
-
-class _Chunk:
-    """Several new tokens of one request."""
-
-    def __init__(self, sequence: PackedSequence, block_size: int, device: torch.device) -> None:
-        self.tokens = slice(sequence.start, sequence.end)
-        self.slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, device)
-        self._position = sequence.position
-        self._masks: dict[int | None, Tensor | None] = {}
-
-    def mask(self, sliding_window: int | None) -> Tensor | None:
-        """[tokens, context], or None where plain causal attention says the same."""
-        if sliding_window not in self._masks:
-            context, num_tokens = len(self.slots), self.tokens.stop - self.tokens.start
-            is_plain = self._position == 0 and (sliding_window is None or context <= sliding_window)
-            mask = None if is_plain else causal_mask(self._position, num_tokens, context, sliding_window)
-            self._masks[sliding_window] = mask
-        return self._masks[sliding_window]
-
-
 class AttentionBatch:
     """The packed batch as attention sees it; what depends on the step alone is made once and shared by the layers."""
 
@@ -85,20 +40,16 @@ class AttentionBatch:
         device: torch.device,
     ) -> None:
         self._caches = caches
-        new_slots = [slot for sequence in sequences for slot in _new_slots(sequence, block_size)]
-        self._new_slots = torch.tensor(new_slots, dtype=torch.long, device=device)  # [num_tokens]
-        decoding = [DecodingRequest(s.start, s.length, s.blocks) for s in sequences if s.num_tokens == 1]
-        self._decoding = DecodeBatch(decoding, block_size, device) if decoding else None
-        self._chunks = [_Chunk(s, block_size, device) for s in sequences if s.num_tokens > 1]
+        self._paged = PagedBatch(sequences, block_size, device)
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         """query, key, value [num_tokens, heads, dim] of the new tokens -> [num_tokens, heads, dim]."""
         cache = self._caches[module]
-        cache.keys[self._new_slots] = key
-        cache.values[self._new_slots] = value
-        return self._attend(cache, query.contiguous(), options)
+        cache.keys[self._paged.new_slots] = key
+        cache.values[self._paged.new_slots] = value
+        return self._paged.attend(query.contiguous(), cache.keys, cache.values, options)
 
     def rotate_and_attend(
         self,
@@ -108,24 +59,9 @@ class AttentionBatch:
         options: AttentionOptions,
     ) -> Tensor:
         """The same for queries, keys and values that are still to be turned by cos and sin [num_tokens, dim]."""
-        cache, rotation = self._caches[module], Rotation(*angles, self._new_slots)
+        cache, rotation = self._caches[module], Rotation(*angles, self._paged.new_slots)
         query = rotate_and_store(*heads, cache.keys, cache.values, rotation)
-        return self._attend(cache, query, options)
-
-    def _attend(self, cache: LayerCache, query: Tensor, options: AttentionOptions) -> Tensor:
-        output = query.new_empty(query.shape[0], query.shape[1], cache.values.shape[-1])
-        if self._decoding is not None:
-            self._decoding.attend_(query, cache.keys, cache.values, options, output)
-        for chunk in self._chunks:
-            output[chunk.tokens] = chunk_attention(
-                query[chunk.tokens],
-                cache.keys,
-                cache.values,
-                chunk.slots,
-                chunk.mask(options.sliding_window),
-                options,
-            )
-        return output
+        return self._paged.attend(query, cache.keys, cache.values, options)
 
 
 def paged_attention_forward(
@@ -152,9 +88,3 @@ def paged_attention_forward(
 def register_attention() -> None:
     """Makes the function known to transformers under ATTENTION_NAME."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention_forward)
-
-
-def _new_slots(sequence: PackedSequence, block_size: int) -> Iterator[int]:
-    """The slots of the new tokens."""
-    for position in range(sequence.position, sequence.length):
-        yield sequence.blocks[position // block_size] * block_size + position % block_size

@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         attention_batch: AttentionBatch,
         **_: object,
     ) -> Tensor:
-        """hidden_states [1, num_tokens, hidden] -> that shape; position_embeddings cos and sin, [1, num_tokens, dim]."""
+        """hidden_states [1, num_tokens, hidden] -> that shape; position_embeddings cos, sin [1, num_tokens, dim]."""
         x = hidden_states[0]
         attended = self._attend(_norm(self.input_layernorm, x), position_embeddings, attention_batch)
         x = self._attention_output.add_(attended, x)

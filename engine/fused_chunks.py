@@ -50,8 +50,9 @@ def _group(ranges: tuple[ChunkRange, ...], like: Tensor) -> FusedChunks:
     end = ranges[-1][2]
     fusion = chunk.request.generation.adaptation.fusion
     assert fusion is not None
-    kind = FusedSegment if are_few(end - start, like) else FusedTokens
-    tokens = kind(start, end, chunk.row_starts[0], fusion.content.folded.rows, _allowed(ranges))
+    rows = fusion.content.folded.rows
+    kind = FusedSegment if are_few(end - start, rows.num_member_rows, like) else FusedTokens
+    tokens = kind(start, end, chunk.row_starts[0], rows, _allowed(ranges))
     return FusedChunks(tokens, ranges)
 
 

@@ -22,7 +22,7 @@ from fusionserve.adapters.row_plan import (
     plan_few,
     plan_spans,
 )
-from fusionserve.engine.attention import AttentionBatch, LayerCache, PackedSequence
+from fusionserve.engine.attention import AttentionBatch, LayerCache
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.fit_check import CacheShape
 from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks, gather_weights, plan_fused
@@ -31,6 +31,7 @@ from fusionserve.engine.request import Request
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
+from fusionserve.kernels.paged_batch import PackedSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,8 @@ def _plan(
     adapted = [
         AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
     ]
-    few = [tokens for tokens in adapted if are_few(tokens.end - tokens.start, like)]
-    many = [tokens for tokens in adapted if not are_few(tokens.end - tokens.start, like)]
+    few = [tokens for tokens in adapted if are_few(tokens.num_tokens, tokens.num_rows, like)]
+    many = [tokens for tokens in adapted if not are_few(tokens.num_tokens, tokens.num_rows, like)]
     groups = [group.tokens for group in fused]
     whole = [
         WholeModuleTokens(start, end, adapter)

@@ -1,4 +1,4 @@
-// Attention of one new token per request over its blocks of the paged cache, in one pass and without copying them.
+// Attention of new tokens over the blocks of their requests in the paged cache, in one pass and without copying them.
 //
 //     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed block by block with a running maximum and sum
 //                                                          (online softmax, arXiv 1805.02867)
@@ -15,15 +15,16 @@ constexpr Index TILE = 16;       // neighbouring slots that are scored together
 constexpr Index WIDE = 4;        // lanes of a head whose sums stay in registers
 
 struct Attention {
-    const void* query;           // [num_tokens, num_heads, dim]
+    const void* query;           // [tokens of the batch, num_heads, dim]
     const void* keys;            // [num_slots, num_kv_heads, dim]
     const void* values;          // [num_slots, num_kv_heads, value_dim]
-    void* output;                // [num_tokens, num_heads, value_dim]
-    const Index* tokens;         // [num_requests], places in the batch
+    void* output;                // [tokens of the batch, num_heads, value_dim]
+    const Index* tokens;         // [num_tokens], places in the batch
     const Index* blocks;         // the requests' blocks, one request behind the other
-    const Index* block_starts;   // [num_requests], where each request's begin
-    const Index* lengths;        // [num_requests], positions to attend to, the new token's included
-    Index num_requests, num_heads, num_kv_heads, dim, value_dim, block_size;
+    const Index* block_starts;   // [num_tokens], where the blocks of each one's request begin
+    const Index* lengths;        // [num_tokens], positions to attend to, the token's own included
+    Index num_tokens, num_heads, num_kv_heads, dim, value_dim, block_size;
+    Index is_cold;               // no other token of the call reads the same blocks
     Index window;                // last positions to attend to, 0 for all
     float scale;
     float softcap;               // 0 for none
@@ -122,10 +123,10 @@ struct TilePlace {
     Index slot, count;
 };
 
-static inline TilePlace place_of(const Attention& a, Index request, Index position) {
+static inline TilePlace place_of(const Attention& a, Index query, Index position) {
     const Index in_block = position % a.block_size;
-    const Index block = a.blocks[a.block_starts[request] + position / a.block_size];
-    return {block * a.block_size + in_block, std::min({TILE, a.block_size - in_block, a.lengths[request] - position})};
+    const Index block = a.blocks[a.block_starts[query] + position / a.block_size];
+    return {block * a.block_size + in_block, std::min({TILE, a.block_size - in_block, a.lengths[query] - position})};
 }
 
 template <typename Number>
@@ -143,9 +144,9 @@ static inline void touch(const Number* numbers, Index count) {
 // Reads a tile before its turn, in one sweep over all heads. Plain loads in a row: the processor runs ahead of those,
 // and is a third faster than with as many prefetch instructions.
 template <typename Number>
-static inline void touch_tile(const Attention& a, Index request, Index position) {
-    if (position >= a.lengths[request]) return;
-    const TilePlace place = place_of(a, request, position);
+static inline void touch_tile(const Attention& a, Index query, Index position) {
+    if (position >= a.lengths[query]) return;
+    const TilePlace place = place_of(a, query, position);
     touch(rows_of<Number>(a.keys, place.slot, a, 0, a.dim), place.count * a.num_kv_heads * a.dim);
     touch(rows_of<Number>(a.values, place.slot, a, 0, a.value_dim), place.count * a.num_kv_heads * a.value_dim);
 }
@@ -160,49 +161,49 @@ static void begin(Head* heads, Index group, Index value_dim) {
 
 // The query heads that share a key-value head, over one tile.
 template <typename Number>
-static inline void attend_heads(const Attention& a, Index request, Index kv_head, TilePlace place, Head* heads) {
+static inline void attend_heads(const Attention& a, Index query, Index kv_head, TilePlace place, Head* heads) {
     const Index group = a.num_heads / a.num_kv_heads;
-    const Number* query =
-        static_cast<const Number*>(a.query) + (a.tokens[request] * a.num_heads + kv_head * group) * a.dim;
+    const Number* heads_of_token =
+        static_cast<const Number*>(a.query) + (a.tokens[query] * a.num_heads + kv_head * group) * a.dim;
     const Number* keys = rows_of<Number>(a.keys, place.slot, a, kv_head, a.dim);
     const Number* values = rows_of<Number>(a.values, place.slot, a, kv_head, a.value_dim);
     Index h = 0;
-    for (; h + 4 <= group; h += 4) attend_tile<4>(a, query + h * a.dim, keys, values, place.count, heads + h);
-    for (; h + 2 <= group; h += 2) attend_tile<2>(a, query + h * a.dim, keys, values, place.count, heads + h);
-    for (; h < group; ++h) attend_tile<1>(a, query + h * a.dim, keys, values, place.count, heads + h);
+    for (; h + 4 <= group; h += 4) attend_tile<4>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
+    for (; h + 2 <= group; h += 2) attend_tile<2>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
+    for (; h < group; ++h) attend_tile<1>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
 }
 
-// Key-value heads [first, last) of one request. Tile by tile, all heads of each: so the cache is read as it lies.
+// Key-value heads [first, last) of one token. Tile by tile, all heads of each: so the cache is read as it lies.
 template <typename Number>
-static void attend_request(const Attention& a, Index request, Index first, Index last, Head* heads) {
-    const Index group = a.num_heads / a.num_kv_heads, length = a.lengths[request], count = (last - first) * group;
+static void attend_token(const Attention& a, Index query, Index first, Index last, Head* heads) {
+    const Index group = a.num_heads / a.num_kv_heads, length = a.lengths[query], count = (last - first) * group;
     begin(heads, count, a.value_dim);
     Index position = a.window > 0 && length > a.window ? length - a.window : 0;
     while (position < length) {
-        const TilePlace place = place_of(a, request, position);
+        const TilePlace place = place_of(a, query, position);
         position += place.count;
-        if (last - first == a.num_kv_heads) touch_tile<Number>(a, request, position);
+        if (a.is_cold && last - first == a.num_kv_heads) touch_tile<Number>(a, query, position);
         for (Index kv_head = first; kv_head < last; ++kv_head) {
-            attend_heads<Number>(a, request, kv_head, place, heads + (kv_head - first) * group);
+            attend_heads<Number>(a, query, kv_head, place, heads + (kv_head - first) * group);
         }
     }
     Number* output =
-        static_cast<Number*>(a.output) + (a.tokens[request] * a.num_heads + first * group) * a.value_dim;
+        static_cast<Number*>(a.output) + (a.tokens[query] * a.num_heads + first * group) * a.value_dim;
     for (Index h = 0; h < count; ++h)
         for (Index i = 0; i < a.value_dim; ++i)
             output[h * a.value_dim + i] = from_float<Number>(heads[h].sums[i] / heads[h].total);
 }
 
-// A request is one piece of work, unless there are too few of them for the threads: then each key-value head is one.
+// A token is one piece of work, unless there are too few of them for the threads: then each key-value head is one.
 template <typename Number>
 static void attend(const Attention& a) {
-    const Index heads_per_item = a.num_requests >= 4 * num_threads() ? a.num_kv_heads : 1;
-    const Index items_per_request = a.num_kv_heads / heads_per_item;
-    parallel(a.num_requests * items_per_request, [&](Index item) {
+    const Index heads_per_item = a.num_tokens >= 4 * num_threads() ? a.num_kv_heads : 1;
+    const Index items_per_token = a.num_kv_heads / heads_per_item;
+    parallel(a.num_tokens * items_per_token, [&](Index item) {
         thread_local std::vector<Head> heads;
         heads.resize(heads_per_item * (a.num_heads / a.num_kv_heads));
-        const Index first = item % items_per_request * heads_per_item;
-        attend_request<Number>(a, item / items_per_request, first, first + heads_per_item, heads.data());
+        const Index first = item % items_per_token * heads_per_item;
+        attend_token<Number>(a, item / items_per_token, first, first + heads_per_item, heads.data());
     });
 }
 

@@ -8,14 +8,12 @@ from torch import Tensor
 
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
-    DecodeBatch,
-    DecodingRequest,
     causal_mask,
     chunk_attention,
     decode_attention,
     reference_attention,
-    slots_of_blocks,
 )
+from fusionserve.kernels.paged_batch import PackedSequence, PagedBatch, slots_of_blocks
 
 NUM_SLOTS = 200
 KEY_DIM, VALUE_DIM = 8, 6
@@ -108,55 +106,80 @@ NATIVE_HEADS = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def make_requests(lengths: tuple[int, ...], block_size: int) -> list[DecodingRequest]:
-    """Scattered blocks, no block twice; the requests' tokens stand at every second place of the batch."""
-    sizes = [-(-length // block_size) for length in lengths]
+def make_sequences(parts: tuple[tuple[int, int], ...], block_size: int) -> list[PackedSequence]:
+    """(position, new tokens) of each; scattered blocks, no block twice."""
+    sizes = [-(-(position + count) // block_size) for position, count in parts]
     blocks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(2)).tolist()
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [
-        DecodingRequest(2 * index, length, blocks[start : start + size])
-        for index, (length, start, size) in enumerate(zip(lengths, starts, sizes, strict=True))
-    ]
+    sequences, token, block = [], 0, 0
+    for (position, count), size in zip(parts, sizes, strict=True):
+        sequences.append(PackedSequence(token, token + count, position, blocks[block : block + size]))
+        token, block = token + count, block + size
+    return sequences
+
+
+DECODING = ((0, 1), (3, 1), (4, 1), (15, 1), (16, 1), (32, 1), (69, 1), (5, 1), (30, 1))
+MIXED = ((0, 1), (0, 7), (69, 1), (13, 20), (16, 2))
 
 
 @with_options
 @pytest.mark.parametrize("heads", NATIVE_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [4, 16, 32])
-def test_decode_batch_equals_reference(
-    heads: tuple[int, int, int, int], options: AttentionOptions, dtype: torch.dtype, block_size: int
+@pytest.mark.parametrize("parts", [DECODING, DECODING[6:7], MIXED], ids=["many", "one", "chunks"])
+def test_batch_equals_reference(
+    parts: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int, int],
+    options: AttentionOptions,
+    dtype: torch.dtype,
+    block_size: int,
 ) -> None:
     num_heads, num_kv_heads, dim, value_dim = heads
-    lengths = (1, 4, 5, 16, 17, 33, 70, 6, 31)
-    requests = make_requests(lengths, block_size)
+    sequences = make_sequences(parts, block_size)
     generator = torch.Generator().manual_seed(3)
-    num_slots = block_size * sum(len(request.blocks) for request in requests)
+    num_slots = block_size * sum(len(sequence.blocks) for sequence in sequences)
     keys = torch.randn(num_slots, num_kv_heads, dim, generator=generator).to(dtype)
     values = torch.randn(num_slots, num_kv_heads, value_dim, generator=generator).to(dtype)
-    query = torch.randn(2 * len(lengths), num_heads, dim, generator=generator).to(dtype) * dim**-0.25
-    for few in (requests, requests[5:6]):  # a request for each piece of work, and a head for each
-        output = torch.zeros(2 * len(lengths), num_heads, value_dim, dtype=dtype)
-        DecodeBatch(few, block_size, CPU).attend_(query, keys, values, options, output)
-        for request in few:
-            slots = slots_of_blocks(request.blocks, request.length, block_size, CPU)
-            expected = reference_attention(
-                query[request.token : request.token + 1].double(),
-                keys[slots].double(),
-                values[slots].double(),
-                request.length - 1,
-                options,
-            )
-            error = 2**-7 if dtype is torch.bfloat16 else 1e-5
-            torch.testing.assert_close(output[request.token].double(), expected[0], rtol=error, atol=error)
-        assert not output[1].any()
+    query = torch.randn(sequences[-1].end, num_heads, dim, generator=generator).to(dtype) * dim**-0.25
+    output = PagedBatch(sequences, block_size, CPU).attend(query, keys, values, options)
+    for sequence in sequences:
+        slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, CPU)
+        here = slice(sequence.start, sequence.end)
+        expected = expected_rows(query[here], keys[slots], values[slots], sequence.position, options)
+        error = 2**-7 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(output[here].double(), expected, rtol=error, atol=error)
+
+
+def expected_rows(
+    query: Tensor, keys: Tensor, values: Tensor, position: int, options: AttentionOptions
+) -> Tensor:
+    """The definition in float64, by torch's own operation: thousands of cases, and the loops are slow."""
+    mask = causal_mask(position, len(query), len(keys), options.sliding_window)
+    slots = torch.arange(len(keys))
+    return chunk_attention(query.double(), keys.double(), values.double(), slots, mask, options)
 
 
 def test_slots_never_written_are_not_read_into_the_sum() -> None:
     """A request's last block may hold anything behind its own positions."""
-    requests = [DecodingRequest(0, 3, [0]), DecodingRequest(1, 20, [1, 2])]
+    sequences = [PackedSequence(0, 1, 2, [0]), PackedSequence(1, 2, 19, [1, 2])]
     keys, values = torch.randn(48, 2, 64), torch.randn(48, 2, 64)
     for unwritten in (slice(3, 16), slice(36, 48)):
         keys[unwritten] = values[unwritten] = float("nan")
-    output = torch.zeros(2, 4, 64)
-    DecodeBatch(requests, 16, CPU).attend_(torch.randn(2, 4, 64), keys, values, OPTIONS["plain"], output)
+    output = PagedBatch(sequences, 16, CPU).attend(torch.randn(2, 4, 64), keys, values, OPTIONS["plain"])
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_gets_the_same_bits_however_its_prompt_is_cut(dtype: torch.dtype) -> None:
+    blocks = [3, 0, 5, 1]
+    keys, values = (torch.randn(96, 2, 64).to(dtype) for _ in range(2))
+    query = torch.randn(60, 6, 64).to(dtype)
+
+    def attend(*cuts: int) -> Tensor:
+        ends = [*cuts, 60]
+        rows = []
+        for start, end in zip([0, *cuts], ends, strict=True):
+            batch = PagedBatch([PackedSequence(0, end - start, start, blocks)], 16, CPU)
+            rows.append(batch.attend(query[start:end].contiguous(), keys, values, OPTIONS["plain"]))
+        return torch.cat(rows)
+
+    assert torch.equal(attend(), attend(1, 2, 17, 40))
