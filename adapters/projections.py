@@ -8,6 +8,7 @@ Queries, keys and values are such a group, and gate and up; every other module i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import FewTokens, PlanCell, RowPlan
-from fusionserve.kernels.few_tokens import PartRows
+from fusionserve.kernels.few_tokens import Parts
 from fusionserve.kernels.low_rank import weigh_
 from fusionserve.kernels.packed_linear import PackedLinear, PackedProduct
 
@@ -42,6 +43,7 @@ class Projections:
         self._cell = modules[0].cell
         bases = [module.base for module in modules]
         packed = [base for base in bases if isinstance(base, PackedLinear)]
+        self._parts: dict[int, Parts] = {}  # by the first of the modules
         self._product = PackedProduct(packed) if len(packed) == len(bases) else None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -71,9 +73,10 @@ class Projections:
         if plan.whole_modules:
             for module, y in zip(self._modules, outputs, strict=True):
                 _replace_(module, x, y, plan)
-        for module, y in zip(self._modules, outputs, strict=True):
-            if not module.rows.is_empty:
-                _add_spans_(module, x, y, plan)
+        if plan.spans or plan.fused:
+            for module, y in zip(self._modules, outputs, strict=True):
+                if not module.rows.is_empty:
+                    _add_spans_(module, x, y, plan)
         if plan.few is not None:
             self._add_few_(x, outputs, plan.few)
         if plan.whole_modules:
@@ -82,19 +85,34 @@ class Projections:
 
     def _add_few_(self, x: Tensor, outputs: Sequence[Tensor], few: FewTokens) -> None:
         """The native part. An attention sets the coefficients of its module and of those up to the next attention."""
-        pending: list[tuple[PartRows, Tensor]] = []
-        for module, y in zip(self._modules, outputs, strict=True):
-            if module.rows.is_empty:
-                continue
-            attending = [fused for fused in few.fused if fused.attends_at(module.path)]
-            if attending and pending:
-                few.segments.add_(x, pending)
-                pending = []
-            for fused in attending:
-                fused.attend(module.path, x, module.rows)
-            pending.append((module.rows.part, y))
-        if pending:
-            few.segments.add_(x, pending)
+        touched = [index for index, module in enumerate(self._modules) if not module.rows.is_empty]
+        while touched:
+            first = self._modules[touched[0]]
+            for fused in few.fused:
+                if fused.attends_at(first.path):
+                    fused.attend(first.path, x, first.rows)
+            here = _until_next_attention(touched, self._modules, few)
+            few.segments.add_(x, self._parts_of(here), [outputs[index] for index in here])
+            touched = touched[len(here) :]
+
+    def _parts_of(self, indices: Sequence[int]) -> Parts:
+        """The modules' rank rows, made anew only when the pool has other tensors for them."""
+        rows = [self._modules[index].rows.part for index in indices]
+        parts = self._parts.get(indices[0])
+        if parts is None or any(old is not new for old, new in zip_longest(parts.rows, rows)):
+            parts = self._parts[indices[0]] = Parts(rows)
+        return parts
+
+
+def _until_next_attention(
+    indices: Sequence[int], modules: Sequence[Projection], few: FewTokens
+) -> Sequence[int]:
+    """The first of these modules and those behind it that have no attention of their own."""
+    if few.fused:
+        for count, index in enumerate(indices[1:], 1):
+            if any(fused.attends_at(modules[index].path) for fused in few.fused):
+                return indices[:count]
+    return indices
 
 
 def _add_spans_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:

@@ -57,6 +57,20 @@ class _Part(ctypes.Structure):
     )
 
 
+class Parts:
+    """The rank rows of modules that share an input, as the kernel takes them; made once, used at every step."""
+
+    def __init__(self, rows: Sequence[PartRows]) -> None:
+        self.rows = tuple(rows)  # kept: the kernel has their addresses
+        self._parts = (_Part * len(rows))(*map(_to_part, rows))
+
+    def for_outputs(self, outputs: Sequence[Tensor]) -> ctypes.Array[_Part]:
+        """The parts with the places of their outputs [num_tokens, d_out]."""
+        for part, y in zip(self._parts, outputs, strict=True):
+            part.y, part.y_stride = y.data_ptr(), y.stride(0)
+        return self._parts
+
+
 class _Inputs(ctypes.Structure):
     _fields_ = (("x", c_void_p), ("d_in", c_int64), ("x_stride", c_int64))
 
@@ -80,14 +94,14 @@ class Segments:
         self._num_products = sum(s.num_tokens * s.num_rows for s in self._segments)
         self._workspace = torch.empty(0)
 
-    def add_(self, x: Tensor, parts: Sequence[tuple[PartRows, Tensor]]) -> None:
+    def add_(self, x: Tensor, parts: Parts, outputs: Sequence[Tensor]) -> None:
         """y += their low-rank part, in place, for x [num_tokens, d_in] and the y [num_tokens, d_out] of each part."""
-        if self._workspace.numel() < len(parts) * self._num_products:
-            self._workspace = torch.empty(len(parts) * self._num_products)
+        if self._workspace.numel() < len(outputs) * self._num_products:
+            self._workspace = torch.empty(len(outputs) * self._num_products)
         self._native(
             ctypes.byref(inputs_of(x)),
-            (_Part * len(parts))(*(_part(rows, y) for rows, y in parts)),
-            c_int64(len(parts)),
+            parts.for_outputs(outputs),
+            c_int64(len(outputs)),
             self._segments,
             c_int64(len(self._segments)),
             c_void_p(self._workspace.data_ptr()),
@@ -113,11 +127,10 @@ def _to_native(segment: Segment) -> _Segment:
     )
 
 
-def _part(rows: PartRows, y: Tensor) -> _Part:
+def _to_part(rows: PartRows) -> _Part:
     bias = None if rows.bias is None else rows.bias.data_ptr()
-    return _Part(
-        rows.shrink.data_ptr(), bias, rows.expand.data_ptr(), y.data_ptr(), rows.expand.shape[1], y.stride(0)
-    )
+    d_out = rows.expand.shape[1]
+    return _Part(rows.shrink.data_ptr(), bias, rows.expand.data_ptr(), None, d_out, d_out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,8 @@
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
 constexpr Index COLUMN_BLOCK = 128;  // outputs that are one piece of work
 
+constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
+
 // A module's rank rows and its output. expand_rows [capacity, d_out], y [num_tokens, d_out] with rows y_stride apart.
 struct LowRankPart {
     const void* shrink_rows;  // [capacity, d_in]
@@ -79,6 +81,7 @@ static inline void expand_block(const float* weighted, Index num_rows, const Num
     for (Index r = 0; r < num_rows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < NUM_LANES; ++i) {
+            if (i % 2 == 0) __builtin_prefetch(rows + (r + ROWS_AHEAD) * d_out + i * LANES);
             const Lanes row = load_lanes(rows + r * d_out + i * LANES);
 #pragma GCC unroll 4
             for (int t = 0; t < TOKENS; ++t) sums[t][i] += row * weighted[t * num_rows + r];

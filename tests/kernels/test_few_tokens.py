@@ -9,6 +9,7 @@ from torch import Tensor
 from fusionserve.kernels.few_tokens import (
     FusionAttention,
     PartRows,
+    Parts,
     Segment,
     Segments,
     attend_members,
@@ -74,7 +75,7 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, bi
     segments = make_segments()
     expected = [expected_output(x, rows, y, segments) for rows, y in zip(parts, outputs, strict=True)]
     before = [y.clone() for y in outputs]
-    Segments(segments, x).add_(x, list(zip(parts, outputs, strict=True)))
+    Segments(segments, x).add_(x, Parts(parts), outputs)
     for y, wide, untouched in zip(outputs, expected, before, strict=True):
         torch.testing.assert_close(
             y.double(), wide, rtol=2**-6 if dtype is torch.bfloat16 else 1e-5, atol=0.02
@@ -86,7 +87,7 @@ def test_zero_coefficient_means_zero_whatever_the_input() -> None:
     rows = make_rows(20, torch.float32, bias=False)
     x, y = torch.full((2, D_IN), float("inf")), torch.zeros(2, 20)
     Segments([Segment(0, 1, 0, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, torch.ones(1, 4))], x).add_(
-        x, [(rows, y)]
+        x, Parts([rows]), [y]
     )
     assert not y[0].any()
     assert not y[1].isfinite().any()
