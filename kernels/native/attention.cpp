@@ -190,6 +190,7 @@ static void attend_token(const Attention& a, Index query, Index first, Index las
     Number* output =
         static_cast<Number*>(a.output) + (a.tokens[query] * a.num_heads + first * group) * a.value_dim;
     for (Index h = 0; h < count; ++h)
+#pragma omp simd
         for (Index i = 0; i < a.value_dim; ++i)
             output[h * a.value_dim + i] = from_float<Number>(heads[h].sums[i] / heads[h].total);
 }

@@ -3,6 +3,10 @@
 
 #include "number.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 constexpr Index LANES = 16;
 
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
@@ -25,5 +29,13 @@ static inline Lanes load_lanes(const BFloat16* numbers) {
 static inline void store_lanes(Lanes lanes, float* numbers) { std::memcpy(numbers, &lanes, sizeof lanes); }
 
 static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
-    for (Index i = 0; i < LANES; ++i) numbers[i] = from_float<BFloat16>(lanes[i]);
+#ifdef __AVX512BF16__
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)lanes);
+    std::memcpy(numbers, &rounded, sizeof rounded);
+#else
+    float single[LANES];
+    store_lanes(lanes, single);
+#pragma omp simd
+    for (Index i = 0; i < LANES; ++i) numbers[i] = from_float<BFloat16>(single[i]);
+#endif
 }
