@@ -47,7 +47,11 @@ bench-peers: peers ## Measure this server beside vLLM and llama.cpp, too (half a
 peers: $(INSTALLED) ## Install vLLM and llama.cpp into environments of their own under build/peers
 	@$(BIN)/python -P -m fusionserve.loadtest.bench.peers
 
+# First what serves where there is no compiler, then everything.
+WITHOUT_NATIVE := tests/engine tests/kernels/test_paged_attention.py
+
 test: $(INSTALLED) ## Run the tests
+	@FUSIONSERVE_NATIVE=off $(BIN)/pytest -q -n auto --dist loadfile $(WITHOUT_NATIVE)
 	@$(BIN)/pytest -q -n auto --dist loadfile
 
 check: format-check lint types proto-lint verify-proto layers ## Format, lint, types, protos, layers

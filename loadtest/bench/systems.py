@@ -62,11 +62,25 @@ _VLLM_VARIABLES = {
     "LD_PRELOAD": "{environment}/lib/libiomp5.so",  # its manual asks for it; a tenth faster with adapters
 }
 
+_OUR_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}  # as `fusionserve serve` sets it for itself
+
 SYSTEMS = {
     each.name: each
     for each in (
-        System(name=OURS, driver="in_process", kinds=(BASE, MIXED, FUSION), options={"adapters": "yes"}),
-        System(name=OURS_BARE, driver="in_process", kinds=(BASE,), options={"adapters": "no"}),
+        System(
+            name=OURS,
+            driver="in_process",
+            kinds=(BASE, MIXED, FUSION),
+            options={"adapters": "yes"},
+            variables=_OUR_VARIABLES,
+        ),
+        System(
+            name=OURS_BARE,
+            driver="in_process",
+            kinds=(BASE,),
+            options={"adapters": "no"},
+            variables=_OUR_VARIABLES,
+        ),
         System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION)),
         System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE,), options={"peft": "no"}),
         System(name=PEFT, driver="hugging_face", kinds=(MIXED,), options={"peft": "yes"}),
