@@ -13,6 +13,7 @@ constexpr Index PANEL = 16;       // outputs
 constexpr Index TILE_PANELS = 3;  // panels in a tile
 constexpr Index TILE_TOKENS = 8;
 constexpr Index PREFETCH_BYTES = 4096;
+constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 
 // One of the modules that share an input. y: [num_tokens, d_out], rows y_stride apart; add: y += instead of y =.
 struct LinearPart {
@@ -51,13 +52,17 @@ static inline void tile(const Tokens& tokens, const LinearPart& part, Index toke
     const uint16_t* x = tokens.x + token * tokens.x_stride;
     const uint16_t* weights = part.packed + panel * num_pairs * 2 * PANEL;
     __m512 sums[TOKENS][PANELS] = {};
+    const Index panel_bytes = num_pairs * 2 * PANEL * static_cast<Index>(sizeof(uint16_t));
     for (Index pair = 0; pair < num_pairs; ++pair) {
+        // At the end of a panel, the beginning of the one that this place of the next tile reads.
+        const bool is_at_end = (pair + 1) * 64 + PREFETCH_BYTES > panel_bytes;
+        const Index ahead = PREFETCH_BYTES + (is_at_end ? (PANELS - 1) * panel_bytes : 0);
         __m512bh panels[PANELS];
 #pragma GCC unroll 3
         for (int p = 0; p < PANELS; ++p) {
             const uint16_t* here = weights + (p * num_pairs + pair) * 2 * PANEL;
             panels[p] = (__m512bh)_mm512_loadu_si512(here);
-            if (is_first) _mm_prefetch(reinterpret_cast<const char*>(here) + PREFETCH_BYTES, _MM_HINT_T0);
+            if (is_first) _mm_prefetch(reinterpret_cast<const char*>(here) + ahead, _MM_HINT_T0);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
@@ -103,10 +108,15 @@ extern "C" int has_packed_linear() { return 1; }
 extern "C" void packed_linear(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
     Index total = 0;
     for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
-    parallel(total, [&](Index index) {
+    const auto one_tile = [&](Index index) {
         const LinearPart* part = parts;
         while (index >= num_tiles(*part)) index -= num_tiles(*part++);
         some_panels(*tokens, *part, index * TILE_PANELS);
+    };
+    // Neighbouring tiles in a row, because their weights lie in a row.
+    const Index in_a_row = std::clamp<Index>(total / (4 * num_threads()), 1, MOST_IN_A_ROW);
+    parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
+        for (Index tile = row * in_a_row; tile < std::min(total, (row + 1) * in_a_row); ++tile) one_tile(tile);
     });
 }
 
