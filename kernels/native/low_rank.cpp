@@ -222,8 +222,9 @@ static void fusion_attention(const Inputs& inputs, const FusionAttention& fusion
             shrink_block<Number>(inputs, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
                                  fusion.row_start + first, count, workspace + token * num_rows + first);
     });
-    for (Index token = 0; token < fusion.num_tokens; ++token)
-        weigh_members(fusion, token, workspace + token * num_rows);
+    parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
+        for (Index token = begin; token < end; ++token) weigh_members(fusion, token, workspace + token * num_rows);
+    });
 }
 
 extern "C" {
