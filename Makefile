@@ -48,7 +48,7 @@ peers: $(INSTALLED) ## Install vLLM and llama.cpp into environments of their own
 	@$(BIN)/python -P -m fusionserve.loadtest.bench.peers
 
 # First what serves where there is no compiler, then everything.
-WITHOUT_NATIVE := tests/engine tests/kernels/test_paged_attention.py
+WITHOUT_NATIVE := tests/engine
 
 test: $(INSTALLED) ## Run the tests
 	@FUSIONSERVE_NATIVE=off $(BIN)/pytest -q -n auto --dist loadfile $(WITHOUT_NATIVE)
