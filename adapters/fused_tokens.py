@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.adapters.pool import ModuleRows
-from fusionserve.kernels.few_tokens import FusionAttention, Segment, attend_members
 from fusionserve.kernels.low_rank import weigh_
+from fusionserve.kernels.segments import FusionAttention, Segment, attend_members
 
 
 class FusedTokens:
@@ -56,7 +56,7 @@ class FusedTokens:
 
 
 class FusedSegment:
-    """The same for few tokens, computed natively: a segment whose coefficients an attention fills."""
+    """The same, computed natively: a segment whose coefficients an attention fills."""
 
     def __init__(self, start: int, end: int, row_start: int, rows: FusionRows, allowed: Tensor) -> None:
         self.start = start

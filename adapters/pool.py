@@ -14,8 +14,8 @@ from torch import Tensor
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
 from fusionserve.adapters.resident import Resident, RowPiece
-from fusionserve.kernels.few_tokens import PartRows
 from fusionserve.kernels.low_rank import expand_, shrink
+from fusionserve.kernels.segments import PartRows
 
 
 class ModuleRows:

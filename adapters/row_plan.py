@@ -2,7 +2,7 @@
 
 A span is a rectangle: neighbouring tokens by neighbouring rank rows, with a coefficient for each pair. Decoding tokens
 of many adapters share one wide span (most coefficients zero); a long prompt gets a narrow one of its own. The choice is
-made by `span_cost`, not by phase. Where the native kernel can be had, few tokens of an adapter are a segment instead.
+made by `span_cost`, not by phase. Where the native kernel can be had, a segment takes the place of all but the largest.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
-from fusionserve.kernels.few_tokens import Segment, Segments, can_add
 from fusionserve.kernels.low_rank import zeros_of
+from fusionserve.kernels.segments import Segment, Segments, can_add
 
 # Measured on two cores in units of one token by one rank row of a 2,048-wide pair of A and B (about 40 ns):
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
@@ -24,7 +24,7 @@ _SPAN_COST = 1000
 _ROW_COST = 5
 # Natively, as a segment, starting costs nothing, but a token by a rank row costs more than in a product: in bfloat16
 # half as much again, in float32 four times. So many token-rows are still cheaper as a segment.
-_MOST_FEW = {torch.bfloat16: 65_536, torch.float32: 4_096}
+_MOST_IN_SEGMENT = {torch.bfloat16: 65_536, torch.float32: 4_096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,31 +82,31 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class FewTokens:
+class SegmentPlan:
     """What the native kernel computes: the segments of adapters and of fusions, together as it takes them."""
 
     adapted: tuple[Segment, ...]
     fused: tuple[FusedSegment, ...]
-    segments: Segments
+    together: Segments
 
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """What the adapted layers need to know of a batch.
 
-    Spans and fused tokens where there are many tokens, segments where there are few, and whole-module changes.
+    Segments, or spans and fused tokens where those are cheaper, and whole-module changes.
     """
 
     num_tokens: int
     spans: tuple[Span, ...] = ()
     fused: tuple[FusedTokens, ...] = ()
-    few: FewTokens | None = None
+    segments: SegmentPlan | None = None
     whole_modules: tuple[WholeModuleTokens, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if every token is the base's."""
-        return not (self.spans or self.fused or self.few or self.whole_modules)
+        return not (self.spans or self.fused or self.segments or self.whole_modules)
 
 
 EMPTY_PLAN = RowPlan(num_tokens=0)
@@ -119,18 +119,18 @@ class PlanCell:
         self.plan = EMPTY_PLAN
 
 
-def are_few(num_tokens: int, num_rows: int, like: Tensor) -> bool:
+def suits_segment(num_tokens: int, num_rows: int, like: Tensor) -> bool:
     """True if so many tokens by so many rank rows are cheaper as a segment than as products of their own."""
-    return num_tokens * num_rows <= _MOST_FEW.get(like.dtype, 0) and can_add(like)
+    return num_tokens * num_rows <= _MOST_IN_SEGMENT.get(like.dtype, 0) and can_add(like)
 
 
-def plan_few(
+def plan_segments(
     adapted: Sequence[AdaptedTokens], fused: Sequence[FusedSegment], like: Tensor
-) -> FewTokens | None:
+) -> SegmentPlan | None:
     """Segments for the adapted tokens, given in ascending order, and for the fused ones; None if there are none."""
     segments = tuple(segment for group in _alike(adapted) for segment in _segments(group))
     together = [*segments, *(tokens.segment for tokens in fused)]
-    return FewTokens(segments, tuple(fused), Segments(together, like)) if together else None
+    return SegmentPlan(segments, tuple(fused), Segments(together, like)) if together else None
 
 
 def _alike(adapted: Iterable[AdaptedTokens]) -> Iterator[list[AdaptedTokens]]:

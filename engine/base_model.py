@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
+from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
+from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
-from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
 from fusionserve.adapters.nf4 import NONE, dequantized_weight, is_nf4, misshapen_weights
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell
@@ -105,9 +106,10 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     fit = check_fit(model, modules, max_context_tokens)
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
-    pack_linear_modules(model, fit.modules)
+    num_packed = pack_linear_modules(model, fit.modules)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    install_decoder_layers(model)
+    num_layers = install_decoder_layers(model)
+    logger.info("computing natively: %d packed modules, %d decoder layers", num_packed, num_layers)
     base = BaseModel(
         model=model,
         tokenizer=Tokenizer(_read_tokenizer(directory)),

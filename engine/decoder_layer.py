@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from fusionserve.adapters.projections import Projections
+from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import rms_norm, silu_product
@@ -101,5 +101,12 @@ def _fits(layer: nn.Module) -> bool:
     if type(layer).__name__ not in _WINDOWS or type(layer).__module__.split(".")[0] != "transformers":
         return False
     source: Any = layer
-    rotary_share = getattr(source.self_attn.config, "partial_rotary_factor", None) or 1.0
-    return isinstance(source.mlp.act_fn, SiLUActivation | nn.SiLU) and rotary_share == 1.0
+    attention, mlp = source.self_attn, source.mlp
+    linear = (
+        *(getattr(attention, f"{name}_proj") for name in "qkvo"),
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    )
+    is_adapted = all(isinstance(module, AdaptedLinear) for module in linear)
+    return is_adapted and isinstance(mlp.act_fn, SiLUActivation | nn.SiLU)

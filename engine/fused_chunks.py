@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
-from fusionserve.adapters.row_plan import are_few
+from fusionserve.adapters.row_plan import suits_segment
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.scheduler import ScheduledChunk
 
@@ -51,7 +51,7 @@ def _group(ranges: tuple[ChunkRange, ...], like: Tensor) -> FusedChunks:
     fusion = chunk.request.generation.adaptation.fusion
     assert fusion is not None
     rows = fusion.content.folded.rows
-    kind = FusedSegment if are_few(end - start, rows.num_member_rows, like) else FusedTokens
+    kind = FusedSegment if suits_segment(end - start, rows.num_member_rows, like) else FusedTokens
     tokens = kind(start, end, chunk.row_starts[0], rows, _allowed(ranges))
     return FusedChunks(tokens, ranges)
 

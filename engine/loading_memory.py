@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them
@@ -30,10 +31,11 @@ def little_garbage() -> Iterator[None]:
 
 
 @torch.no_grad()
-def let_go_of_files(model: PreTrainedModel) -> None:
+def let_go_of_files(model: PreTrainedModel, converted: Iterable[Tensor]) -> None:
     """Copies what was not converted: a view of the mapped checkpoint would keep all of that in memory."""
+    own = {id(parameter) for parameter in converted}
     for parameter in model.parameters():
-        if getattr(parameter, "quant_state", None) is None and not getattr(parameter, "is_converted", False):
+        if id(parameter) not in own:
             parameter.data = parameter.data.clone()
     _glibc(
         "malloc_trim", 0

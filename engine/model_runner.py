@@ -18,9 +18,9 @@ from fusionserve.adapters.row_plan import (
     RowPlan,
     RowRange,
     WholeModuleTokens,
-    are_few,
-    plan_few,
+    plan_segments,
     plan_spans,
+    suits_segment,
 )
 from fusionserve.engine.attention import AttentionBatch, LayerCache
 from fusionserve.engine.base_model import BaseModel
@@ -179,9 +179,11 @@ def _plan(
     adapted = [
         AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
     ]
-    few = [tokens for tokens in adapted if are_few(tokens.num_tokens, tokens.num_rows, like)]
-    many = [tokens for tokens in adapted if not are_few(tokens.num_tokens, tokens.num_rows, like)]
     groups = [group.tokens for group in fused]
+    in_segments: list[AdaptedTokens] = []
+    in_spans: list[AdaptedTokens] = []
+    for tokens in adapted:
+        (in_segments if suits_segment(tokens.num_tokens, tokens.num_rows, like) else in_spans).append(tokens)
     whole = [
         WholeModuleTokens(start, end, adapter)
         for chunk, start, end in ranges
@@ -190,9 +192,9 @@ def _plan(
     ]
     return RowPlan(
         num_tokens,
-        spans=plan_spans(many, dtype=like.dtype, device=like.device),
-        fused=tuple(tokens for tokens in groups if isinstance(tokens, FusedTokens)),
-        few=plan_few(few, [tokens for tokens in groups if isinstance(tokens, FusedSegment)], like),
+        spans=plan_spans(in_spans, dtype=like.dtype, device=like.device),
+        fused=tuple(t for t in groups if isinstance(t, FusedTokens)),
+        segments=plan_segments(in_segments, [t for t in groups if isinstance(t, FusedSegment)], like),
         whole_modules=tuple(whole),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fusionserve.adapters.nf4 import (
@@ -39,7 +40,8 @@ def settle(model: PreTrainedModel) -> None:
 
     Raises StartupError if nothing in it could be quantized.
     """
-    if not nf4_modules(model):
+    modules = nf4_modules(model)
+    if not modules:
         raise StartupError(
             f"the architecture {type(model).__name__} has no linear modules that can be quantized: "
             "their inputs must be a multiple of 64",
@@ -49,4 +51,10 @@ def settle(model: PreTrainedModel) -> None:
         compute_in_float32(model)
     else:
         repack(model)
-    let_go_of_files(model)
+    let_go_of_files(model, converted=map(_weight, modules.values()))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

@@ -21,31 +21,25 @@ def pack_linear_modules(model: PreTrainedModel, modules: BaseModules) -> int:
     the head stays as it is if the embedding is of a kind that cannot.
     """
     embedding = model.get_input_embeddings()
-    num_packed = 0
+    packed_weights = []
     with little_garbage():
         for path, module in modules.by_path.items():
-            linear = model.get_submodule(path)
+            linear: Any = model.get_submodule(path)
             shares = module.kind is ModuleKind.LM_HEAD and modules.is_tied
             if not _can_pack(linear) or (shares and type(embedding) is not nn.Embedding):
                 continue
-            packed = _pack(linear)
+            packed = PackedLinear(pack(linear.weight), linear.bias)
             _set(model, path, packed)
-            num_packed += 1
+            packed_weights.append(packed.packed)
             if shares:
                 model.set_input_embeddings(PackedEmbedding(packed))
-    if num_packed:
-        let_go_of_files(model)
-    return num_packed
+    if packed_weights:
+        let_go_of_files(model, converted=packed_weights)
+    return len(packed_weights)
 
 
 def _can_pack(module: nn.Module) -> bool:
     return type(module) is nn.Linear and can_pack(module.weight)
-
-
-def _pack(linear: Any) -> PackedLinear:
-    packed = PackedLinear(pack(linear.weight), linear.bias)
-    packed.packed.is_converted = True  # type: ignore[attr-defined]
-    return packed
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

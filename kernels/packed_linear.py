@@ -14,18 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusionserve.kernels.native_call import Tokens
 from fusionserve.kernels.native_library import native_library
 
 _PANEL = 16  # outputs that lie together
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("d_in", ctypes.c_int64),
-        ("x_stride", ctypes.c_int64),
-    )
 
 
 class _Part(ctypes.Structure):
@@ -34,7 +26,6 @@ class _Part(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("d_out", ctypes.c_int64),
-        ("y_stride", ctypes.c_int64),
         ("add", ctypes.c_int64),
     )
 
@@ -87,11 +78,10 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """Stands in for an nn.Embedding whose weight is tied to a packed LM head: reads its rows there."""
 
-    def __init__(self, head: PackedLinear, scale: float = 1.0) -> None:
+    def __init__(self, head: PackedLinear) -> None:
         super().__init__()
         self.packed = head.packed
-        self.num_embeddings, self.embedding_dim = head.out_features, head.in_features
-        self._scale = scale
+        self.embedding_dim = head.in_features
 
     @property
     def weight(self) -> Tensor:
@@ -101,6 +91,7 @@ class PackedEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [..., num_tokens] -> [..., num_tokens, hidden]."""
         ids = token_ids.reshape(-1).contiguous()
+        assert ids.dtype == torch.long
         rows = self.packed.new_empty(ids.numel(), self.embedding_dim)
         library = native_library()
         assert library is not None, "packed without a native library"
@@ -111,8 +102,7 @@ class PackedEmbedding(nn.Module):
             ctypes.c_int64(self.embedding_dim),
             ctypes.c_void_p(rows.data_ptr()),
         )
-        rows = rows.view(*token_ids.shape, self.embedding_dim)
-        return rows if self._scale == 1.0 else rows * self._scale
+        return rows.view(*token_ids.shape, self.embedding_dim)
 
 
 class PackedProduct:
@@ -120,12 +110,12 @@ class PackedProduct:
 
     def __init__(self, modules: Sequence[PackedLinear]) -> None:
         self._modules = tuple(modules)  # their memory must outlive the pointers
-        self._tokens = _Tokens(d_in=modules[0].in_features)
+        self._d_in = modules[0].in_features
         self._parts = (_Part * len(modules))()
         for part, module in zip(self._parts, modules, strict=True):
             part.packed = module.packed.data_ptr()
             part.bias = None if module.bias is None else module.bias.data_ptr()
-            part.d_out = part.y_stride = module.out_features
+            part.d_out = module.out_features
         library = native_library()
         assert library is not None, "packed without a native library"
         self._call = library.packed_linear
@@ -144,11 +134,11 @@ class PackedProduct:
         x = x.reshape(-1, x.shape[-1])
         if x.stride(-1) != 1:
             x = x.contiguous()
-        tokens = self._tokens
-        tokens.x, tokens.num_tokens, tokens.x_stride = x.data_ptr(), x.shape[0], x.stride(0)
+        assert x.dtype == torch.bfloat16 and x.shape[1] == self._d_in
         for part, y in zip(self._parts, outputs, strict=True):
+            assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
             part.y, part.add = y.data_ptr(), add
-        self._call(ctypes.byref(tokens), self._parts, ctypes.c_int64(len(self._parts)))
+        self._call(ctypes.byref(Tokens.of(x)), self._parts, ctypes.c_int64(len(self._parts)))
 
 
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

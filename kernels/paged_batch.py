@@ -130,6 +130,10 @@ class _NativeTokens:
         options: AttentionOptions,
         output: Tensor,
     ) -> None:
+        for tensor in (query, keys, values, output):
+            assert tensor.dtype == query.dtype and tensor.is_contiguous()
+        assert keys.shape[2] == query.shape[2] and query.shape[1] % keys.shape[1] == 0
+        assert keys.shape[:2] == values.shape[:2]
         tensors = (query, keys, values, output, self._tokens, self._blocks, self._block_starts, self._lengths)
         arguments = _Attention(
             *(tensor.data_ptr() for tensor in tensors),

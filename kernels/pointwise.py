@@ -23,14 +23,14 @@ from fusionserve.kernels.native_call import native_function
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [..., width], weight [width] -> like x."""
-    native = native_function("rms_norm", x)
+    native = native_function("rms_norm", x) if weight.dtype == x.dtype else None
     if native is None:
         return reference_rms_norm(x, weight, epsilon)
-    x = x.contiguous()
-    y, width = torch.empty_like(x), x.shape[-1]
+    x, width = x.contiguous(), x.shape[-1]
+    assert weight.shape == (width,) and weight.is_contiguous()
+    y = torch.empty_like(x)
     pointers = c_void_p(x.data_ptr()), c_void_p(weight.data_ptr()), c_void_p(y.data_ptr())
-    sizes = c_int64(x.numel() // width), c_int64(width), c_int64(width), c_int64(width)
-    native(*pointers, *sizes, c_float(epsilon))
+    native(*pointers, c_int64(x.numel() // width), c_int64(width), c_float(epsilon))
     return y
 
 
@@ -46,6 +46,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     native = native_function("silu_product", gate)
     if native is None:
         return functional.silu(gate) * up
+    assert up.shape == gate.shape and up.dtype == gate.dtype
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     native(c_void_p(gate.data_ptr()), c_void_p(up.data_ptr()), c_void_p(y.data_ptr()), c_int64(gate.numel()))
@@ -83,6 +84,10 @@ def rotate_and_store(
         return rotated(query, rotation)
     num_tokens, num_heads, dim = query.shape
     tensors = (query, key, value, rotation.cos, rotation.sin, keys, values, rotation.slots)
+    for tensor in tensors[:-1]:
+        assert tensor.dtype == query.dtype and tensor.shape[-1] == dim and tensor.is_contiguous()
+    assert key.shape == value.shape == (num_tokens, keys.shape[1], dim) and keys.shape == values.shape
+    assert rotation.slots.shape == (num_tokens,) and len(rotation.cos) == len(rotation.sin) == num_tokens
     pointers = (tensor.data_ptr() for tensor in tensors)
     native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim)))
     return query

@@ -5,9 +5,13 @@
 // registers. Each output is summed over the inputs in order, so it does not depend on how many tokens there are.
 
 #include "threads.h"
+#include "tokens.h"
 
 #include <algorithm>
+
+#ifdef __AVX512BF16__
 #include <immintrin.h>
+#endif
 
 constexpr Index PANEL = 16;       // outputs
 constexpr Index TILE_PANELS = 3;  // panels in a tile
@@ -15,21 +19,13 @@ constexpr Index TILE_TOKENS = 8;
 constexpr Index PREFETCH_BYTES = 4096;
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 
-// One of the modules that share an input. y: [num_tokens, d_out], rows y_stride apart; add: y += instead of y =.
+// One of the modules that share an input. y: [num_tokens, d_out]; add: y += instead of y =.
 struct LinearPart {
     const uint16_t* packed;
     const uint16_t* bias;  // [d_out] or null
     uint16_t* y;
     Index d_out;
-    Index y_stride;
     Index add;
-};
-
-struct Tokens {
-    const uint16_t* x;  // [num_tokens, d_in], rows x_stride apart
-    Index num_tokens;
-    Index d_in;
-    Index x_stride;
 };
 
 #ifdef __AVX512BF16__
@@ -40,7 +36,7 @@ static inline __m512 widen(const uint16_t* numbers) {
 }
 
 static inline void finish(__m512 sum, const LinearPart& part, Index token, Index output) {
-    uint16_t* y = part.y + token * part.y_stride + output;
+    uint16_t* y = part.y + token * part.d_out + output;
     if (part.bias) sum = _mm512_add_ps(sum, widen(part.bias + output));
     if (part.add) sum = _mm512_add_ps(sum, widen(y));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), (__m256i)_mm512_cvtneps_pbh(sum));
@@ -49,7 +45,7 @@ static inline void finish(__m512 sum, const LinearPart& part, Index token, Index
 template <int TOKENS, int PANELS>
 static inline void tile(const Tokens& tokens, const LinearPart& part, Index token, Index panel, bool is_first) {
     const Index num_pairs = tokens.d_in / 2;
-    const uint16_t* x = tokens.x + token * tokens.x_stride;
+    const uint16_t* x = static_cast<const uint16_t*>(tokens.x) + token * tokens.x_stride;
     const uint16_t* weights = part.packed + panel * num_pairs * 2 * PANEL;
     __m512 sums[TOKENS][PANELS] = {};
     const Index panel_bytes = num_pairs * 2 * PANEL * static_cast<Index>(sizeof(uint16_t));

@@ -1,4 +1,4 @@
-// The one equation for few tokens: y_t += sum_j c_tj (A_j x_t + a_j) B_j over the rank rows j of the token's own segments.
+// The one equation: y_t += sum_j c_tj (A_j x_t + a_j) B_j over the rank rows j of the token's own segments.
 //
 // Modules that share an input (queries, keys and values; gate and up) are parts of one call. Every token meets its own
 // rank rows only, so base tokens cost nothing and nobody pads to anybody's rank.
@@ -6,6 +6,7 @@
 #include "dot.h"
 #include "lanes.h"
 #include "threads.h"
+#include "tokens.h"
 
 #include <algorithm>
 
@@ -31,37 +32,31 @@ struct Segment {
     Index coefficient_stride;
 };
 
-struct Inputs {
-    const void* x;  // [num_tokens, d_in], rows x_stride apart
-    Index d_in;
-    Index x_stride;
-};
-
 static Index num_row_blocks(const Segment& segment) { return (segment.num_rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
 // u[r] = A_r x + a_r for `count` (at most ROW_BLOCK) rank rows from `row`.
 template <typename Number>
-static inline void shrink_block(const Inputs& inputs, const void* all_rows, const void* all_bias, Index token, Index row,
+static inline void shrink_block(const Tokens& tokens, const void* all_rows, const void* all_bias, Index token, Index row,
                                 Index count, float* u) {
-    const Number* x = static_cast<const Number*>(inputs.x) + token * inputs.x_stride;
-    const Number* rows = static_cast<const Number*>(all_rows) + row * inputs.d_in;
+    const Number* x = static_cast<const Number*>(tokens.x) + token * tokens.x_stride;
+    const Number* rows = static_cast<const Number*>(all_rows) + row * tokens.d_in;
     const Number* bias = static_cast<const Number*>(all_bias);
     if (count == ROW_BLOCK)
-        dot_rows<ROW_BLOCK>(x, rows, inputs.d_in, inputs.d_in, u);
+        dot_rows<ROW_BLOCK>(x, rows, tokens.d_in, tokens.d_in, u);
     else
-        for (Index r = 0; r < count; ++r) dot_rows<1>(x, rows + r * inputs.d_in, inputs.d_in, inputs.d_in, u + r);
+        for (Index r = 0; r < count; ++r) dot_rows<1>(x, rows + r * tokens.d_in, tokens.d_in, tokens.d_in, u + r);
     if (bias)
         for (Index r = 0; r < count; ++r) u[r] += to_float(bias[row + r]);
 }
 
 // weighted [num_tokens, num_rows] of the segment: c (A x + a), and exactly 0 where c is 0, whatever x is.
 template <typename Number>
-static void shrink_segment(const Inputs& inputs, const LowRankPart& part, const Segment& segment, Index block,
+static void shrink_segment(const Tokens& tokens, const LowRankPart& part, const Segment& segment, Index block,
                            float* weighted) {
     const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, segment.num_rows - first);
     for (Index token = 0; token < segment.num_tokens; ++token) {
         float u[ROW_BLOCK];
-        shrink_block<Number>(inputs, part.shrink_rows, part.shrink_bias, segment.token_start + token,
+        shrink_block<Number>(tokens, part.shrink_rows, part.shrink_bias, segment.token_start + token,
                              segment.row_start + first, count, u);
         const float* coefficients = segment.coefficients + token * segment.coefficient_stride + first;
         float* result = weighted + token * segment.num_rows + first;
@@ -138,7 +133,7 @@ static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + C
 
 // `workspace` holds num_parts * sum of num_tokens * num_rows over the segments.
 template <typename Number>
-static void add_low_rank(const Inputs& inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+static void add_low_rank(const Tokens& tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
                          Index num_segments, float* workspace) {
     Index num_weighted = 0, shrinks = 0, expands = 0;
     for (Index s = 0; s < num_segments; ++s) {
@@ -155,7 +150,7 @@ static void add_low_rank(const Inputs& inputs, const LowRankPart* parts, Index n
             block -= num_row_blocks(*segment);
             weighted += segment->num_tokens * segment->num_rows;
         }
-        shrink_segment<Number>(inputs, parts[p], *segment, block, weighted);
+        shrink_segment<Number>(tokens, parts[p], *segment, block, weighted);
     });
     parallel(expands, [&](Index block) {
         Index p = 0;
@@ -213,13 +208,13 @@ static void weigh_members(const FusionAttention& fusion, Index token, const floa
 
 // `workspace` holds num_tokens times all rows of the fusion.
 template <typename Number>
-static void fusion_attention(const Inputs& inputs, const FusionAttention& fusion, float* workspace) {
+static void fusion_attention(const Tokens& tokens, const FusionAttention& fusion, float* workspace) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
     const Index num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
     parallel(num_blocks, [&](Index block) {
         const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
         for (Index token = 0; token < fusion.num_tokens; ++token)
-            shrink_block<Number>(inputs, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
+            shrink_block<Number>(tokens, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
                                  fusion.row_start + first, count, workspace + token * num_rows + first);
     });
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
@@ -228,18 +223,18 @@ static void fusion_attention(const Inputs& inputs, const FusionAttention& fusion
 }
 
 extern "C" {
-void add_low_rank_f32(const Inputs* inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+void add_low_rank_f32(const Tokens* tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
                       Index num_segments, float* workspace) {
-    add_low_rank<float>(*inputs, parts, num_parts, segments, num_segments, workspace);
+    add_low_rank<float>(*tokens, parts, num_parts, segments, num_segments, workspace);
 }
-void add_low_rank_bf16(const Inputs* inputs, const LowRankPart* parts, Index num_parts, const Segment* segments,
+void add_low_rank_bf16(const Tokens* tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
                        Index num_segments, float* workspace) {
-    add_low_rank<BFloat16>(*inputs, parts, num_parts, segments, num_segments, workspace);
+    add_low_rank<BFloat16>(*tokens, parts, num_parts, segments, num_segments, workspace);
 }
-void fusion_attention_f32(const Inputs* inputs, const FusionAttention* fusion, float* workspace) {
-    fusion_attention<float>(*inputs, *fusion, workspace);
+void fusion_attention_f32(const Tokens* tokens, const FusionAttention* fusion, float* workspace) {
+    fusion_attention<float>(*tokens, *fusion, workspace);
 }
-void fusion_attention_bf16(const Inputs* inputs, const FusionAttention* fusion, float* workspace) {
-    fusion_attention<BFloat16>(*inputs, *fusion, workspace);
+void fusion_attention_bf16(const Tokens* tokens, const FusionAttention* fusion, float* workspace) {
+    fusion_attention<BFloat16>(*tokens, *fusion, workspace);
 }
 }

@@ -15,13 +15,12 @@ static inline void norm_row(const Number* x, const Number* weight, Number* y, In
     }
 }
 
-// y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`; rows stride apart in x and y.
+// y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`.
 template <typename Number>
-static void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, Index x_stride,
-                     Index y_stride, float epsilon) {
+static void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon) {
     parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row)
-            norm_row(x + row * x_stride, weight, y + row * y_stride, width, epsilon);
+            norm_row(x + row * width, weight, y + row * width, width, epsilon);
     });
 }
 
@@ -115,12 +114,11 @@ void largest_f32(const float* x, Index rows, Index width, float* values, Index* 
 void largest_bf16(const BFloat16* x, Index rows, Index width, float* values, Index* places) {
     largest(x, rows, width, values, places);
 }
-void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, Index xs, Index ys, float eps) {
-    rms_norm(x, w, y, rows, width, xs, ys, eps);
+void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, float eps) {
+    rms_norm(x, w, y, rows, width, eps);
 }
-void rms_norm_bf16(const BFloat16* x, const BFloat16* w, BFloat16* y, Index rows, Index width, Index xs, Index ys,
-                   float eps) {
-    rms_norm(x, w, y, rows, width, xs, ys, eps);
+void rms_norm_bf16(const BFloat16* x, const BFloat16* w, BFloat16* y, Index rows, Index width, float eps) {
+    rms_norm(x, w, y, rows, width, eps);
 }
 void silu_product_f32(const float* gate, const float* up, float* y, Index count) { silu_product(gate, up, y, count); }
 void silu_product_bf16(const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {

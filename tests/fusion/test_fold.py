@@ -12,13 +12,12 @@ import torch
 from random_fusions import make_base, make_config, make_member, make_trained, random_tokens
 from torch import Tensor, nn
 
+from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
-from fusionserve.adapters.layer import AdaptedLinear
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.pool import AdapterPool
-from fusionserve.adapters.projections import Projections
-from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_few
+from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_segments
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
 from fusionserve.fusion.params import FusionParams, layer_of
@@ -103,7 +102,7 @@ class _InPool:
     def plan_natively(self, allowed: Tensor) -> FusedSegment:
         """The same plan as a segment, in float32."""
         fused = FusedSegment(0, NUM_TOKENS, self._start, self._folded.rows, allowed)
-        self.cell.plan = RowPlan(NUM_TOKENS, few=plan_few([], [fused], torch.zeros(0)))
+        self.cell.plan = RowPlan(NUM_TOKENS, segments=plan_segments([], [fused], torch.zeros(0)))
         return fused
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
-"""The one equation for few tokens, natively: every token meets its own rank rows, of several modules at once.
+"""The one equation, natively: every token meets its own rank rows, of several modules at once.
 
     y_t += sum_j c_tj (A_j x_t + a_j) B_j          j over the rank rows of the token's segments
 
-`low_rank.py` has the same sums as products over rectangles of tokens and rank rows, which pay for many tokens.
+`low_rank.py` has the same sums as products over rectangles of tokens and rank rows, which pay for the largest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionserve.kernels.native_call import native_function
+from fusionserve.kernels.native_call import Tokens, native_function
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,9 @@ class Parts:
     def for_outputs(self, outputs: Sequence[Tensor]) -> ctypes.Array[_Part]:
         """The parts with the places of their outputs [num_tokens, d_out]."""
         for part, y in zip(self._parts, outputs, strict=True):
+            assert y.shape[1] == part.d_out and y.stride(1) == 1
             part.y, part.y_stride = y.data_ptr(), y.stride(0)
         return self._parts
-
-
-class _Inputs(ctypes.Structure):
-    _fields_ = (("x", c_void_p), ("d_in", c_int64), ("x_stride", c_int64))
 
 
 def can_add(like: Tensor) -> bool:
@@ -87,31 +84,29 @@ class Segments:
         native = native_function("add_low_rank", like)
         assert native is not None, "segments need the native kernel"
         self._native = native
-        self._coefficients = [
-            segment.coefficients for segment in segments
-        ]  # kept: the kernel has their address
+        self._dtype = like.dtype
+        self._num_tokens = max((segment.token_end for segment in segments), default=0)
+        self._kept = [segment.coefficients for segment in segments]  # the kernel has their addresses
         self._segments = (_Segment * len(segments))(*map(_to_native, segments))
         self._num_products = sum(s.num_tokens * s.num_rows for s in self._segments)
         self._workspace = torch.empty(0)
 
     def add_(self, x: Tensor, parts: Parts, outputs: Sequence[Tensor]) -> None:
         """y += their low-rank part, in place, for x [num_tokens, d_in] and the y [num_tokens, d_out] of each part."""
+        for tensor in (x, *outputs):
+            assert tensor.dtype == self._dtype and tensor.shape[0] >= self._num_tokens
+        for rows in parts.rows:
+            assert rows.shrink.dtype == self._dtype and rows.shrink.shape[1] == x.shape[1]
         if self._workspace.numel() < len(outputs) * self._num_products:
             self._workspace = torch.empty(len(outputs) * self._num_products)
         self._native(
-            ctypes.byref(inputs_of(x)),
+            ctypes.byref(Tokens.of(x)),
             parts.for_outputs(outputs),
             c_int64(len(outputs)),
             self._segments,
             c_int64(len(self._segments)),
             c_void_p(self._workspace.data_ptr()),
         )
-
-
-def inputs_of(x: Tensor) -> _Inputs:
-    """x [num_tokens, d_in] for a kernel; its rows must be contiguous."""
-    assert x.stride(1) == 1, "the numbers of a token must lie side by side"
-    return _Inputs(x.data_ptr(), x.shape[1], x.stride(0))
 
 
 def _to_native(segment: Segment) -> _Segment:
@@ -171,6 +166,7 @@ def attend_members(x: Tensor, rows: PartRows, fusion: FusionAttention, coefficie
     """
     native = native_function("fusion_attention", x)
     assert native is not None, "fused segments need the native kernel"
+    assert rows.shrink.dtype == x.dtype and rows.shrink.shape[1] == x.shape[1]
     num_tokens, num_rows = coefficients.shape
     weights = coefficients.new_empty(num_tokens, fusion.num_members + fusion.has_base_member)
     allowed = fusion.allowed
@@ -192,5 +188,5 @@ def attend_members(x: Tensor, rows: PartRows, fusion: FusionAttention, coefficie
     )
     all_rows = 2 * num_rows + fusion.num_members
     workspace = coefficients.new_empty(num_tokens * all_rows)
-    native(ctypes.byref(inputs_of(x)), ctypes.byref(arguments), c_void_p(workspace.data_ptr()))
+    native(ctypes.byref(Tokens.of(x)), ctypes.byref(arguments), c_void_p(workspace.data_ptr()))
     return weights

@@ -1,8 +1,4 @@
-"""The layers that stand in for the base's: they run the base module and add what the batch's rows say.
-
-A row plan is read from a cell, because a transformers module can only be handed its input. A base-only batch costs one
-attribute look-up and one comparison per module.
-"""
+"""The input embedding that stands in for the base's: it runs the base module and adds what the batch's rows say."""
 
 from __future__ import annotations
 
@@ -10,40 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusionserve.adapters.pool import ModuleRows
-from fusionserve.adapters.projections import Projections
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
 from fusionserve.kernels.low_rank import shrink_embedding, weigh_, zeros_of
 from fusionserve.kernels.packed_linear import PackedEmbedding
-
-
-class AdaptedLinear(nn.Module):
-    """A linear module (nn.Linear, or GPT-2's Conv1D) of the base with the pool's rows beside it."""
-
-    def __init__(self, base: nn.Module, path: str, rows: ModuleRows, cell: PlanCell) -> None:
-        super().__init__()
-        self.base = base
-        self.path = path
-        self.rows = rows
-        self.cell = cell
-        self._alone = Projections([self])
-
-    @property
-    def weight(self) -> Tensor:
-        """The base module's own weight; some models look at it."""
-        weight = self.base.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base module's own bias."""
-        bias = self.base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., num_tokens, d_in] -> [..., num_tokens, d_out]."""
-        return self._alone(x)[0]
 
 
 class AdaptedEmbedding(nn.Module):
@@ -84,7 +49,7 @@ class AdaptedEmbedding(nn.Module):
             tokens_here = slice(span.token_start, span.token_end)
             rows_here = slice(span.row_start, span.row_end)
             self._add_(token_ids[tokens_here], y[tokens_here], rows_here, span.coefficients, span.left_out)
-        for segment in plan.few.adapted if plan.few else ():
+        for segment in plan.segments.adapted if plan.segments else ():
             tokens_here = slice(segment.token_start, segment.token_end)
             rows_here = slice(segment.row_start, segment.row_end)
             coefficients = segment.coefficients.to(y.dtype)

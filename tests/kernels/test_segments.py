@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusionserve.kernels.few_tokens import (
+from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
+from fusionserve.kernels.low_rank import reference_delta
+from fusionserve.kernels.segments import (
     FusionAttention,
     PartRows,
     Parts,
@@ -15,8 +17,6 @@ from fusionserve.kernels.few_tokens import (
     attend_members,
     can_add,
 )
-from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
-from fusionserve.kernels.low_rank import reference_delta
 
 D_IN, CAPACITY = 70, 60
 DTYPES = [torch.float32, torch.bfloat16]

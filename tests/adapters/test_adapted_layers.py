@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
+from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.adapters.adapter import Adapter
-from fusionserve.adapters.layer import AdaptedEmbedding, AdaptedLinear
 from fusionserve.adapters.lora_weights import ModuleLoRA
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.pool_ledger import WriteRows
@@ -33,7 +34,7 @@ from fusionserve.adapters.row_plan import (
     RowPlan,
     RowRange,
     WholeModuleTokens,
-    plan_few,
+    plan_segments,
     plan_spans,
 )
 
@@ -73,7 +74,7 @@ class Bench:
             start = end
         if self._as_segments:
             self.cell.plan = RowPlan(
-                start, few=plan_few(adapted, [], torch.zeros(0)), whole_modules=tuple(whole)
+                start, segments=plan_segments(adapted, [], torch.zeros(0)), whole_modules=tuple(whole)
             )
         else:
             spans = plan_spans(adapted, dtype=torch.float32, device=torch.device("cpu"))

@@ -1,44 +1,62 @@
-"""Adapted linear modules that share an input, computed together: base, adapters and fusions.
+"""The linear layers that stand in for the base's, and groups of them that share an input and are computed together.
 
     y = W0 x + b0 + sum_i c_i s_i B_i A_i x      c_i given by the request, or by a fusion's attention
 
-Queries, keys and values are such a group, and gate and up; every other module is a group of one.
+Queries, keys and values are such a group, and gate and up; every other module is a group of one. The row plan is read
+from a cell, because a transformers module can only be handed its input. A base-only batch costs one attribute look-up
+and one comparison per group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import ModuleRows
-from fusionserve.adapters.row_plan import FewTokens, PlanCell, RowPlan
-from fusionserve.kernels.few_tokens import Parts
+from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
 from fusionserve.kernels.low_rank import weigh_
 from fusionserve.kernels.packed_linear import PackedLinear, PackedProduct
+from fusionserve.kernels.segments import Parts
 
 
-class Projection(Protocol):
-    """An adapted linear module: the base's own, the pool's rows beside it, and where it finds the step's plan."""
+class AdaptedLinear(nn.Module):
+    """A linear module (nn.Linear, or GPT-2's Conv1D) of the base with the pool's rows beside it."""
 
-    base: nn.Module
-    path: str
-    rows: ModuleRows
-    cell: PlanCell
+    def __init__(self, base: nn.Module, path: str, rows: ModuleRows, cell: PlanCell) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.rows = rows
+        self.cell = cell
+        self._alone = Projections([self])
+
+    @property
+    def weight(self) -> Tensor:
+        """The base module's own weight; some models look at it."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base module's own bias."""
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., num_tokens, d_in] -> [..., num_tokens, d_out]."""
+        return self._alone(x)[0]
 
 
 class Projections:
     """The modules of one group, which read one plan."""
 
-    def __init__(self, modules: Sequence[Projection]) -> None:
+    def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
         self._modules = tuple(modules)
         self._cell = modules[0].cell
         bases = [module.base for module in modules]
@@ -77,22 +95,22 @@ class Projections:
             for module, y in zip(self._modules, outputs, strict=True):
                 if not module.rows.is_empty:
                     _add_spans_(module, x, y, plan)
-        if plan.few is not None:
-            self._add_few_(x, outputs, plan.few)
+        if plan.segments is not None:
+            self._add_segments_(x, outputs, plan.segments)
         if plan.whole_modules:
             for module, y in zip(self._modules, outputs, strict=True):
                 _scale_columns_(module, y, plan)
 
-    def _add_few_(self, x: Tensor, outputs: Sequence[Tensor], few: FewTokens) -> None:
+    def _add_segments_(self, x: Tensor, outputs: Sequence[Tensor], segments: SegmentPlan) -> None:
         """The native part. An attention sets the coefficients of its module and of those up to the next attention."""
         touched = [index for index, module in enumerate(self._modules) if not module.rows.is_empty]
         while touched:
             first = self._modules[touched[0]]
-            for fused in few.fused:
+            for fused in segments.fused:
                 if fused.attends_at(first.path):
                     fused.attend(first.path, x, first.rows)
-            here = _until_next_attention(touched, self._modules, few)
-            few.segments.add_(x, self._parts_of(here), [outputs[index] for index in here])
+            here = _until_next_attention(touched, self._modules, segments)
+            segments.together.add_(x, self._parts_of(here), [outputs[index] for index in here])
             touched = touched[len(here) :]
 
     def _parts_of(self, indices: Sequence[int]) -> Parts:
@@ -105,17 +123,17 @@ class Projections:
 
 
 def _until_next_attention(
-    indices: Sequence[int], modules: Sequence[Projection], few: FewTokens
+    indices: Sequence[int], modules: Sequence[AdaptedLinear], segments: SegmentPlan
 ) -> Sequence[int]:
     """The first of these modules and those behind it that have no attention of their own."""
-    if few.fused:
+    if segments.fused:
         for count, index in enumerate(indices[1:], 1):
-            if any(fused.attends_at(modules[index].path) for fused in few.fused):
+            if any(fused.attends_at(modules[index].path) for fused in segments.fused):
                 return indices[:count]
     return indices
 
 
-def _add_spans_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:
+def _add_spans_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:
     """y += the low-rank part of every span and of the fused tokens; x [num_tokens, d_in], y [num_tokens, d_out]."""
     rows = module.rows
     for span in plan.spans:
@@ -126,7 +144,7 @@ def _add_spans_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None
         fused.add_(module.path, x, y, rows)
 
 
-def _replace_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:
+def _replace_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:
     """The tokens of adapters that saved the whole module."""
     for tokens in plan.whole_modules:
         saved = tokens.whole_module.weights.replacements.get(module.path)
@@ -135,13 +153,13 @@ def _replace_(module: Projection, x: Tensor, y: Tensor, plan: RowPlan) -> None:
             y[here] = functional.linear(x[here], saved, module.bias)
 
 
-def _scale_columns_(module: Projection, y: Tensor, plan: RowPlan) -> None:
+def _scale_columns_(module: AdaptedLinear, y: Tensor, plan: RowPlan) -> None:
     """DoRA's y = c * (W0 x + s B A x) + b0, on the tokens of its adapters."""
     for tokens in plan.whole_modules:
         _scale_tokens_(module, y[tokens.start : tokens.end], tokens.whole_module)
 
 
-def _scale_tokens_(module: Projection, y: Tensor, adapter: Adapter) -> None:
+def _scale_tokens_(module: AdaptedLinear, y: Tensor, adapter: Adapter) -> None:
     scale = adapter.content.column_scales.get(module.path)
     if scale is not None:
         bias = 0 if module.bias is None else module.bias
