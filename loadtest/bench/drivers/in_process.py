@@ -22,6 +22,7 @@ from fusionserve.generation import (
     TokenPrompt,
 )
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
+from fusionserve.loadtest.bench.drivers.streams import EndedStream, run_streams
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
 from fusionserve.metrics import AdapterLabels
 
@@ -41,29 +42,21 @@ class InProcess:
 
     def run(self, job: Job) -> Outcome:
         """All streams at once."""
-        return self._loop.run(self._run(job))
+        return self._loop.run(run_streams(self._stream(job, stream) for stream in range(len(job.prompts))))
 
     def close(self) -> None:
         """Stops the engine thread."""
         self._loop.run(self._engine.close())
         self._loop.close()
 
-    async def _run(self, job: Job) -> Outcome:
-        started_s = time.monotonic()
-        ended = await asyncio.gather(*(self._stream(job, stream) for stream in range(len(job.prompts))))
-        total_s = time.monotonic() - started_s
-        prompt_s = max(first_token_s for first_token_s, _ in ended) - started_s
-        return Outcome(prompt_s, total_s, [token_ids for _, token_ids in ended])
-
-    async def _stream(self, job: Job, stream: int) -> tuple[float, list[int]]:
-        """The time of the first token, and all of them."""
+    async def _stream(self, job: Job, stream: int) -> EndedStream:
         first_token_s = 0.0
         async with aclosing(self._engine.generate(self._params(job, stream))) as events:
             async for event in events:
                 if isinstance(event, GenerationChunk):
                     first_token_s = first_token_s or time.monotonic()
                 elif isinstance(event, GenerationFinished):
-                    return first_token_s, list(event.candidates[0].token_ids)
+                    return EndedStream(first_token_s, list(event.candidates[0].token_ids))
         raise RuntimeError("a stream ended without a result")
 
     def _params(self, job: Job, stream: int) -> GenerateParams:

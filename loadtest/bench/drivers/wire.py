@@ -10,6 +10,7 @@ from pathlib import Path
 from fusionserve import __version__
 from fusionserve.client import AsyncClient, GenerateOptions, Generation, GenerationChunk
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
+from fusionserve.loadtest.bench.drivers.streams import EndedStream, run_streams
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
 from fusionserve.loadtest.serving import serving
 
@@ -28,7 +29,7 @@ class Wire:
 
     def run(self, job: Job) -> Outcome:
         """All streams at once."""
-        return self._loop.run(self._run(job))
+        return self._loop.run(run_streams(self._stream(job, stream) for stream in range(len(job.prompts))))
 
     def close(self) -> None:
         """Closes the clients and stops the server."""
@@ -40,22 +41,14 @@ class Wire:
         streams = range(self._setup.num_streams)
         return [await self._open_clients.enter_async_context(AsyncClient(target)) for _ in streams]
 
-    async def _run(self, job: Job) -> Outcome:
-        started_s = time.monotonic()
-        ended = await asyncio.gather(*(self._stream(job, stream) for stream in range(len(job.prompts))))
-        total_s = time.monotonic() - started_s
-        prompt_s = max(first_token_s for first_token_s, _ in ended) - started_s
-        return Outcome(prompt_s, total_s, [token_ids for _, token_ids in ended])
-
-    async def _stream(self, job: Job, stream: int) -> tuple[float, list[int]]:
-        """The time of the first token, and all of them."""
+    async def _stream(self, job: Job, stream: int) -> EndedStream:
         first_token_s = 0.0
         client, prompt = self._clients[stream], job.prompts[stream]
         async for event in client.stream(prompt, **self._options(job, stream)):
             if isinstance(event, GenerationChunk):
                 first_token_s = first_token_s or time.monotonic()
             elif isinstance(event, Generation):
-                return first_token_s, list(event.token_ids)
+                return EndedStream(first_token_s, list(event.token_ids))
         raise RuntimeError("a stream ended without a result")
 
     def _options(self, job: Job, stream: int) -> GenerateOptions:
