@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from fusionserve.client import AlreadyExistsError, AsyncClient, ClientError
+from fusionserve.loadtest.background_task import background_task
 
 MAX_LOADS = 8  # at once
 
@@ -45,14 +46,12 @@ async def storm_of_loads(
     target: str, names: Sequence[str], per_s: float, storm: Storm
 ) -> AsyncIterator[None]:
     """While the block runs, `per_s` adapters a second are loaded, in turn; fewer once MAX_LOADS are being loaded."""
-    async with AsyncClient(target) as client, asyncio.TaskGroup() as group:
-        task = asyncio.create_task(_keep_loading(client, names, per_s, storm, group))
-        try:
-            yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+    async with (
+        AsyncClient(target) as client,
+        asyncio.TaskGroup() as group,
+        background_task(_keep_loading(client, names, per_s, storm, group)),
+    ):
+        yield
 
 
 async def _keep_loading(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 
 from tqdm import tqdm
 
+from fusionserve.loadtest.background_task import background_task
 from fusionserve.loadtest.latency import Spread
 from fusionserve.loadtest.load_run import LoadRun
 from fusionserve.loadtest_config import LoadConfig
@@ -19,16 +19,9 @@ _BY_TIME = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s{postfix}"
 _BY_NUMBER = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{postfix}"
 
 
-@contextlib.asynccontextmanager
-async def shown_progress(run: LoadRun, config: LoadConfig) -> AsyncIterator[None]:
+def shown_progress(run: LoadRun, config: LoadConfig) -> AbstractAsyncContextManager[None]:
     """Shows the line on standard error while the block runs, if that is a terminal."""
-    task = asyncio.create_task(_show(run, config))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return background_task(_show(run, config))
 
 
 async def _show(run: LoadRun, config: LoadConfig) -> None:
