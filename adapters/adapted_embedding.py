@@ -7,15 +7,15 @@ from torch.nn import functional
 
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
+from fusionserve.kernels.linear_product import PanelEmbedding
 from fusionserve.kernels.low_rank import shrink_embedding, weigh_, zeros_of
-from fusionserve.kernels.packed_linear import PackedEmbedding
 
 
 class AdaptedEmbedding(nn.Module):
     """The base's input embedding with the pool's rows beside it: a one-hot input of the same equation."""
 
     def __init__(
-        self, base: nn.Embedding | PackedEmbedding, path: str, rows: ModuleRows, cell: PlanCell
+        self, base: nn.Embedding | PanelEmbedding, path: str, rows: ModuleRows, cell: PlanCell
     ) -> None:
         super().__init__()
         self.base = base

@@ -18,8 +18,8 @@ from torch.nn import functional
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
+from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.low_rank import weigh_
-from fusionserve.kernels.packed_linear import PackedLinear, PackedProduct
 from fusionserve.kernels.segments import Parts
 
 
@@ -59,10 +59,8 @@ class Projections:
     def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
         self._modules = tuple(modules)
         self._cell = modules[0].cell
-        bases = [module.base for module in modules]
-        packed = [base for base in bases if isinstance(base, PackedLinear)]
         self._parts: dict[int, Parts] = {}  # by the first of the modules
-        self._product = PackedProduct(packed) if len(packed) == len(bases) else None
+        self._product = LinearProduct.of([module.base for module in modules])
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., num_tokens, d_in] -> [..., num_tokens, d_out] of each module."""

@@ -37,6 +37,7 @@ class LoadPolicy:
     dtype: torch.dtype  # the one the adapter pool computes in
     max_rank: int  # rank rows in one module
     allow_base_mismatch: bool = False
+    head_step: float = 0.0  # by how much the base's LM head may be off its checkpoint, being held in few bits
 
 
 def load_lora_weights(
@@ -64,7 +65,7 @@ def load_lora_weights(
         file = SafetensorsFile(opened)
         plan = plan_lora(file.tensors.values(), config, base)
         _check_size(plan, policy, budget_bytes)
-        return _Assembly(plan, policy.dtype, base_weight).run(file)
+        return _Assembly(plan, policy, base_weight).run(file)
 
 
 def _refuse_pickle(directory: ArtifactDirectory) -> None:
@@ -97,8 +98,9 @@ def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
 class _Assembly:
     """Takes tensors in file order and puts each into the served form of its module."""
 
-    def __init__(self, plan: LoRAPlan, dtype: torch.dtype, base_weight: Callable[[str], Tensor]) -> None:
-        self._dtype = dtype
+    def __init__(self, plan: LoRAPlan, policy: LoadPolicy, base_weight: Callable[[str], Tensor]) -> None:
+        self._dtype = dtype = policy.dtype
+        self._head_step = policy.head_step
         self._base_weight = base_weight
         self._plan = plan
         self._modules = {path: _allocate(module, dtype) for path, module in plan.modules.items()}
@@ -114,7 +116,7 @@ class _Assembly:
     def run(self, file: SafetensorsFile) -> LoRAWeights:
         for spec, tensor in file.read_tensors():
             if spec.name in self._copied:
-                _check_copy(spec, tensor, self._base_weight(self._copied[spec.name]))
+                _check_copy(spec, tensor, self._base_weight(self._copied[spec.name]), self._head_step)
             elif spec.name in self._replaced:
                 self._replacements[self._replaced[spec.name]] = self._replace(spec, tensor)
             else:
@@ -168,12 +170,13 @@ def _check_values(spec: TensorSpec, served: Tensor) -> None:
         raise bad_tensor("NOT_FINITE", spec.name, problem)
 
 
-def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor) -> None:
+def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor, head_step: float) -> None:
     """PEFT writes the base's weights beside an adapted embedding; others would change the base for all.
 
-    Both may have been rounded from one original, so they may differ by a rounding step of the coarser dtype.
+    Both may have been rounded from one original, so they may differ by a rounding step of the coarser dtype, and by
+    `head_step` where the base's is quantized.
     """
     step = 0.0 if copy.dtype == base.dtype else max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
     for theirs, ours in zip(pieces(copy), pieces(base.detach().contiguous()), strict=True):
-        if not torch.allclose(theirs.float(), ours.cpu().float(), rtol=step, atol=step * 1e-4):
+        if not torch.allclose(theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, head_step)):
             raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")

@@ -76,6 +76,7 @@ class AsyncEngine:
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
+            head_step=base.head_step,
         )
         self._fusion_labels = FusionLabels(adapter_labels.limit)
         uids = count(1)

@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
-from fusionserve.adapters.nf4 import NONE, dequantized_weight, is_nf4, misshapen_weights
+from fusionserve.adapters.nf4 import dequantized_weight, is_nf4, misshapen_weights
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell
 from fusionserve.adapters.weight_bytes import weight_bytes
@@ -30,10 +30,11 @@ from fusionserve.engine.decoder_layer import install_decoder_layers
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.loading_memory import little_garbage
 from fusionserve.engine.model_source import find_model
-from fusionserve.engine.nf4_base import load_options, settle
-from fusionserve.engine.packing import pack_linear_modules
+from fusionserve.engine.panels import bring_into_panels
+from fusionserve.engine.quantized_base import BITS, check_panels, load_options, settle
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
+from fusionserve.kernels.quantized_linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +62,8 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     max_context_tokens: int
     vocab_size: int
-    quantization: str  # of the linear modules: "none" or "nf4"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of activations, the KV cache and all weights that are not quantized."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+    dtype: torch.dtype  # of activations, the KV cache and all weights that are not quantized
+    quantization: str  # of the linear modules: "none", "nf4", "int8" or "int4"
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +75,13 @@ class BaseModel:
     def weight_bytes(self) -> int:
         """Bytes of the base's parameters, tied ones once, with the scales of quantized ones."""
         return weight_bytes(self.model)
+
+    @property
+    def head_step(self) -> float:
+        """By how much a weight of the LM head, and of an embedding tied to it, may be off the checkpoint's."""
+        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        base = getattr(head, "base", None)
+        return base.largest_step if isinstance(base, QuantizedLinear) else 0.0
 
     def base_weight(self, path: str) -> Tensor:
         """The frozen weight of the module at `path`, dequantized: [d_out, d_in] ([vocab, hidden] for the embedding)."""
@@ -104,12 +107,16 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize)
     modules = describe_base_modules(model, model_name=config.model_name)
     fit = check_fit(model, modules, max_context_tokens)
-    pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=model.dtype, device=model.device)
+    base_dtype: torch.dtype = (
+        model.dtype
+    )  # before there are weights in panels: scales have a type of their own
+    pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=base_dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
-    num_packed = pack_linear_modules(model, fit.modules)
+    num_panels = bring_into_panels(model, fit.modules, BITS.get(config.quantize))
+    check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
     num_layers = install_decoder_layers(model)
-    logger.info("computing natively: %d packed modules, %d decoder layers", num_packed, num_layers)
+    logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(
         model=model,
         tokenizer=Tokenizer(_read_tokenizer(directory)),
@@ -121,10 +128,13 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         eos_token_ids=_eos_token_ids(model),
         max_context_tokens=max_context_tokens,
         vocab_size=model_config.get_text_config().vocab_size,
+        dtype=base_dtype,
         quantization=config.quantize,
     )
-    size, dtype = base.weight_bytes / MEBIBYTE, dtype_name(base.dtype)
-    logger.info("base weights: %.1f MiB in %s, quantization %s", size, dtype, config.quantize)
+    size = base.weight_bytes / MEBIBYTE
+    logger.info(
+        "base weights: %.1f MiB in %s, quantization %s", size, dtype_name(base_dtype), config.quantize
+    )
     return base
 
 
@@ -178,8 +188,7 @@ def _read_weights(
     model, report = loaded
     _check_complete(directory, report, misshapen_weights(model))
     model.train(mode=False).requires_grad_(requires_grad=False)
-    if quantize != NONE:
-        settle(model)
+    settle(model, quantize)
     return model
 
 

@@ -18,8 +18,8 @@ MEBIBYTE = 1 << 20
 class EngineConfig:
     """Everything the engine needs to know before it loads the model.
 
-    `model` is a directory or a hub id. `dtype` "auto" takes the checkpoint's. `quantize` "nf4"
-    holds the linear modules in four bits. Adapters are found as NAME under any of
+    `model` is a directory or a hub id. `dtype` "auto" takes the checkpoint's. `quantize` "int8", "int4" or
+    "nf4" holds the linear modules in so many bits. Adapters are found as NAME under any of
     `adapter_dirs` (loaded on demand) and as the named `adapters` (loaded at start); fusions likewise.
     """
 

@@ -39,8 +39,8 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine(
         "quantize",
         "quantize",
-        choice("none", "nf4"),
-        "nf4 holds the base's linear weights in 4 bits, with double quantization",
+        choice("none", "int8", "int4", "nf4"),
+        "hold the base's linear weights in 8 or 4 bits (int8 is the fastest, int4 the smallest)",
     ),
     "adapter_dirs": Setting(
         name="adapter-dir",

@@ -16,7 +16,8 @@ from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.config import EMBEDDED_MODEL, EngineConfig
 from fusionserve.engine.base_model import BaseModel, load_base_model
 from fusionserve.engine.decoder_layer import DecoderLayer, install_decoder_layers
-from fusionserve.kernels.packed_linear import PackedEmbedding, PackedLinear, can_pack
+from fusionserve.kernels.linear_product import PanelEmbedding
+from fusionserve.kernels.packed_linear import PackedLinear, can_pack
 
 OWN_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
 
@@ -64,9 +65,9 @@ def test_bfloat16_base_is_packed_and_held_once() -> None:
 def test_tied_embedding_reads_the_memory_of_the_head() -> None:
     model = load(EMBEDDED_MODEL, "bfloat16").model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embedding, AdaptedEmbedding) and isinstance(embedding.base, PackedEmbedding)
+    assert isinstance(embedding, AdaptedEmbedding) and isinstance(embedding.base, PanelEmbedding)
     assert isinstance(head.base, PackedLinear)
-    assert embedding.base.packed.data_ptr() == head.base.packed.data_ptr()
+    assert embedding.base.head.packed.data_ptr() == head.base.packed.data_ptr()
 
 
 def test_float32_base_is_not_packed() -> None:

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fusionserve.kernels.linear_product import LinearProduct, PanelEmbedding
 from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.packed_linear import (
-    PackedEmbedding,
     PackedLinear,
-    PackedProduct,
     can_pack,
     pack,
     reference_linear,
@@ -56,7 +55,7 @@ def test_product_equals_the_definition(d_in: int, d_out: int, bias: bool, num_to
 def test_parts_share_one_call_and_a_strided_input() -> None:
     parts = [make_linear(66, d_out) for d_out in (16, 80, 48)]
     x = torch.randn(9, 132).bfloat16()[:, :66]
-    outputs = PackedProduct([linear for linear, _ in parts])(x)
+    outputs = LinearProduct([linear for linear, _ in parts])(x)
     for output, (linear, weight) in zip(outputs, parts, strict=True):
         expected = reference_linear(x, weight, linear.bias)
         torch.testing.assert_close(output, expected.bfloat16(), rtol=2**-7, atol=1e-4)
@@ -67,7 +66,7 @@ def test_residual_is_added_before_rounding() -> None:
     linear, weight = make_linear(64, 48)
     x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 48).bfloat16() * 100
     expected = residual.float() + reference_linear(x, weight, linear.bias)
-    PackedProduct([linear]).add_(x, residual)
+    LinearProduct([linear]).add_(x, residual)
     torch.testing.assert_close(residual, expected.bfloat16(), rtol=2**-8, atol=0)
 
 
@@ -84,7 +83,7 @@ def test_token_gets_the_same_bits_in_any_company() -> None:
 def test_tied_embedding_reads_the_packed_rows() -> None:
     head, weight = make_linear(66, 80, bias=False)
     token_ids = torch.tensor([[0, 79, 17, 16]])
-    assert torch.equal(PackedEmbedding(head)(token_ids), nn.functional.embedding(token_ids, weight))
+    assert torch.equal(PanelEmbedding(head)(token_ids), nn.functional.embedding(token_ids, weight))
 
 
 def test_only_what_fits_is_packed() -> None:

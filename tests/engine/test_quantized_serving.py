@@ -1,4 +1,4 @@
-"""A base in NF4 serves what PEFT computes on the same base, in any company, and is otherwise the same base."""
+"""A base in few bits serves what PEFT computes on the same base, in any company, and is otherwise the same base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from served_adapters import (
     make_params,
     make_prompt,
     running_engine,
-    write_model,
 )
 from tiny_models import CONFIGS, make_tiny_model
 from tiny_training import LETTERS, adapter_run, optimization, write_texts
@@ -36,18 +35,23 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from fusionserve import metrics
 from fusionserve.adapters.base_modules import describe_base_modules
 from fusionserve.adapters.lora_loader import WEIGHTS_FILE
 from fusionserve.adapters.nf4 import compute_in_float32, quantization_options, repack
 from fusionserve.config import EMBEDDED_MODEL, EngineConfig
+from fusionserve.engine import quantized_base
 from fusionserve.engine.base_model import load_base_model
+from fusionserve.engine.quantized_base import BITS
 from fusionserve.errors import StartupError
 from fusionserve.fusion.artifact import save_fusion
 from fusionserve.fusion.config import FusionConfig, FusionMember
 from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.generation import Adaptation, OutputOptions
+from fusionserve.kernels import quantized_linear
+from fusionserve.kernels.quantized_linear import in_eight_bits, quantize
 from fusionserve.training.adapter_training import train_adapter
 
 pytestmark = pytest.mark.filterwarnings(
@@ -57,6 +61,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 TOLERANCE = 2e-4  # of log-probabilities in float32, as on an unquantized base
+LARGEST_STEP = 0.1  # inputs in 8 bits: what a last digit that decides a rounding moves here and there
 # In bfloat16 each product rounds to 8 bits; by how much that moves a log-probability, on the whole and at worst.
 BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.02, 0.2
 VOCAB, HIDDEN, INNER = 48, 64, 128
@@ -114,6 +119,50 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+class LinearInFewBits(torch.nn.Linear):
+    """A linear module with the quantized weight as plain numbers, and inputs as the product sees them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(in_eight_bits(x))
+
+
+class Conv1DInFewBits(Conv1D):
+    """The same for GPT-2's [d_in, d_out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(in_eight_bits(x))
+
+
+def model_in_few_bits(directory: Path, bits: str) -> PreTrainedModel:
+    """transformers' own model in float32 over weights in so many bits; PEFT can wrap it."""
+    if bits == "nf4":
+        return nf4_model(directory)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # GPT-2's is tied
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = quantize(module.weight, None, 8 if path == "lm_head" else BITS[bits]).weight
+            module.__class__ = LinearInFewBits
+        elif isinstance(module, Conv1D):
+            module.weight.data = quantize(module.weight.T, None, BITS[bits]).weight.T.contiguous()
+            module.__class__ = Conv1DInFewBits
+    if model.config.tie_word_embeddings:
+        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(model.lm_head.weight))
+    return model
+
+
+def served_by_peft(directory: Path, adapter: Path, bits: str) -> torch.nn.Module:
+    """PEFT's model over it; a head that the adapter saved whole is in full, a copy of the base's is not."""
+    with quiet_peft():
+        model = PeftModel.from_pretrained(model_in_few_bits(directory, bits), str(adapter)).eval()
+    for path, module in model.named_modules():
+        if path.endswith("modules_to_save.default"):
+            module.__class__ = torch.nn.Linear
+        if path.endswith("lm_head.base_layer") and bits != "nf4":
+            module.weight.data = quantize(module.weight, None, 8).weight
+    return model
+
+
 def nf4_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """transformers' own model over NF4, computing as the server does with this type."""
     options = quantization_options("nf4", AutoConfig.from_pretrained(directory))
@@ -146,19 +195,21 @@ def errors(outcome: Outcome, model: torch.nn.Module, prompt: tuple[int, ...]) ->
     )
 
 
+@pytest.mark.parametrize("bits", ["nf4", *BITS])
 @pytest.mark.parametrize(("family", "name"), CASES, ids=["-".join(case) for case in CASES])
-async def test_served_adapter_equals_peft_on_the_same_nf4_base(
-    families: dict[str, Path], family: str, name: str
+async def test_served_adapter_equals_peft_on_the_same_base(
+    families: dict[str, Path], family: str, name: str, bits: str
 ) -> None:
     root, prompt = families[family], make_prompt(3, 13)
-    with quiet_peft():
-        oracle = PeftModel.from_pretrained(nf4_model(root / "tiny"), str(root / "adapters" / name)).eval()
-    async with running_engine(root / "tiny", root / "adapters", quantize="nf4") as engine:
+    oracle = served_by_peft(root / "tiny", root / "adapters" / name, bits)
+    async with running_engine(root / "tiny", root / "adapters", quantize=bits) as engine:
         params = make_params("one", lora(name), prompt, output=EVERYTHING)
         outcome = await collect(engine, params)
         base = await collect(engine, replace(params, adaptation=Adaptation()))
-    assert float(errors(outcome, oracle, prompt).max()) < TOLERANCE
-    assert float(errors(base, nf4_model(root / "tiny"), prompt).max()) < TOLERANCE
+    plain = model_in_few_bits(root / "tiny", bits)
+    for found in (errors(outcome, oracle, prompt), errors(base, plain, prompt)):
+        assert float(found.median()) < TOLERANCE
+        assert float(found.max()) < (TOLERANCE if bits == "nf4" else LARGEST_STEP)
     assert outcome.finished.prompt_logprobs != base.finished.prompt_logprobs
 
 
@@ -201,9 +252,9 @@ async def test_adapter_trained_over_nf4_serves_on_either_base(
         assert float(found.max()) < BFLOAT16_LARGEST
 
 
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[TestedEngine]:
-    """Adapters and a fusion that were made over the unquantized base, on the base in NF4."""
+@pytest.fixture(params=["nf4", *BITS])
+async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TestedEngine]:
+    """Adapters and a fusion that were made over the unquantized base, on the base in few bits."""
     model, adapters, members = tmp_path / "model", tmp_path / "adapters", []
     make_model("llama").save_pretrained(model)
     for seed, name in enumerate(("ada", "bea")):
@@ -226,7 +277,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[TestedEngine]:
         parameter.data += torch.randn_like(parameter) * 0.5
     save_fusion(tmp_path / "fusions" / "mix", config, params)
     settings = {"fusion_dirs": (tmp_path / "fusions",), "max_batch_tokens": 24, "adapter_pool_ranks": 96}
-    async with running_engine(model, adapters, quantize="nf4", **settings) as running:
+    async with running_engine(model, adapters, quantize=request.param, **settings) as running:
         yield running
         await running.unload_fusion("mix", force=False)
 
@@ -246,6 +297,39 @@ async def test_crowd_of_all_kinds_gets_the_tokens_it_gets_alone(engine: TestedEn
     together = await collect_all(engine, requests)
     assert [outcome.tokens for outcome in together] == alone
     assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_in_panels_is_the_same_base_in_less_memory(dtype: str, bits: str) -> None:
+    plain, quantized = (
+        load_base_model(
+            EngineConfig(model=str(EMBEDDED_MODEL), model_name="tiny", dtype=dtype, quantize=some)
+        )
+        for some in ("none", bits)
+    )
+    assert quantized.modules == plain.modules  # the fingerprint and every path, kind and shape
+    assert quantized.dtype == plain.dtype
+    embedding = quantized.base_weight("model.embed_tokens")
+    assert torch.equal(embedding, quantized.base_weight("lm_head"))  # tied, in 8 bits
+    numbers = plain.weight_bytes / plain.dtype.itemsize
+    num_bits = 8 * embedding.numel() + BITS[bits] * (numbers - embedding.numel()) + 0.5 * numbers
+    assert quantized.weight_bytes < 1.02 * num_bits / 8  # 2 %: norms
+    weights = [base.base_weight("model.layers.0.mlp.up_proj").float() for base in (plain, quantized)]
+    error = float((weights[0] - weights[1]).norm() / weights[0].norm())
+    assert 0 < error < {"int8": 0.01, "int4": 0.1}[bits]
+
+
+async def test_base_without_a_product_of_bytes_computes_the_same(
+    families: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (quantized_linear, quantized_base):
+        monkeypatch.setattr(module, "has_quantized_product", lambda: False)
+    root, prompt = families["llama"], make_prompt(3, 13)
+    async with running_engine(root / "tiny", root / "adapters", quantize="int4") as engine:
+        base = await collect(engine, make_params("one", Adaptation(), prompt, output=EVERYTHING))
+    assert float(errors(base, model_in_few_bits(root / "tiny", "int4"), prompt).median()) < TOLERANCE
+    assert "int4 weights many times slower" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -269,9 +353,10 @@ async def test_bytes_of_the_weights_are_told(engine: TestedEngine) -> None:
     assert (await collect(engine, make_params("one", Adaptation("fusion", fusion="mix")))).tokens
 
 
+@pytest.mark.parametrize("bits", ["nf4", *BITS])
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_neox", "mixtral", "opt", "phi3", "qwen2"])
-def test_architectures_pass_the_check_of_packing(architecture: str, tmp_path: Path) -> None:
-    """Biases, LM heads of other names, experts that are not quantized."""
+def test_architectures_can_be_quantized(architecture: str, bits: str, tmp_path: Path) -> None:
+    """Biases, LM heads of other names, tied ones of scaled embeddings, experts that are not quantized."""
     config = CONFIGS[architecture]()
     sizes = {
         "hidden_size": HIDDEN,
@@ -281,7 +366,7 @@ def test_architectures_pass_the_check_of_packing(architecture: str, tmp_path: Pa
     }
     config.update({name: size for name, size in sizes.items() if hasattr(config, name)})
     make_tiny_model(config).save_pretrained(tmp_path)
-    base = load_base_model(config_of(tmp_path, dtype="float32"))
+    base = load_base_model(replace(config_of(tmp_path, dtype="float32"), quantize=bits))
     plain = load_base_model(replace(config_of(tmp_path, dtype="float32"), quantize="none"))
     assert base.modules == plain.modules
     assert base.weight_bytes < plain.weight_bytes
@@ -313,7 +398,11 @@ def test_unusable_checkpoint_is_refused(
     assert caught.value.reason == reason
 
 
-def test_base_without_a_module_of_whole_blocks_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="their inputs must be a multiple of 64") as caught:
-        load_base_model(config_of(write_model(tmp_path)))  # 32 and 40 wide
+@pytest.mark.parametrize(("bits", "multiple"), [("nf4", 64), ("int8", 32)])
+def test_base_without_a_module_of_whole_blocks_is_refused(bits: str, multiple: int, tmp_path: Path) -> None:
+    config = CONFIGS["llama"]()
+    config.update({"intermediate_size": 72})  # beside 48
+    make_tiny_model(config).save_pretrained(tmp_path)
+    with pytest.raises(StartupError, match=f"their inputs must be a multiple of {multiple}") as caught:
+        load_base_model(replace(config_of(tmp_path), quantize=bits))
     assert caught.value.reason == "QUANTIZATION_UNAVAILABLE"

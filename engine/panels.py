@@ -1,0 +1,62 @@
+"""Brings the base's weights into panels for the native products, module by module, so that none is held twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fusionserve.adapters.base_modules import BaseModules, ModuleKind
+from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
+from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
+from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
+from fusionserve.kernels.quantized_linear import can_quantize, quantize
+
+_HEAD_BITS = 8  # of the LM head, at least: every token's logits depend on it, and a tied embedding reads it
+
+
+@torch.no_grad()
+def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | None) -> int:
+    """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
+
+    With `bits`, 8 or 4, weights are quantized, else packed as they are. An embedding tied to the LM head reads the
+    head's panels; if it is of a kind that cannot, the head stays as it is, because the embedding would keep the weight.
+    """
+    embedding = model.get_input_embeddings()
+    converted: list[Tensor] = []
+    with little_garbage():
+        for path, module in modules.by_path.items():
+            shares = module.kind is ModuleKind.LM_HEAD and modules.is_tied
+            if shares and type(embedding) is not nn.Embedding:
+                continue
+            is_head = module.kind is ModuleKind.LM_HEAD
+            panels = _to_panels(
+                model.get_submodule(path), max(bits, _HEAD_BITS) if bits and is_head else bits
+            )
+            if panels is None:
+                continue
+            _set(model, path, panels)
+            converted += [tensor for tensor in panels.storage() if tensor is not None]
+            if shares:
+                model.set_input_embeddings(PanelEmbedding(panels))
+    if converted:
+        let_go_of_files(model, converted)
+    return sum(isinstance(module, PanelLinear) for module in model.modules())
+
+
+def _to_panels(module: Any, bits: int | None) -> PanelLinear | None:
+    """The module in panels, or None if it is of another kind or does not divide into them."""
+    if type(module) not in (nn.Linear, Conv1D):
+        return None
+    weight = module.weight.T if type(module) is Conv1D else module.weight
+    if bits is not None:
+        return quantize(weight, module.bias, bits) if can_quantize(weight) else None
+    return PackedLinear(pack(weight), module.bias) if can_pack(weight) else None
+
+
+def _set(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

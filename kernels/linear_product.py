@@ -1,0 +1,125 @@
+"""Linear modules whose weights lie in panels of 16 outputs for a native product, and their product with a shared input.
+
+    y = x W^T + b       or, onto a residual, y += x W^T + b
+
+Every output is summed in an order that does not depend on the batch, so a token gets the same bits in any company.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+
+from torch import Tensor, nn
+
+from fusionserve.kernels.native_call import Tokens, native_function
+
+PANEL = 16  # outputs that lie together
+
+
+class PanelLinear(nn.Module, ABC):
+    """Stands in for an nn.Linear [d_out, d_in]; holds its weight in panels, and no other copy."""
+
+    kernel: str | None  # the native product; None: there is none on this processor
+
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """A copy of the weight [d_out, d_in]; some models look at it, few read it."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weights [n, d_in] of the outputs ids [n], as an embedding tied to them reads them."""
+
+    @abstractmethod
+    def storage(self) -> tuple[Tensor, Tensor | None]:
+        """The weight's levels or numbers, and its scales."""
+
+    @abstractmethod
+    def reference(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out] with torch's operations: the definition, in float32, rounded to x's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out]."""
+        return LinearProduct([self])(x)[0]
+
+
+class PanelEmbedding(nn.Module):
+    """Stands in for an nn.Embedding whose weight is tied to an LM head in panels: reads its rows there."""
+
+    def __init__(self, head: PanelLinear) -> None:
+        super().__init__()
+        self.head = head
+        self.embedding_dim = head.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the weight [vocab, hidden]."""
+        return self.head.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids [..., num_tokens] -> [..., num_tokens, hidden]."""
+        return self.head.rows(token_ids.reshape(-1)).view(*token_ids.shape, self.embedding_dim)
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "scales", "bias", "y")),
+        *((name, c_int64) for name in ("d_out", "add")),
+    )
+
+
+class LinearProduct:
+    """The product of one input with the weights of several modules of one kind, in one call."""
+
+    def __init__(self, modules: Sequence[PanelLinear]) -> None:
+        self._modules = tuple(modules)  # their memory must outlive the pointers
+        self._kernel, self._d_in = modules[0].kernel, modules[0].in_features
+        self._parts = (_Part * len(modules))(*map(_to_part, modules))
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module]) -> LinearProduct | None:
+        """The product of these modules, or None if they are not all in panels of one kind."""
+        in_panels = [module for module in modules if isinstance(module, PanelLinear)]
+        is_one = len(in_panels) == len(modules) and len({module.kernel for module in in_panels}) == 1
+        return cls(in_panels) if is_one else None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., d_in] -> y [..., d_out] of each module."""
+        outputs = [x.new_empty(*x.shape[:-1], module.out_features) for module in self._modules]
+        self._compute(x, outputs, add=False)
+        return outputs
+
+    def add_(self, x: Tensor, residual: Tensor) -> None:
+        """residual += W x + b, in place, for a single module; natively rounded once."""
+        self._compute(x, [residual], add=True)
+
+    def _compute(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> None:
+        native = native_function(self._kernel, x) if self._kernel else None
+        if native is None:
+            for module, y in zip(self._modules, outputs, strict=True):
+                y.copy_(y + module.reference(x) if add else module.reference(x))
+            return
+        x = x.reshape(-1, x.shape[-1])
+        if x.stride(-1) != 1:
+            x = x.contiguous()
+        assert x.shape[1] == self._d_in
+        for part, module, y in zip(self._parts, self._modules, outputs, strict=True):
+            assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
+            assert module.bias is None or module.bias.dtype == x.dtype
+            part.y, part.add = y.data_ptr(), add
+        native(ctypes.byref(Tokens.of(x)), self._parts, c_int64(len(self._parts)))
+
+
+def _to_part(module: PanelLinear) -> _Part:
+    tensors = (*module.storage(), module.bias)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return _Part(*pointers, None, module.out_features, 0)

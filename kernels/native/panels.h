@@ -1,0 +1,79 @@
+// How a product y = x W^T is cut into tiles: a few tokens by three panels of 16 outputs.
+//
+// Each output is summed over the inputs in order, so it does not depend on how many tokens there are.
+#pragma once
+
+#include "lanes.h"
+#include "threads.h"
+
+#include <algorithm>
+
+constexpr Index PANEL = 16;         // outputs
+constexpr Index TILE_PANELS = 3;    // panels in a tile
+constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
+constexpr Index PREFETCH_BYTES = 4096;
+
+// One of the modules that share an input. y: [num_tokens, d_out]; add: y += instead of y =.
+struct LinearPart {
+    const void* weights;  // in panels
+    const void* scales;   // of quantized weights
+    const void* bias;     // [d_out] or null
+    void* y;
+    Index d_out;
+    Index add;
+};
+
+// `Product` has: MOST_TOKENS, num_tokens and tile<TOKENS, PANELS>(part, token, panel).
+template <int PANELS, typename Product>
+static void all_tokens(const Product& product, const LinearPart& part, Index panel) {
+    constexpr int MOST = Product::MOST_TOKENS;
+    Index token = 0;
+    for (; token + MOST <= product.num_tokens; token += MOST) product.template tile<MOST, PANELS>(part, token, panel);
+    if constexpr (MOST > 4)
+        for (; token + 4 <= product.num_tokens; token += 4) product.template tile<4, PANELS>(part, token, panel);
+    for (; token < product.num_tokens; ++token) product.template tile<1, PANELS>(part, token, panel);
+}
+
+// Panels [first, first + TILE_PANELS) of the part, or what is left of them.
+template <typename Product>
+static void some_panels(const Product& product, const LinearPart& part, Index first) {
+    const Index left = part.d_out / PANEL - first;
+    if (left >= 3) return all_tokens<3>(product, part, first);
+    if (left == 2) return all_tokens<2>(product, part, first);
+    all_tokens<1>(product, part, first);
+}
+
+// Stores 16 sums as outputs of a token, with the bias, onto what is there if the part says so; rounded once.
+template <typename Number>
+static inline void finish(Lanes sums, const LinearPart& part, Index token, Index output) {
+    Number* y = static_cast<Number*>(part.y) + token * part.d_out + output;
+    if (part.bias) sums += load_lanes(static_cast<const Number*>(part.bias) + output);
+    if (part.add) sums += load_lanes(y);
+    store_lanes(sums, y);
+}
+
+static inline Index num_tiles(const LinearPart& part) {
+    return (part.d_out / PANEL + TILE_PANELS - 1) / TILE_PANELS;
+}
+
+template <typename Product>
+static void multiply(const Product& product, const LinearPart* parts, Index num_parts) {
+    Index total = 0;
+    for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
+    const auto one_tile = [&](Index index) {
+        const LinearPart* part = parts;
+        while (index >= num_tiles(*part)) index -= num_tiles(*part++);
+        some_panels(product, *part, index * TILE_PANELS);
+    };
+    // Neighbouring tiles in a row, because their weights lie in a row.
+    const Index in_a_row = std::clamp<Index>(total / (4 * num_threads()), 1, MOST_IN_A_ROW);
+    parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
+        for (Index tile = row * in_a_row; tile < std::min(total, (row + 1) * in_a_row); ++tile) one_tile(tile);
+    });
+}
+
+// Where the panel `bytes_left` behind `here` ends, the next tile goes on behind this tile's other panels.
+static inline void prefetch_panel(const void* here, Index bytes_left, Index panel_bytes, int num_panels) {
+    const Index ahead = PREFETCH_BYTES + (bytes_left <= PREFETCH_BYTES ? (num_panels - 1) * panel_bytes : 0);
+    __builtin_prefetch(static_cast<const char*>(here) + ahead);
+}

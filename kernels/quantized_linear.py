@@ -1,0 +1,122 @@
+"""Linear modules with weights of 8 or 4 bits and inputs brought to 8 bits; see `native/quantized_linear.cpp`.
+
+    w = s l      levels l = -127 .. 127, or -8 .. 7; a scale s, in bfloat16, for each 32 inputs of an output
+    x = t k      levels k = -127 .. 127; a scale t, in float32, for each 32 inputs of a token
+
+The formats are those of GGUF's Q8_0 and Q4_0 but for the type of the scales. What a token gets does not depend on its
+company. Without the processor's products of bytes (AVX-512 VNNI) the same is computed in float32, many times slower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fusionserve.kernels.linear_product import PANEL, PanelLinear
+from fusionserve.kernels.native_library import native_library
+
+GROUP = 32  # inputs that share a scale
+_FOUR = 4  # inputs that the processor multiplies at once
+_ROWS_AT_ONCE = 1024  # outputs, so that quantizing a large head takes little memory
+
+
+def can_quantize(weight: Tensor) -> bool:
+    """True for a weight [d_out, d_in] that divides into panels and groups."""
+    d_out, d_in = weight.shape
+    return d_out % PANEL == 0 and d_in % GROUP == 0
+
+
+def has_quantized_product() -> bool:
+    """True on a processor with products of bytes; elsewhere `QuantizedLinear` computes in float32."""
+    library = native_library()
+    return library is not None and bool(library.has_quantized_linear())
+
+
+class QuantizedLinear(PanelLinear):
+    """Stands in for an nn.Linear; its weight in 8 or 4 bits. Make it with `quantize`."""
+
+    def __init__(self, levels: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """levels uint8 [d_out / 16, d_in / 32, bits, 16, 4], scales bfloat16 [d_out / 16, d_in / 32, 16].
+
+        `dtype` is that of the weight that was quantized.
+        """
+        num_panels, num_groups, self.bits = levels.shape[:3]
+        super().__init__(num_groups * GROUP, num_panels * PANEL, bias)
+        self.kernel = f"int{self.bits}_linear" if has_quantized_product() else None
+        self.levels = nn.Parameter(levels, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the weight [d_out, d_in] that is computed with."""
+        return torch.cat(
+            [self.rows(ids) for ids in torch.split(torch.arange(self.out_features), _ROWS_AT_ONCE)]
+        )
+
+    @property
+    def largest_step(self) -> float:
+        """What a weight may be off by at most: half a step of the levels, a whole one at the end of the scale."""
+        return float(self.scales.abs().max())
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weights [n, d_in] of the outputs ids [n]."""
+        panels, outputs = ids // PANEL, ids % PANEL
+        levels = self.levels[panels, :, :, outputs].to(torch.int16)  # [n, groups, bits, 4]
+        if self.bits == 4:
+            levels = torch.stack((levels & 15, levels >> 4), dim=-2)
+        levels = levels.flatten(2) - (1 << self.bits - 1)  # [n, groups, 32]
+        scales = self.scales[panels, :, outputs]
+        return (levels * scales.float()[..., None]).flatten(1).to(self._dtype)
+
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """Levels and scales."""
+        return self.levels, self.scales
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The definition in float32, rounded to x's type."""
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(in_eight_bits(x), self.weight.float(), bias).to(x.dtype)
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, bias: Tensor | None, bits: int) -> QuantizedLinear:
+    """weight [d_out, d_in] in 8 or 4 bits; `can_quantize` must hold."""
+    parts = [_quantize_rows(rows, bits) for rows in torch.split(weight, _ROWS_AT_ONCE)]
+    levels, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return QuantizedLinear(levels, scales, bias, weight.dtype)
+
+
+def in_eight_bits(x: Tensor) -> Tensor:
+    """x [..., d_in] as the product sees it, in float32: whole steps of 1/127 of the largest number of each group."""
+    groups = x.float().view(*x.shape[:-1], -1, GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    levels = torch.where(largest > 0, (groups * (127 / largest)).round(), 0.0)
+    return (levels * (largest / 127)).flatten(-2)
+
+
+def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Levels and scales of some outputs' weights [n, d_in], in panels."""
+    groups = weight.float().reshape(len(weight), -1, GROUP)  # [n, groups, 32]
+    scales = _scales(groups, bits).bfloat16()
+    middle = 1 << bits - 1
+    lowest = -middle if bits == 4 else 1 - middle
+    levels = torch.where(scales != 0, (groups / scales.float()).round(), 0.0).clamp(lowest, middle - 1)
+    levels = (levels + middle).to(torch.uint8).view(*levels.shape[:2], -1, _FOUR)  # [n, groups, 8, 4]
+    if bits == 4:
+        levels = levels[:, :, 0::2] | levels[:, :, 1::2] << 4
+    return _to_panels(levels), _to_panels(scales).squeeze(-1)
+
+
+def _scales(groups: Tensor, bits: int) -> Tensor:
+    """[n, groups, 1]. In 4 bits the number furthest from zero becomes -8, so that all 16 levels are used."""
+    if bits == 8:
+        return groups.abs().amax(-1, keepdim=True) / 127
+    furthest = groups.abs().argmax(-1, keepdim=True)
+    return groups.gather(-1, furthest) / -8
+
+
+def _to_panels(rows: Tensor) -> Tensor:
+    """[n, groups, ...] -> [n / 16, groups, ..., 16, the last of ...]: the 16 outputs of a panel side by side."""
+    return rows.view(-1, PANEL, *rows.shape[1:]).movedim(1, -2).contiguous()
