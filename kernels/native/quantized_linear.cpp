@@ -27,30 +27,22 @@ struct QuantizedTokens {
     std::vector<int32_t> sums;   // [num_tokens, num_groups], of the levels
 };
 
-// Not finite numbers make the group's scale one, so that all outputs are.
+// Numbers that are not finite make the group's scale not finite, and so every output of the token.
 template <typename Number>
 static inline void quantize_group(const Number* x, int8_t* levels, float* scale, int32_t* sum) {
-    float largest = 0, bad = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : bad)
-    for (Index i = 0; i < GROUP; ++i) {
-        const float number = std::fabs(to_float(x[i]));
-        largest = number > largest ? number : largest;
-        bad += number * 0.0f;
-    }
-    const bool is_finite = bad == 0.0f;
-    const float inverse = is_finite && largest > 0 ? 127.0f / largest : 0.0f;
-    int32_t total = 0;
-    if (is_finite)
-#pragma omp simd reduction(+ : total)
-        for (Index i = 0; i < GROUP; ++i) {
-            const int32_t level = static_cast<int32_t>(std::nearbyint(to_float(x[i]) * inverse));
-            levels[i] = static_cast<int8_t>(level);
-            total += level;
-        }
-    else
-        std::fill(levels, levels + GROUP, int8_t(0));
-    *scale = largest / 127.0f + bad;
-    *sum = total;
+    const __m512 low = (__m512)load_lanes(x), high = (__m512)load_lanes(x + LANES);
+    // As integers, magnitudes are in the order of the numbers; infinity and what is not a number come last.
+    const __m512i magnitudes = _mm512_max_epi32((__m512i)_mm512_abs_ps(low), (__m512i)_mm512_abs_ps(high));
+    const int32_t bits = _mm512_reduce_max_epi32(magnitudes);
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    const __m512 inverse = _mm512_set1_ps(largest > 0 && largest < INFINITY ? 127.0f / largest : 0.0f);
+    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
+    const __m512i last = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(levels), _mm512_cvtepi32_epi8(first));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + LANES), _mm512_cvtepi32_epi8(last));
+    *scale = largest / 127.0f;
+    *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, last));
 }
 
 template <typename Number>
