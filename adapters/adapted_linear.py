@@ -9,8 +9,8 @@ and one comparison per group.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,7 +20,7 @@ from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.low_rank import weigh_
-from fusionserve.kernels.segments import Parts
+from fusionserve.kernels.segments import Addition, Additions
 
 
 class AdaptedLinear(nn.Module):
@@ -57,15 +57,15 @@ class Projections:
     """The modules of one group, which read one plan."""
 
     def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
-        self._modules = tuple(modules)
-        self._cell = modules[0].cell
-        self._parts: dict[int, Parts] = {}  # by the first of the modules
-        self._product = LinearProduct.of([module.base for module in modules])
+        self.modules = tuple(modules)
+        self.cell = modules[0].cell
+        self._additions = Additions([])
+        self.product = LinearProduct.of([module.base for module in modules])
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., num_tokens, d_in] -> [..., num_tokens, d_out] of each module."""
-        outputs = [module.base(x) for module in self._modules] if self._product is None else self._product(x)
-        plan = self._cell.plan
+        outputs = [module.base(x) for module in self.modules] if self.product is None else self.product(x)
+        plan = self.cell.plan
         if not plan.is_empty:
             flat = [output.view(-1, output.shape[-1]) for output in outputs]
             self._adapt_(x.reshape(-1, x.shape[-1]), flat, plan)
@@ -73,10 +73,10 @@ class Projections:
 
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + y for a group of one, x [num_tokens, d_in]; residual [num_tokens, d_out] may be written to."""
-        plan = self._cell.plan
-        if self._product is None or plan.whole_modules:
+        plan = self.cell.plan
+        if self.product is None or plan.whole_modules:
             return residual + self(x)[0]
-        self._product.add_(x, residual)
+        self.product.add_(x, residual)
         if not plan.is_empty:
             self._adapt_(x, [residual], plan)
         return residual
@@ -84,51 +84,50 @@ class Projections:
     def _adapt_(self, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan) -> None:
         """x [num_tokens, d_in], outputs [num_tokens, d_out]; in place."""
         assert x.shape[0] == plan.num_tokens, (
-            f"{self._modules[0].path} sees {x.shape[0]} of {plan.num_tokens} tokens"
+            f"{self.modules[0].path} sees {x.shape[0]} of {plan.num_tokens} tokens"
         )
         if plan.whole_modules:
-            for module, y in zip(self._modules, outputs, strict=True):
+            for module, y in zip(self.modules, outputs, strict=True):
                 _replace_(module, x, y, plan)
         if plan.spans or plan.fused:
-            for module, y in zip(self._modules, outputs, strict=True):
+            for module, y in zip(self.modules, outputs, strict=True):
                 if not module.rows.is_empty:
                     _add_spans_(module, x, y, plan)
         if plan.segments is not None:
-            self._add_segments_(x, outputs, plan.segments)
+            plan.segments.together.add_(x, self.additions(plan.segments), outputs)
         if plan.whole_modules:
-            for module, y in zip(self._modules, outputs, strict=True):
+            for module, y in zip(self.modules, outputs, strict=True):
                 _scale_columns_(module, y, plan)
 
-    def _add_segments_(self, x: Tensor, outputs: Sequence[Tensor], segments: SegmentPlan) -> None:
-        """The native part. An attention sets the coefficients of its module and of those up to the next attention."""
-        touched = [index for index, module in enumerate(self._modules) if not module.rows.is_empty]
-        while touched:
-            first = self._modules[touched[0]]
-            for fused in segments.fused:
-                if fused.attends_at(first.path):
-                    fused.attend(first.path, x, first.rows)
-            here = _until_next_attention(touched, self._modules, segments)
-            segments.together.add_(x, self._parts_of(here), [outputs[index] for index in here])
-            touched = touched[len(here) :]
+    def additions(self, segments: SegmentPlan) -> Additions:
+        """What the segments add to the group; an attention comes before its module and those up to the next one's."""
+        additions: list[Addition] = []
+        for place, module in enumerate(self.modules):
+            if module.rows.is_empty:
+                continue
+            attentions = [
+                f.attention(module.path, module.rows) for f in segments.fused if f.attends_at(module.path)
+            ]
+            if attentions or not additions:
+                additions.append(Addition({}, attentions))
+            additions[-1].rows[place] = module.rows.part
+        if any(addition.attentions for addition in additions):
+            return Additions(additions)
+        return self._without_attentions(additions)
 
-    def _parts_of(self, indices: Sequence[int]) -> Parts:
-        """The modules' rank rows, made anew only when the pool has other tensors for them."""
-        rows = [self._modules[index].rows.part for index in indices]
-        parts = self._parts.get(indices[0])
-        if parts is None or any(old is not new for old, new in zip_longest(parts.rows, rows)):
-            parts = self._parts[indices[0]] = Parts(rows)
-        return parts
+    def _without_attentions(self, additions: Sequence[Addition]) -> Additions:
+        """Made anew only when the pool has other tensors."""
+        if not _is_same(self._additions.additions, additions):
+            self._additions = Additions(additions)
+        return self._additions
 
 
-def _until_next_attention(
-    indices: Sequence[int], modules: Sequence[AdaptedLinear], segments: SegmentPlan
-) -> Sequence[int]:
-    """The first of these modules and those behind it that have no attention of their own."""
-    if segments.fused:
-        for count, index in enumerate(indices[1:], 1):
-            if any(fused.attends_at(modules[index].path) for fused in segments.fused):
-                return indices[:count]
-    return indices
+def _is_same(known: Sequence[Addition], additions: Sequence[Addition]) -> bool:
+    """True if they are of the same tensors."""
+    known_rows, rows = (
+        [part for addition in some for part in addition.rows.values()] for some in (known, additions)
+    )
+    return len(known_rows) == len(rows) and all(map(operator.is_, known_rows, rows))
 
 
 def _add_spans_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.kernels.low_rank import weigh_
-from fusionserve.kernels.segments import FusionAttention, Segment, attend_members
+from fusionserve.kernels.segments import FusionAttention, MemberAttention, Segment
 
 
 class FusedTokens:
@@ -73,9 +73,9 @@ class FusedSegment:
         module = self._rows.modules.get(path)
         return module is not None and module.has_attention
 
-    def attend(self, path: str, x: Tensor, rows: ModuleRows) -> None:
-        """Sets the coefficients from x [num_tokens, d_in], for this module and those behind it without attention."""
-        attention = FusionAttention(
+    def attention(self, path: str, rows: ModuleRows) -> MemberAttention:
+        """What sets the coefficients when it runs, for this module and those behind it without attention."""
+        fusion = FusionAttention(
             token_start=self.start,
             token_end=self.end,
             row_start=self._row_start,
@@ -85,7 +85,9 @@ class FusedSegment:
             has_base_member=self._rows.has_base_member,
             allowed=allowed_members(self._rows.modules[path], self._allowed),
         )
-        self.weights[path] = attend_members(x, rows.part, attention, self._coefficients)
+        attention = MemberAttention(rows.part, fusion, self._coefficients)
+        self.weights[path] = attention.weights
+        return attention
 
 
 def allowed_members(module: FusionModule, allowed: Tensor | None) -> Tensor | None:

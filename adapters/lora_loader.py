@@ -178,5 +178,7 @@ def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor, head_step: float) 
     """
     step = 0.0 if copy.dtype == base.dtype else max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
     for theirs, ours in zip(pieces(copy), pieces(base.detach().contiguous()), strict=True):
-        if not torch.allclose(theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, head_step)):
+        if not torch.allclose(
+            theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, head_step)
+        ):
             raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")

@@ -108,6 +108,11 @@ class RowPlan:
         """True if every token is the base's."""
         return not (self.spans or self.fused or self.segments or self.whole_modules)
 
+    @property
+    def is_segments_only(self) -> bool:
+        """True if native kernels do all of it: base tokens and segments."""
+        return not (self.spans or self.fused or self.whole_modules)
+
 
 EMPTY_PLAN = RowPlan(num_tokens=0)
 

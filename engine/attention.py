@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fusionserve.kernels.native_layer import NativeStep
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PackedSequence, PagedBatch
 from fusionserve.kernels.pointwise import Rotation, rotate_and_store
+from fusionserve.kernels.segments import Segments
 
 ATTENTION_NAME = "fusionserve_paged"
 
@@ -41,6 +43,7 @@ class AttentionBatch:
     ) -> None:
         self._caches = caches
         self._paged = PagedBatch(sequences, block_size, device)
+        self._native_step: NativeStep | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -50,6 +53,18 @@ class AttentionBatch:
         cache.keys[self._paged.new_slots] = key
         cache.values[self._paged.new_slots] = value
         return self._paged.attend(query.contiguous(), cache.keys, cache.values, options)
+
+    def cache_of(self, module: nn.Module) -> LayerCache:
+        """The cache of an attention module."""
+        return self._caches[module]
+
+    def native_step(self, angles: tuple[Tensor, Tensor], segments: Segments | None) -> NativeStep:
+        """What native layers share: made by the first of them, for these angles cos and sin [num_tokens, dim]."""
+        step = self._native_step
+        if step is None or step.rotation.cos.data_ptr() != angles[0].data_ptr():
+            rotation = Rotation(*angles, self._paged.new_slots)
+            self._native_step = step = NativeStep(rotation, self._paged.native_attentions(), segments)
+        return step
 
     def rotate_and_attend(
         self,

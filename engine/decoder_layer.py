@@ -1,10 +1,11 @@
-"""Decoder layers of the Llama family in few, large steps: same weights, same result, a fifth of the operations.
+"""Decoder layers of the Llama family in few, large steps: same weights, same result, a fifth of the operations or less.
 
     h = x + O attention(rotate(Q n1), rotate(K n1), V n1)      n1 = rms_norm(x)
     y = h + down(silu(gate n2) * up n2)                        n2 = rms_norm(h)
 
-Queries, keys and values are one product, gate and up another; a residual is added by the product before it. Layers of
-other architectures stay as transformers computes them.
+Where all of a layer has native kernels, it is one of them. Else queries, keys and values are one product, gate and up
+another, and a residual is added by the product before it; that is also how the tokens of adapters are served that say
+more than rank rows in segments. Layers of other architectures stay as transformers computes them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
-from fusionserve.engine.attention import AttentionBatch
+from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.kernels.native_layer import LayerNorm, LayerParts, NativeLayer
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import rms_norm, silu_product
 
@@ -59,8 +61,13 @@ class DecoderLayer(nn.Module):
         self._attention_output = Projections([attention.o_proj])
         self._gate_and_up = Projections([mlp.gate_proj, mlp.up_proj])
         self._down = Projections([mlp.down_proj])
+        self._groups = (self._queries_keys_values, self._attention_output, self._gate_and_up, self._down)
+        self._cell = attention.q_proj.cell
         self._options = AttentionOptions(attention.scaling, _WINDOWS[type(layer).__name__](attention))
-        self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._input_norm, self._inner_norm = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
+        self._head_norms = [_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+        self._native: NativeLayer | None = None
+        self._cache: LayerCache | None = None
 
     def forward(
         self,
@@ -70,30 +77,68 @@ class DecoderLayer(nn.Module):
         attention_batch: AttentionBatch,
         **_: object,
     ) -> Tensor:
-        """hidden_states [1, num_tokens, hidden] -> that shape; position_embeddings cos, sin [1, num_tokens, dim]."""
+        """hidden_states [1, num_tokens, hidden] -> that shape, maybe that memory; cos, sin [1, num_tokens, dim]."""
         x = hidden_states[0]
-        attended = self._attend(_norm(self.input_layernorm, x), position_embeddings, attention_batch)
+        cos, sin = position_embeddings
+        native = self._native_layer(attention_batch)
+        if native is not None and self._cell.plan.is_segments_only:
+            self._compute_natively_(native, x, (cos[0], sin[0]), attention_batch)
+            return hidden_states
+        attended = self._attend(_normalized(self._input_norm, x), (cos[0], sin[0]), attention_batch)
         x = self._attention_output.add_(attended, x)
-        gate, up = self._gate_and_up(_norm(self.post_attention_layernorm, x))
+        gate, up = self._gate_and_up(_normalized(self._inner_norm, x))
         return self._down.add_(silu_product(gate, up), x)[None]
+
+    def _compute_natively_(
+        self, native: NativeLayer, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch
+    ) -> None:
+        plan = self._cell.plan
+        if plan.segments is None:
+            native.compute_(x, batch.native_step(angles, None))
+        else:
+            step = batch.native_step(angles, plan.segments.together)
+            native.compute_(x, step, [group.additions(plan.segments) for group in self._groups])
+
+    def _native_layer(self, batch: AttentionBatch) -> NativeLayer | None:
+        """The layer over its cache in one kernel, or None where there is none for all of it."""
+        cache = batch.cache_of(self.self_attn)
+        if cache is not self._cache:
+            self._cache, parts = cache, self._parts()
+            can_compute = parts is not None and NativeLayer.can_compute(parts, cache.keys)
+            self._native = NativeLayer(parts, cache.keys, cache.values) if parts and can_compute else None
+        return self._native
+
+    def _parts(self) -> LayerParts | None:
+        qkv, output, gate_and_up, down = (group.product for group in self._groups)
+        if qkv is None or output is None or gate_and_up is None or down is None:
+            return None
+        return LayerParts(
+            products=(qkv, output, gate_and_up, down),
+            input_norm=self._input_norm,
+            inner_norm=self._inner_norm,
+            query_norm=self._head_norms[0],
+            key_norm=self._head_norms[1],
+            head_dim=self.self_attn.head_dim,
+            options=self._options,
+        )
 
     def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> Tensor:
         dim = self.self_attn.head_dim
         query, key, value = (y.view(len(y), -1, dim) for y in self._queries_keys_values(x))
         query, key = (
-            heads if norm is None else _norm(norm, heads)
+            heads if norm is None else _normalized(norm, heads)
             for norm, heads in zip(self._head_norms, (query, key), strict=True)
         )
-        cos, sin = angles
-        attended = batch.rotate_and_attend(
-            self.self_attn, (query, key, value), (cos[0], sin[0]), self._options
-        )
+        attended = batch.rotate_and_attend(self.self_attn, (query, key, value), angles, self._options)
         return attended.view(len(x), -1)
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
-    module: Any = norm
-    return rms_norm(x, module.weight, module.variance_epsilon)
+def _norm(module: Any) -> Any:
+    return None if module is None else LayerNorm(module.weight, module.variance_epsilon)
+
+
+def _normalized(norm: LayerNorm, x: Tensor) -> Tensor:
+    return rms_norm(x, norm.weight, norm.epsilon)
 
 
 def _fits(layer: nn.Module) -> bool:

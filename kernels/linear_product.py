@@ -14,7 +14,7 @@ from ctypes import c_int64, c_void_p
 
 from torch import Tensor, nn
 
-from fusionserve.kernels.native_call import Tokens, native_function
+from fusionserve.kernels.native_call import NativeFunction, Tokens, native_function
 
 PANEL = 16  # outputs that lie together
 
@@ -69,7 +69,9 @@ class PanelEmbedding(nn.Module):
         return self.head.rows(token_ids.reshape(-1)).view(*token_ids.shape, self.embedding_dim)
 
 
-class _Part(ctypes.Structure):
+class NativePart(ctypes.Structure):
+    """A module of a product as the kernels take it."""
+
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "scales", "bias", "y")),
         *((name, c_int64) for name in ("d_out", "add")),
@@ -82,7 +84,7 @@ class LinearProduct:
     def __init__(self, modules: Sequence[PanelLinear]) -> None:
         self._modules = tuple(modules)  # their memory must outlive the pointers
         self._kernel, self._d_in = modules[0].kernel, modules[0].in_features
-        self._parts = (_Part * len(modules))(*map(_to_part, modules))
+        self.parts = (NativePart * len(modules))(*map(_to_part, modules))
 
     @classmethod
     def of(cls, modules: Sequence[nn.Module]) -> LinearProduct | None:
@@ -90,6 +92,10 @@ class LinearProduct:
         in_panels = [module for module in modules if isinstance(module, PanelLinear)]
         is_one = len(in_panels) == len(modules) and len({module.kernel for module in in_panels}) == 1
         return cls(in_panels) if is_one else None
+
+    def native(self, like: Tensor) -> NativeFunction | None:
+        """The kernel for inputs of this type and device, or None."""
+        return native_function(self._kernel, like) if self._kernel else None
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., d_in] -> y [..., d_out] of each module."""
@@ -102,7 +108,7 @@ class LinearProduct:
         self._compute(x, [residual], add=True)
 
     def _compute(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> None:
-        native = native_function(self._kernel, x) if self._kernel else None
+        native = self.native(x)
         if native is None:
             for module, y in zip(self._modules, outputs, strict=True):
                 y.copy_(y + module.reference(x) if add else module.reference(x))
@@ -111,15 +117,15 @@ class LinearProduct:
         if x.stride(-1) != 1:
             x = x.contiguous()
         assert x.shape[1] == self._d_in
-        for part, module, y in zip(self._parts, self._modules, outputs, strict=True):
+        for part, module, y in zip(self.parts, self._modules, outputs, strict=True):
             assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
             assert module.bias is None or module.bias.dtype == x.dtype
             part.y, part.add = y.data_ptr(), add
-        native(ctypes.byref(Tokens.of(x)), self._parts, c_int64(len(self._parts)))
+        native(ctypes.byref(Tokens.of(x)), self.parts, c_int64(len(self.parts)))
 
 
-def _to_part(module: PanelLinear) -> _Part:
+def _to_part(module: PanelLinear) -> NativePart:
     tensors = (*module.storage(), module.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return _Part(*pointers, None, module.out_features, 0)
+    return NativePart(*pointers, None, module.out_features, 0)

@@ -24,7 +24,7 @@ from fusionserve.kernels.paged_attention import (
     decode_attention,
 )
 
-_MAX_NATIVE_DIM = 256
+MAX_NATIVE_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class PagedBatch:
         keys and values [num_slots, kv_heads, dim], those of the new tokens included.
         """
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-        fits = max(query.shape[-1], values.shape[-1]) <= _MAX_NATIVE_DIM
+        fits = max(query.shape[-1], values.shape[-1]) <= MAX_NATIVE_DIM
         native = native_function("attend", query) if fits else None
         if native is not None:
             for tokens in self._native_tokens():
@@ -80,6 +80,10 @@ class PagedBatch:
             for part in self._torch_parts():
                 part.attend_(query, keys, values, options, output)
         return output
+
+    def native_attentions(self) -> list[NativeAttention]:
+        """What the native kernels are told of the tokens; it lives as long as this batch."""
+        return [tokens.arguments for tokens in self._native_tokens()]
 
     def _native_tokens(self) -> list[_NativeTokens]:
         if self._native is None:
@@ -97,7 +101,9 @@ class PagedBatch:
         return self._torch
 
 
-class _Attention(ctypes.Structure):
+class NativeAttention(ctypes.Structure):
+    """Attention of some tokens as the kernels take it; a layer sets what is its own."""
+
     _fields_ = (
         *((n, c_void_p) for n in ("query", "keys", "values", "output")),
         *((n, c_void_p) for n in ("tokens", "blocks", "block_starts", "lengths")),
@@ -112,13 +118,21 @@ class _NativeTokens:
     """Tokens, each with the positions it attends to. Cold: nobody else reads those soon, so each is read ahead."""
 
     def __init__(self, sequences: Sequence[PackedSequence], block_size: int, is_cold: bool) -> None:
-        self._block_size, self._is_cold = block_size, is_cold
-        self._tokens = _indices([token for s in sequences for token in range(s.start, s.end)])
-        self._lengths = _indices([n for s in sequences for n in range(s.position + 1, s.length + 1)])
-        self._blocks = _indices([block for s in sequences for block in s.blocks])
         starts = accumulate((len(s.blocks) for s in sequences[:-1]), initial=0)
-        self._block_starts = _indices(
-            [start for s, start in zip(sequences, starts, strict=True) for _ in range(s.num_tokens)]
+        indices = {
+            "tokens": [token for s in sequences for token in range(s.start, s.end)],
+            "blocks": [block for s in sequences for block in s.blocks],
+            "block_starts": [
+                start for s, start in zip(sequences, starts, strict=True) for _ in range(s.num_tokens)
+            ],
+            "lengths": [n for s in sequences for n in range(s.position + 1, s.length + 1)],
+        }
+        self._kept = {name: torch.tensor(numbers, dtype=torch.long) for name, numbers in indices.items()}
+        self.arguments = NativeAttention(
+            num_tokens=len(indices["tokens"]),
+            block_size=block_size,
+            is_cold=is_cold,
+            **{name: tensor.data_ptr() for name, tensor in self._kept.items()},
         )
 
     def attend_(
@@ -134,20 +148,13 @@ class _NativeTokens:
             assert tensor.dtype == query.dtype and tensor.is_contiguous()
         assert keys.shape[2] == query.shape[2] and query.shape[1] % keys.shape[1] == 0
         assert keys.shape[:2] == values.shape[:2]
-        tensors = (query, keys, values, output, self._tokens, self._blocks, self._block_starts, self._lengths)
-        arguments = _Attention(
-            *(tensor.data_ptr() for tensor in tensors),
-            len(self._tokens),
-            query.shape[1],
-            keys.shape[1],
-            keys.shape[2],
-            values.shape[2],
-            self._block_size,
-            self._is_cold,
-            options.sliding_window or 0,
-            options.softmax_scale,
-            options.softcap or 0.0,
-        )
+        arguments = self.arguments
+        arguments.query, arguments.keys = query.data_ptr(), keys.data_ptr()
+        arguments.values, arguments.output = values.data_ptr(), output.data_ptr()
+        arguments.num_heads, arguments.num_kv_heads = query.shape[1], keys.shape[1]
+        arguments.dim, arguments.value_dim = keys.shape[2], values.shape[2]
+        arguments.window, arguments.scale = options.sliding_window or 0, options.softmax_scale
+        arguments.softcap = options.softcap or 0.0
         native(ctypes.byref(arguments))
 
 
@@ -209,10 +216,6 @@ def slots_of_blocks(blocks: Sequence[int], length: int, block_size: int, device:
     """The slots [length] of a request's first `length` positions."""
     starts = torch.tensor(blocks, dtype=torch.long, device=device)[:, None] * block_size
     return (starts + torch.arange(block_size, device=device)).flatten()[:length]
-
-
-def _indices(numbers: Sequence[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.long)
 
 
 def _group_by_length(sequences: Sequence[PackedSequence]) -> list[list[PackedSequence]]:

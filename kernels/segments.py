@@ -42,92 +42,6 @@ class PartRows:
     expand: Tensor
 
 
-class _Segment(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("token_start", "num_tokens", "row_start", "num_rows")),
-        ("coefficients", c_void_p),
-        ("coefficient_stride", c_int64),
-    )
-
-
-class _Part(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("shrink_rows", "shrink_bias", "expand_rows", "y")),
-        *((name, c_int64) for name in ("d_out", "y_stride")),
-    )
-
-
-class Parts:
-    """The rank rows of modules that share an input, as the kernel takes them; made once, used at every step."""
-
-    def __init__(self, rows: Sequence[PartRows]) -> None:
-        self.rows = tuple(rows)  # kept: the kernel has their addresses
-        self._parts = (_Part * len(rows))(*map(_to_part, rows))
-
-    def for_outputs(self, outputs: Sequence[Tensor]) -> ctypes.Array[_Part]:
-        """The parts with the places of their outputs [num_tokens, d_out]."""
-        for part, y in zip(self._parts, outputs, strict=True):
-            assert y.shape[1] == part.d_out and y.stride(1) == 1
-            part.y, part.y_stride = y.data_ptr(), y.stride(0)
-        return self._parts
-
-
-def can_add(like: Tensor) -> bool:
-    """True if `Segments` can be added to tensors of this type and device."""
-    return native_function("add_low_rank", like) is not None
-
-
-class Segments:
-    """All segments of a step. Made once, used by every module."""
-
-    def __init__(self, segments: Sequence[Segment], like: Tensor) -> None:
-        native = native_function("add_low_rank", like)
-        assert native is not None, "segments need the native kernel"
-        self._native = native
-        self._dtype = like.dtype
-        self._num_tokens = max((segment.token_end for segment in segments), default=0)
-        self._kept = [segment.coefficients for segment in segments]  # the kernel has their addresses
-        self._segments = (_Segment * len(segments))(*map(_to_native, segments))
-        self._num_products = sum(s.num_tokens * s.num_rows for s in self._segments)
-        self._workspace = torch.empty(0)
-
-    def add_(self, x: Tensor, parts: Parts, outputs: Sequence[Tensor]) -> None:
-        """y += their low-rank part, in place, for x [num_tokens, d_in] and the y [num_tokens, d_out] of each part."""
-        for tensor in (x, *outputs):
-            assert tensor.dtype == self._dtype and tensor.shape[0] >= self._num_tokens
-        for rows in parts.rows:
-            assert rows.shrink.dtype == self._dtype and rows.shrink.shape[1] == x.shape[1]
-        if self._workspace.numel() < len(outputs) * self._num_products:
-            self._workspace = torch.empty(len(outputs) * self._num_products)
-        self._native(
-            ctypes.byref(Tokens.of(x)),
-            parts.for_outputs(outputs),
-            c_int64(len(outputs)),
-            self._segments,
-            c_int64(len(self._segments)),
-            c_void_p(self._workspace.data_ptr()),
-        )
-
-
-def _to_native(segment: Segment) -> _Segment:
-    coefficients = segment.coefficients
-    assert coefficients.dtype == torch.float32, "coefficients are float32"
-    return _Segment(
-        segment.token_start,
-        segment.token_end - segment.token_start,
-        segment.row_start,
-        segment.row_end - segment.row_start,
-        coefficients.data_ptr(),
-        0 if coefficients.shape[0] == 1 else coefficients.stride(0),
-    )
-
-
-def _to_part(rows: PartRows) -> _Part:
-    bias = None if rows.bias is None else rows.bias.data_ptr()
-    d_out = rows.expand.shape[1]
-    return _Part(rows.shrink.data_ptr(), bias, rows.expand.data_ptr(), None, d_out, d_out)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusionAttention:
     """Where a fusion's scores come from: its rank rows from `row_start` and what they mean.
@@ -159,34 +73,145 @@ class _FusionAttention(ctypes.Structure):
     )
 
 
-def attend_members(x: Tensor, rows: PartRows, fusion: FusionAttention, coefficients: Tensor) -> Tensor:
-    """The fusion weights [tokens, members (+ 1)], float32, of x [num_tokens, d_in]'s fused tokens.
+class MemberAttention:
+    """A fusion's attention at one module, for one step.
 
-    Also fills `coefficients` [tokens, rows], float32: each rank row's member's weight.
+    When it runs, it writes `weights` [tokens, members (+ 1)] and each rank row's member's weight to `coefficients`
+    [tokens, rows]; both float32.
     """
-    native = native_function("fusion_attention", x)
-    assert native is not None, "fused segments need the native kernel"
-    assert rows.shrink.dtype == x.dtype and rows.shrink.shape[1] == x.shape[1]
-    num_tokens, num_rows = coefficients.shape
-    weights = coefficients.new_empty(num_tokens, fusion.num_members + fusion.has_base_member)
-    allowed = fusion.allowed
-    arguments = _FusionAttention(
-        rows.shrink.data_ptr(),
-        None if rows.bias is None else rows.bias.data_ptr(),
-        fusion.token_start,
-        num_tokens,
-        fusion.row_start,
-        num_rows,
-        fusion.num_members,
-        fusion.member_of_row.data_ptr(),
-        None if allowed is None else allowed.data_ptr(),
-        0 if allowed is None or allowed.dim() == 1 else allowed.stride(0),
-        fusion.has_member_keys,
-        fusion.has_base_member,
-        weights.data_ptr(),
-        coefficients.data_ptr(),
+
+    def __init__(self, rows: PartRows, fusion: FusionAttention, coefficients: Tensor) -> None:
+        num_tokens, num_rows = coefficients.shape
+        self.weights = coefficients.new_empty(num_tokens, fusion.num_members + fusion.has_base_member)
+        self._kept = rows, fusion, coefficients  # the kernel has their addresses
+        bias, allowed = rows.bias, fusion.allowed
+        self.arguments = _FusionAttention(
+            rows.shrink.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            fusion.token_start,
+            num_tokens,
+            fusion.row_start,
+            num_rows,
+            fusion.num_members,
+            fusion.member_of_row.data_ptr(),
+            None if allowed is None else allowed.data_ptr(),
+            0 if allowed is None or allowed.dim() == 1 else allowed.stride(0),
+            fusion.has_member_keys,
+            fusion.has_base_member,
+            self.weights.data_ptr(),
+            coefficients.data_ptr(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """Rank rows of modules, by the place of their output in the group, behind the attentions that weigh them."""
+
+    rows: dict[int, PartRows]
+    attentions: Sequence[MemberAttention] = ()
+
+
+class _Part(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("shrink_rows", "shrink_bias", "expand_rows")),
+        *((name, c_int64) for name in ("d_out", "place")),
     )
-    all_rows = 2 * num_rows + fusion.num_members
-    workspace = coefficients.new_empty(num_tokens * all_rows)
-    native(ctypes.byref(Tokens.of(x)), ctypes.byref(arguments), c_void_p(workspace.data_ptr()))
-    return weights
+
+
+class NativeAddition(ctypes.Structure):
+    """An addition as the kernels take it."""
+
+    _fields_ = (
+        ("attentions", ctypes.POINTER(_FusionAttention)),
+        ("num_attentions", c_int64),
+        ("parts", ctypes.POINTER(_Part)),
+        ("num_parts", c_int64),
+    )
+
+
+class Additions:
+    """What adapters add to the modules of a group, in order, as the kernels take it."""
+
+    def __init__(self, additions: Sequence[Addition]) -> None:
+        self.additions = tuple(additions)
+        self.array = (NativeAddition * len(additions))(*map(_to_addition, additions))
+
+
+def _to_addition(addition: Addition) -> NativeAddition:
+    attentions, parts = addition.attentions, addition.rows
+    return NativeAddition(
+        (_FusionAttention * len(attentions))(*(attention.arguments for attention in attentions)),
+        len(attentions),
+        (_Part * len(parts))(*(_to_part(place, rows) for place, rows in parts.items())),
+        len(parts),
+    )
+
+
+def _to_part(place: int, rows: PartRows) -> _Part:
+    bias = None if rows.bias is None else rows.bias.data_ptr()
+    return _Part(rows.shrink.data_ptr(), bias, rows.expand.data_ptr(), rows.expand.shape[1], place)
+
+
+class NativeSegment(ctypes.Structure):
+    """A segment as the kernels take it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("token_start", "num_tokens", "row_start", "num_rows")),
+        ("coefficients", c_void_p),
+        ("coefficient_stride", c_int64),
+    )
+
+
+class _Additions(ctypes.Structure):
+    _fields_ = (
+        ("additions", ctypes.POINTER(NativeAddition)),
+        ("num_additions", c_int64),
+        ("segments", ctypes.POINTER(NativeSegment)),
+        ("num_segments", c_int64),
+    )
+
+
+def can_add(like: Tensor) -> bool:
+    """True if `Segments` can be added to tensors of this type and device."""
+    return native_function("add_low_rank", like) is not None
+
+
+class Segments:
+    """All segments of a step. Made once, used by every module."""
+
+    def __init__(self, segments: Sequence[Segment], like: Tensor) -> None:
+        native = native_function("add_low_rank", like)
+        assert native is not None, "segments need the native kernel"
+        self._native = native
+        self._dtype = like.dtype
+        self._num_tokens = max((segment.token_end for segment in segments), default=0)
+        self._kept = [segment.coefficients for segment in segments]  # the kernel has their addresses
+        self.array = (NativeSegment * len(segments))(*map(_to_native, segments))
+
+    def add_(self, x: Tensor, additions: Additions, outputs: Sequence[Tensor]) -> None:
+        """y += its low-rank part, in place, for x [num_tokens, d_in] and the outputs [num_tokens, d_out] of a group."""
+        self._check(x, additions, outputs)
+        pointers = (c_void_p * len(outputs))(*(y.data_ptr() for y in outputs))
+        arguments = _Additions(additions.array, len(additions.array), self.array, len(self.array))
+        self._native(ctypes.byref(Tokens.of(x)), pointers, ctypes.byref(arguments))
+
+    def _check(self, x: Tensor, additions: Additions, outputs: Sequence[Tensor]) -> None:
+        assert x.dtype == self._dtype and x.shape[0] >= self._num_tokens
+        for addition in additions.additions:
+            for place, rows in addition.rows.items():
+                y = outputs[place]
+                assert y.dtype == rows.shrink.dtype == self._dtype and rows.shrink.shape[1] == x.shape[1]
+                assert y.is_contiguous() and y.shape == (x.shape[0], rows.expand.shape[1])
+
+
+def _to_native(segment: Segment) -> NativeSegment:
+    coefficients = segment.coefficients
+    assert coefficients.dtype == torch.float32, "coefficients are float32"
+    return NativeSegment(
+        segment.token_start,
+        segment.token_end - segment.token_start,
+        segment.row_start,
+        segment.row_end - segment.row_start,
+        coefficients.data_ptr(),
+        0 if coefficients.shape[0] == 1 else coefficients.stride(0),
+    )

@@ -3,6 +3,8 @@
 //     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed block by block with a running maximum and sum
 //                                                          (online softmax, arXiv 1805.02867)
 
+#include "attention.h"
+
 #include "dot.h"
 #include "lanes.h"
 #include "threads.h"
@@ -13,22 +15,6 @@
 constexpr Index MAX_DIM = 256;
 constexpr Index TILE = 16;       // neighbouring slots that are scored together
 constexpr Index WIDE = 4;        // lanes of a head whose sums stay in registers
-
-struct Attention {
-    const void* query;           // [tokens of the batch, num_heads, dim]
-    const void* keys;            // [num_slots, num_kv_heads, dim]
-    const void* values;          // [num_slots, num_kv_heads, value_dim]
-    void* output;                // [tokens of the batch, num_heads, value_dim]
-    const Index* tokens;         // [num_tokens], places in the batch
-    const Index* blocks;         // the requests' blocks, one request behind the other
-    const Index* block_starts;   // [num_tokens], where the blocks of each one's request begin
-    const Index* lengths;        // [num_tokens], positions to attend to, the token's own included
-    Index num_tokens, num_heads, num_kv_heads, dim, value_dim, block_size;
-    Index is_cold;               // no other token of the call reads the same blocks
-    Index window;                // last positions to attend to, 0 for all
-    float scale;
-    float softcap;               // 0 for none
-};
 
 // The running state of one query head.
 struct Head {
@@ -197,7 +183,7 @@ static void attend_token(const Attention& a, Index query, Index first, Index las
 
 // A token is one piece of work, unless there are too few of them for the threads: then each key-value head is one.
 template <typename Number>
-static void attend(const Attention& a) {
+void attend(const Attention& a) {
     const Index heads_per_item = a.num_tokens >= 4 * num_threads() ? a.num_kv_heads : 1;
     const Index items_per_token = a.num_kv_heads / heads_per_item;
     parallel(a.num_tokens * items_per_token, [&](Index item) {
@@ -207,6 +193,9 @@ static void attend(const Attention& a) {
         attend_token<Number>(a, item / items_per_token, first, first + heads_per_item, heads.data());
     });
 }
+
+template void attend<float>(const Attention&);
+template void attend<BFloat16>(const Attention&);
 
 extern "C" {
 void attend_f32(const Attention* attention) { attend<float>(*attention); }

@@ -3,34 +3,19 @@
 // Modules that share an input (queries, keys and values; gate and up) are parts of one call. Every token meets its own
 // rank rows only, so base tokens cost nothing and nobody pads to anybody's rank.
 
+#include "low_rank.h"
+
 #include "dot.h"
 #include "lanes.h"
 #include "threads.h"
-#include "tokens.h"
 
 #include <algorithm>
+#include <vector>
 
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
 constexpr Index COLUMN_BLOCK = 128;  // outputs that are one piece of work
 
 constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
-
-// A module's rank rows and its output. expand_rows [capacity, d_out], y [num_tokens, d_out] with rows y_stride apart.
-struct LowRankPart {
-    const void* shrink_rows;  // [capacity, d_in]
-    const void* shrink_bias;  // [capacity] or null
-    const void* expand_rows;
-    void* y;
-    Index d_out;
-    Index y_stride;
-};
-
-// Tokens [token_start, + num_tokens) by rank rows [row_start, + num_rows).
-struct Segment {
-    Index token_start, num_tokens, row_start, num_rows;
-    const float* coefficients;  // [num_tokens, num_rows], rows coefficient_stride apart (0: one row for all tokens)
-    Index coefficient_stride;
-};
 
 static Index num_row_blocks(const Segment& segment) { return (segment.num_rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
@@ -113,38 +98,42 @@ static inline void expand_tokens(const float* weighted, Index num_rows, const Nu
 
 // Columns [column, + COLUMN_BLOCK) of the part, or what is left of them, for a segment's tokens.
 template <typename Number>
-static void expand_columns(const LowRankPart& part, const Segment& segment, Index column, const float* weighted) {
+static void expand_columns(const LowRankPart& part, void* output, const Segment& segment, Index column,
+                           const float* weighted) {
     const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
     const Index count = std::min(COLUMN_BLOCK, part.d_out - column), num_rows = segment.num_rows;
-    Number* y = static_cast<Number*>(part.y) + segment.token_start * part.y_stride + column;
+    Number* y = static_cast<Number*>(output) + segment.token_start * part.d_out + column;
     Index token = 0;
     for (; token + 4 <= segment.num_tokens; token += 4)
-        expand_tokens<4>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
-                         part.y_stride, count);
+        expand_tokens<4>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
+                         part.d_out, count);
     for (; token + 2 <= segment.num_tokens; token += 2)
-        expand_tokens<2>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
-                         part.y_stride, count);
+        expand_tokens<2>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
+                         part.d_out, count);
     for (; token < segment.num_tokens; ++token)
-        expand_tokens<1>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.y_stride,
-                         part.y_stride, count);
+        expand_tokens<1>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
+                         part.d_out, count);
 }
 
 static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }
 
-// `workspace` holds num_parts * sum of num_tokens * num_rows over the segments.
 template <typename Number>
-static void add_low_rank(const Tokens& tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
-                         Index num_segments, float* workspace) {
+static void add_parts(const Tokens& tokens, void* const* outputs, const Addition& addition, const Segment* segments,
+                      Index num_segments) {
+    const LowRankPart* parts = addition.parts;
     Index num_weighted = 0, shrinks = 0, expands = 0;
     for (Index s = 0; s < num_segments; ++s) {
         num_weighted += segments[s].num_tokens * segments[s].num_rows;
         shrinks += num_row_blocks(segments[s]);
     }
-    for (Index p = 0; p < num_parts; ++p) expands += num_column_blocks(parts[p]);
-    parallel(shrinks * num_parts, [&](Index item) {
+    for (Index p = 0; p < addition.num_parts; ++p) expands += num_column_blocks(parts[p]);
+    static thread_local std::vector<float> workspace;  // of the calling thread, used by all
+    workspace.resize(std::max<size_t>(workspace.size(), addition.num_parts * num_weighted));
+    float* const all_weighted = workspace.data();
+    parallel(shrinks * addition.num_parts, [&](Index item) {
         const Index p = item / shrinks;
         Index block = item % shrinks;
-        float* weighted = workspace + p * num_weighted;
+        float* weighted = all_weighted + p * num_weighted;
         const Segment* segment = segments;
         for (; block >= num_row_blocks(*segment); ++segment) {
             block -= num_row_blocks(*segment);
@@ -155,27 +144,13 @@ static void add_low_rank(const Tokens& tokens, const LowRankPart* parts, Index n
     parallel(expands, [&](Index block) {
         Index p = 0;
         while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
-        const float* weighted = workspace + p * num_weighted;
+        const float* weighted = all_weighted + p * num_weighted;
         for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
-            expand_columns<Number>(parts[p], *segment, block * COLUMN_BLOCK, weighted);
+            expand_columns<Number>(parts[p], outputs[parts[p].place], *segment, block * COLUMN_BLOCK, weighted);
             weighted += segment->num_tokens * segment->num_rows;
         }
     });
 }
-
-// Where a fusion's scores come from, and where its weights go; its rows lie in the pool from row_start:
-// first those of the members, num_rows of them, then as many of the scores, then a row per member with has_member_keys.
-struct FusionAttention {
-    const void* shrink_rows;  // of the module with the attention
-    const void* shrink_bias;  // or null
-    Index token_start, num_tokens, row_start, num_rows, num_members;
-    const Index* member_of_row;  // [num_rows]
-    const uint8_t* allowed;      // [num_tokens, num_members], rows allowed_stride apart, or null for all
-    Index allowed_stride;
-    Index has_member_keys, has_base_member;
-    float* weights;       // [num_tokens, num_members + has_base_member]
-    float* coefficients;  // [num_tokens, num_rows]: each rank row's member's weight
-};
 
 // Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
 static void softmax_allowed(float* scores, Index count, const uint8_t* allowed, Index num_members) {
@@ -206,35 +181,41 @@ static void weigh_members(const FusionAttention& fusion, Index token, const floa
         fusion.coefficients[token * fusion.num_rows + r] = weights[fusion.member_of_row[r]];
 }
 
-// `workspace` holds num_tokens times all rows of the fusion.
 template <typename Number>
-static void fusion_attention(const Tokens& tokens, const FusionAttention& fusion, float* workspace) {
+static void attend_members(const Tokens& tokens, const FusionAttention& fusion) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
     const Index num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    static thread_local std::vector<float> workspace;  // of the calling thread, used by all
+    workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows));
+    float* const u = workspace.data();
     parallel(num_blocks, [&](Index block) {
         const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
         for (Index token = 0; token < fusion.num_tokens; ++token)
             shrink_block<Number>(tokens, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
-                                 fusion.row_start + first, count, workspace + token * num_rows + first);
+                                 fusion.row_start + first, count, u + token * num_rows + first);
     });
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
-        for (Index token = begin; token < end; ++token) weigh_members(fusion, token, workspace + token * num_rows);
+        for (Index token = begin; token < end; ++token) weigh_members(fusion, token, u + token * num_rows);
     });
 }
 
+template <typename Number>
+void add_low_rank(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+    for (Index i = 0; i < additions.num_additions; ++i) {
+        const Addition& addition = additions.additions[i];
+        for (Index f = 0; f < addition.num_attentions; ++f) attend_members<Number>(tokens, addition.attentions[f]);
+        add_parts<Number>(tokens, outputs, addition, additions.segments, additions.num_segments);
+    }
+}
+
+template void add_low_rank<float>(const Tokens&, void* const*, const Additions&);
+template void add_low_rank<BFloat16>(const Tokens&, void* const*, const Additions&);
+
 extern "C" {
-void add_low_rank_f32(const Tokens* tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
-                      Index num_segments, float* workspace) {
-    add_low_rank<float>(*tokens, parts, num_parts, segments, num_segments, workspace);
+void add_low_rank_f32(const Tokens* tokens, void* const* outputs, const Additions* additions) {
+    add_low_rank<float>(*tokens, outputs, *additions);
 }
-void add_low_rank_bf16(const Tokens* tokens, const LowRankPart* parts, Index num_parts, const Segment* segments,
-                       Index num_segments, float* workspace) {
-    add_low_rank<BFloat16>(*tokens, parts, num_parts, segments, num_segments, workspace);
-}
-void fusion_attention_f32(const Tokens* tokens, const FusionAttention* fusion, float* workspace) {
-    fusion_attention<float>(*tokens, *fusion, workspace);
-}
-void fusion_attention_bf16(const Tokens* tokens, const FusionAttention* fusion, float* workspace) {
-    fusion_attention<BFloat16>(*tokens, *fusion, workspace);
+void add_low_rank_bf16(const Tokens* tokens, void* const* outputs, const Additions* additions) {
+    add_low_rank<BFloat16>(*tokens, outputs, *additions);
 }
 }

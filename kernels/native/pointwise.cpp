@@ -1,5 +1,7 @@
 // What stands between the products of a decoder layer: norms, rotary positions, gated activations.
 
+#include "pointwise.h"
+
 #include "threads.h"
 
 template <typename Number>
@@ -17,7 +19,7 @@ static inline void norm_row(const Number* x, const Number* weight, Number* y, In
 
 // y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`.
 template <typename Number>
-static void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon) {
+void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon) {
     parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row)
             norm_row(x + row * width, weight, y + row * width, width, epsilon);
@@ -26,7 +28,7 @@ static void rms_norm(const Number* x, const Number* weight, Number* y, Index num
 
 // y = silu(gate) * up, elementwise.
 template <typename Number>
-static void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
+void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
     parallel_ranges(count, count, [&](Index begin, Index end) {
 #pragma omp simd
         for (Index i = begin; i < end; ++i) {
@@ -52,21 +54,9 @@ static inline void rotate(const Number* from, Number* to, Index num_heads, Index
     }
 }
 
-struct Heads {
-    void* query;        // [num_tokens, num_heads * dim], turned in place
-    const void* key;    // [num_tokens, num_kv_heads * dim]
-    const void* value;  // [num_tokens, num_kv_heads * dim]
-    const void* cos;    // [num_tokens, dim]
-    const void* sin;    // [num_tokens, dim]
-    void* keys;         // the cache, [num_slots, num_kv_heads, dim]
-    void* values;
-    const Index* slots;  // [num_tokens]
-    Index num_tokens, num_heads, num_kv_heads, dim;
-};
-
 // Turns queries and keys to their positions, and writes keys and values to their slots of the cache.
 template <typename Number>
-static void rotate_and_store(const Heads& heads) {
+void rotate_and_store(const Heads& heads) {
     const Index width = heads.num_kv_heads * heads.dim;
     const auto one_token = [&](Index token) {
         const Number* cos = static_cast<const Number*>(heads.cos) + token * heads.dim;
@@ -106,6 +96,13 @@ static void largest(const Number* x, Index num_rows, Index width, float* values,
         for (Index row = begin; row < end; ++row) largest_of_row(x + row * width, width, values + row, places + row);
     });
 }
+
+template void rms_norm<float>(const float*, const float*, float*, Index, Index, float);
+template void rms_norm<BFloat16>(const BFloat16*, const BFloat16*, BFloat16*, Index, Index, float);
+template void silu_product<float>(const float*, const float*, float*, Index);
+template void silu_product<BFloat16>(const BFloat16*, const BFloat16*, BFloat16*, Index);
+template void rotate_and_store<float>(const Heads&);
+template void rotate_and_store<BFloat16>(const Heads&);
 
 extern "C" {
 void largest_f32(const float* x, Index rows, Index width, float* values, Index* places) {

@@ -9,12 +9,13 @@ from torch import Tensor
 from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
 from fusionserve.kernels.low_rank import reference_delta
 from fusionserve.kernels.segments import (
+    Addition,
+    Additions,
     FusionAttention,
+    MemberAttention,
     PartRows,
-    Parts,
     Segment,
     Segments,
-    attend_members,
     can_add,
 )
 
@@ -75,7 +76,7 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, bi
     segments = make_segments()
     expected = [expected_output(x, rows, y, segments) for rows, y in zip(parts, outputs, strict=True)]
     before = [y.clone() for y in outputs]
-    Segments(segments, x).add_(x, Parts(parts), outputs)
+    Segments(segments, x).add_(x, Additions([Addition(dict(enumerate(parts)))]), outputs)
     for y, wide, untouched in zip(outputs, expected, before, strict=True):
         torch.testing.assert_close(
             y.double(), wide, rtol=2**-6 if dtype is torch.bfloat16 else 1e-5, atol=0.02
@@ -87,7 +88,7 @@ def test_zero_coefficient_means_zero_whatever_the_input() -> None:
     rows = make_rows(20, torch.float32, bias=False)
     x, y = torch.full((2, D_IN), float("inf")), torch.zeros(2, 20)
     Segments([Segment(0, 1, 0, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, torch.ones(1, 4))], x).add_(
-        x, Parts([rows]), [y]
+        x, Additions([Addition({0: rows})]), [y]
     )
     assert not y[0].any()
     assert not y[1].isfinite().any()
@@ -123,7 +124,11 @@ def test_attention_over_members_equals_the_definition(
         allowed=allowed,
     )
     coefficients = torch.full((num_tokens, 6), float("nan"))
-    weights = attend_members(x, rows, fusion, coefficients)
+    attention = MemberAttention(rows, fusion, coefficients)
+    segment, y = Segment(2, 2 + num_tokens, start, start + 6, coefficients), make((7, 8), dtype, 5)
+    expected_y = y.double()
+    Segments([segment], x).add_(x, Additions([Addition({0: rows}, [attention])]), [y])
+    weights = attention.weights
     outputs = (
         x[2:6].double() @ rows.shrink[start : start + 15].double().T + rows.bias[start : start + 15].double()
     )
@@ -137,3 +142,6 @@ def test_attention_over_members_equals_the_definition(
     expected = masked_softmax(scores, mask)
     torch.testing.assert_close(weights.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(coefficients, weights[:, member_of_row])
+    expected_y[2:6] += (outputs[:, :6] * coefficients) @ rows.expand[start : start + 6].double()
+    tolerance = 2**-6 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(y.double(), expected_y, rtol=tolerance, atol=0.02)

@@ -1,0 +1,25 @@
+// What stands between the products of a decoder layer.
+#pragma once
+
+#include "number.h"
+
+struct Heads {
+    void* query;        // [num_tokens, num_heads * dim], turned in place
+    const void* key;    // [num_tokens, num_kv_heads * dim]
+    const void* value;  // [num_tokens, num_kv_heads * dim]
+    const void* cos;    // [num_tokens, dim]
+    const void* sin;    // [num_tokens, dim]
+    void* keys;         // the cache, [num_slots, num_kv_heads, dim]
+    void* values;
+    const Index* slots;  // [num_tokens]
+    Index num_tokens, num_heads, num_kv_heads, dim;
+};
+
+template <typename Number>
+void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon);
+
+template <typename Number>
+void silu_product(const Number* gate, const Number* up, Number* y, Index count);
+
+template <typename Number>
+void rotate_and_store(const Heads& heads);

@@ -1,0 +1,153 @@
+"""A decoder layer of the Llama family in one call of a native kernel; see `native/decoder_layer.cpp`.
+
+What it computes, and to the same bits, is what its kernels compute one by one; what it saves is everything in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fusionserve.kernels.linear_product import LinearProduct, NativePart
+from fusionserve.kernels.native_call import native_function
+from fusionserve.kernels.paged_attention import AttentionOptions
+from fusionserve.kernels.paged_batch import MAX_NATIVE_DIM, NativeAttention
+from fusionserve.kernels.pointwise import Rotation
+from fusionserve.kernels.segments import Additions, NativeAddition, NativeSegment, Segments
+
+_NO_ADDITIONS = Additions([])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """The weight [width] and epsilon of an RMSNorm."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """What a layer is made of. Products: queries, keys and values; output; gate and up; down."""
+
+    products: tuple[LinearProduct, LinearProduct, LinearProduct, LinearProduct]
+    input_norm: LayerNorm
+    inner_norm: LayerNorm
+    query_norm: LayerNorm | None
+    key_norm: LayerNorm | None
+    head_dim: int
+    options: AttentionOptions
+
+
+class _Projections(ctypes.Structure):
+    _fields_ = (
+        ("product", c_void_p),
+        ("parts", ctypes.POINTER(NativePart)),
+        ("num_parts", c_int64),
+        ("additions", ctypes.POINTER(NativeAddition)),
+        ("num_additions", c_int64),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("epsilon", c_float))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("projections", _Projections * 4),
+        ("norms", _Norm * 4),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("dim", "window")),
+        ("scale", c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("num_tokens", c_int64),
+        *((name, c_void_p) for name in ("cos", "sin", "slots")),
+        ("attentions", ctypes.POINTER(NativeAttention)),
+        ("num_attentions", c_int64),
+        ("segments", ctypes.POINTER(NativeSegment)),
+        ("num_segments", c_int64),
+    )
+
+
+class NativeStep:
+    """What all layers of a step share: its tokens' places, what they attend to, and the segments of its adapters."""
+
+    def __init__(
+        self, rotation: Rotation, attentions: Sequence[NativeAttention], segments: Segments | None
+    ) -> None:
+        for tensor in (rotation.cos, rotation.sin):
+            assert tensor.is_contiguous() and len(tensor) == len(rotation.slots)
+        self._kept = rotation, attentions, segments  # the kernel has their addresses
+        self.rotation = rotation
+        segment_array = (NativeSegment * 0)() if segments is None else segments.array
+        self.arguments = _Step(
+            len(rotation.slots),
+            rotation.cos.data_ptr(),
+            rotation.sin.data_ptr(),
+            rotation.slots.data_ptr(),
+            (NativeAttention * len(attentions))(*attentions),
+            len(attentions),
+            segment_array,
+            len(segment_array),
+        )
+
+
+class NativeLayer:
+    """One layer over one layer's cache: keys and values [num_slots, kv_heads, dim]."""
+
+    def __init__(self, parts: LayerParts, keys: Tensor, values: Tensor) -> None:
+        norms = (parts.input_norm, parts.inner_norm, parts.query_norm, parts.key_norm)
+        weights = [norm.weight for norm in norms if norm is not None]
+        dtype = keys.dtype
+        for tensor in (*weights, keys, values):
+            assert tensor.dtype == dtype and tensor.is_contiguous()
+        assert keys.shape == values.shape and keys.shape[2] == parts.head_dim
+        native = native_function("decoder_layer", keys)
+        assert native is not None, "a native layer needs the native kernel"
+        self._native = native
+        self._kept = parts, keys, values  # the kernel has their addresses
+        self._dtype, self._hidden = dtype, len(parts.input_norm.weight)
+        self._layer = _Layer(
+            (_Projections * 4)(*(_to_projections(product, keys) for product in parts.products)),
+            (_Norm * 4)(*map(_to_norm, norms)),
+            keys.data_ptr(),
+            values.data_ptr(),
+            parts.head_dim,
+            parts.options.sliding_window or 0,
+            parts.options.softmax_scale,
+        )
+
+    @staticmethod
+    def can_compute(parts: LayerParts, like: Tensor) -> bool:
+        """True if there are native kernels for all of it, in the type and on the device of `like`."""
+        has_layer = native_function("decoder_layer", like) is not None and parts.head_dim <= MAX_NATIVE_DIM
+        return has_layer and all(product.native(like) is not None for product in parts.products)
+
+    def compute_(self, x: Tensor, step: NativeStep, additions: Sequence[Additions] = ()) -> None:
+        """x [num_tokens, hidden] becomes the layer's output; `additions` is one for each product, or empty."""
+        assert x.dtype == step.rotation.cos.dtype == self._dtype and x.is_contiguous()
+        assert x.shape == (step.arguments.num_tokens, self._hidden)
+        for index in range(4):
+            array = (additions[index] if additions else _NO_ADDITIONS).array
+            projections = self._layer.projections[index]
+            projections.additions, projections.num_additions = array, len(array)
+        self._native(ctypes.byref(self._layer), ctypes.byref(step.arguments), c_void_p(x.data_ptr()))
+
+
+def _to_projections(product: LinearProduct, like: Tensor) -> _Projections:
+    product_kernel: Any = product.native(like)
+    return _Projections(ctypes.cast(product_kernel, c_void_p), product.parts, len(product.parts), None, 0)
+
+
+def _to_norm(norm: LayerNorm | None) -> _Norm:
+    return _Norm(None, 0.0) if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon)
