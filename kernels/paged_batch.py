@@ -71,7 +71,7 @@ class PagedBatch:
         keys and values [num_slots, kv_heads, dim], those of the new tokens included.
         """
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
-        fits = max(query.shape[-1], values.shape[-1]) <= MAX_NATIVE_DIM
+        fits = max(query.shape[-1], values.shape[-1]) <= MAX_NATIVE_DIM and query.shape[-1] % 2 == 0
         native = native_function("attend", query) if fits else None
         if native is not None:
             for tokens in self._native_tokens():

@@ -1,118 +1,67 @@
 // Attention of new tokens over the blocks of their requests in the paged cache, in one pass and without copying them.
 //
-//     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed block by block with a running maximum and sum
+//     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed step by step with a running maximum and sum
 //                                                          (online softmax, arXiv 1805.02867)
+//
+// A tile is 16 neighbouring slots, a step is 4 tiles, at the same positions for every token: so what a token gets does not
+// depend on who is computed with it. Neighbouring tokens of a request go together, because they read the same tiles. In
+// bfloat16 tiles are laid out for the processor's pairwise product as they are read, and the p_j are rounded to bfloat16,
+// as the values are.
 
 #include "attention.h"
 
-#include "dot.h"
-#include "lanes.h"
+#include "attention_tiles.h"
 #include "threads.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
-constexpr Index MAX_DIM = 256;
-constexpr Index TILE = 16;       // neighbouring slots that are scored together
-constexpr Index WIDE = 4;        // lanes of a head whose sums stay in registers
+constexpr Index TOKENS_TOGETHER = 8;
 
-// The running state of one query head.
+// What a query head has gathered so far: sum_j e^(s_j - maximum) v_j and those weights' own sum.
 struct Head {
     float maximum, total;
-    float sums[MAX_DIM];
+    float* sums;  // [value_dim]
 };
 
-// weights[i] = exp(score_i - maximum) of `count` slots, 0 behind them; returns how much the sums so far shrink.
+// A query head of a token; it attends to the positions [begin, end).
 template <typename Number>
-static inline float weigh_slots(const Attention& a, const Number* query, const Number* keys, Index count, Head& head,
-                                float* weights) {
-    const Index stride = a.num_kv_heads * a.dim;
-    float scores[TILE];
-    Index slot = 0;
-    if (count == TILE) {
-        dot_rows<TILE>(query, keys, stride, a.dim, scores);
-        slot = TILE;
-    }
-    for (; slot < count; ++slot) dot_rows<1>(query, keys + slot * stride, stride, a.dim, scores + slot);
-    for (; slot < TILE; ++slot) scores[slot] = -INFINITY;
-    float maximum = head.maximum, total = 0;
-    if (a.softcap > 0)
-        for (Index i = 0; i < count; ++i) scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
-#pragma omp simd reduction(max : maximum)
-    for (Index i = 0; i < TILE; ++i) {
-        scores[i] *= a.scale;
-        maximum = scores[i] > maximum ? scores[i] : maximum;
-    }
-#pragma omp simd reduction(+ : total)
-    for (Index i = 0; i < TILE; ++i) {
-        weights[i] = fast_exp(scores[i] - maximum);
-        total += weights[i];
-    }
-    const float shrink = fast_exp(head.maximum - maximum);
-    head.maximum = maximum;
-    head.total = head.total * shrink + total;
-    return shrink;
-}
-
-// What a tile adds to a head: the weights of its slots, and how much the sums so far shrink.
-struct TileWeights {
-    float weights[TILE];
-    float shrink;
+struct Query {
+    const Number* numbers;
+    Index begin, end;
+    Head* head;
 };
 
-// sums = sums * shrink + sum_i weights[i] values[i], for lanes of several heads that read the same values.
-template <int HEADS, int NUM_LANES, typename Number>
-static inline void add_values(const Number* values, Index stride, const TileWeights* tiles, Index count, Index first,
-                              Head* heads) {
-    Lanes totals[HEADS][NUM_LANES];
-#pragma GCC unroll 4
-    for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
-        for (int i = 0; i < NUM_LANES; ++i)
-            totals[h][i] = load_lanes(heads[h].sums + first + i * LANES) * tiles[h].shrink;
-    for (Index slot = 0; slot < count; ++slot) {
-        Lanes value[NUM_LANES];
-#pragma GCC unroll 4
-        for (int i = 0; i < NUM_LANES; ++i) value[i] = load_lanes(values + slot * stride + first + i * LANES);
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
-            for (int i = 0; i < NUM_LANES; ++i) totals[h][i] += value[i] * tiles[h].weights[slot];
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < HEADS; ++h)
-#pragma GCC unroll 4
-        for (int i = 0; i < NUM_LANES; ++i) store_lanes(totals[h][i], heads[h].sums + first + i * LANES);
-}
-
-template <int HEADS, typename Number>
-static inline void attend_tile(const Attention& a, const Number* query, const Number* keys, const Number* values,
-                               Index count, Head* heads) {
-    TileWeights tiles[HEADS];
-    for (int h = 0; h < HEADS; ++h)
-        tiles[h].shrink = weigh_slots(a, query + h * a.dim, keys, count, heads[h], tiles[h].weights);
-    const Index stride = a.num_kv_heads * a.value_dim;
-    Index i = 0;
-    for (; i + WIDE * LANES <= a.value_dim; i += WIDE * LANES)
-        add_values<HEADS, WIDE>(values, stride, tiles, count, i, heads);
-    for (; i + LANES <= a.value_dim; i += LANES) add_values<HEADS, 1>(values, stride, tiles, count, i, heads);
-    for (; i < a.value_dim; ++i)
-        for (int h = 0; h < HEADS; ++h) {
-            heads[h].sums[i] *= tiles[h].shrink;
-            for (Index slot = 0; slot < count; ++slot)
-                heads[h].sums[i] += tiles[h].weights[slot] * to_float(values[slot * stride + i]);
-        }
-}
-
-// Neighbouring slots of one request, all in one block.
-struct TilePlace {
-    Index slot, count;
+// Where the tiles of a step begin, and how many slots each has: fewer than 16 at the end of a block.
+struct Step {
+    Index num_tiles;
+    Index positions[STEP_TILES], slots[STEP_TILES], num_rows[STEP_TILES];
 };
 
-static inline TilePlace place_of(const Attention& a, Index query, Index position) {
-    const Index in_block = position % a.block_size;
-    const Index block = a.blocks[a.block_starts[query] + position / a.block_size];
-    return {block * a.block_size + in_block, std::min({TILE, a.block_size - in_block, a.lengths[query] - position})};
+static inline Index tiles_per_block(const Attention& a) { return (a.block_size + TILE - 1) / TILE; }
+
+// The tile that a position lies in, counted from the beginning of the context.
+static inline Index tile_of(const Attention& a, Index position) {
+    return position / a.block_size * tiles_per_block(a) + position % a.block_size / TILE;
+}
+
+// The tiles from `first` on, up to the one with the last of `length` positions.
+static inline Step make_step(const Attention& a, Index token, Index first, Index length) {
+    Step step{0, {}, {}, {}};
+    const Index last = tile_of(a, length - 1);
+    for (Index tile = first; tile <= last && step.num_tiles < STEP_TILES; ++tile) {
+        const Index block = tile / tiles_per_block(a), in_block = tile % tiles_per_block(a) * TILE;
+        const Index k = step.num_tiles++;
+        step.positions[k] = block * a.block_size + in_block;
+        step.slots[k] = a.blocks[a.block_starts[token] + block] * a.block_size + in_block;
+        step.num_rows[k] = std::min(TILE, a.block_size - in_block);
+    }
+    return step;
+}
+
+static inline Index first_position(const Attention& a, Index token) {
+    return a.window > 0 ? std::max<Index>(0, a.lengths[token] - a.window) : 0;
 }
 
 template <typename Number>
@@ -127,71 +76,172 @@ static inline void touch(const Number* numbers, Index count) {
     for (Index i = 0; i < count; i += LINE) asm volatile("" : : "r"(*reinterpret_cast<const char*>(numbers + i)));
 }
 
-// Reads a tile before its turn, in one sweep over all heads. Plain loads in a row: the processor runs ahead of those,
-// and is a third faster than with as many prefetch instructions.
+// Reads a step before its turn, in one sweep over all heads. Plain loads in a row: the processor runs ahead of those, and
+// is a third faster than with as many prefetch instructions.
 template <typename Number>
-static inline void touch_tile(const Attention& a, Index query, Index position) {
-    if (position >= a.lengths[query]) return;
-    const TilePlace place = place_of(a, query, position);
-    touch(rows_of<Number>(a.keys, place.slot, a, 0, a.dim), place.count * a.num_kv_heads * a.dim);
-    touch(rows_of<Number>(a.values, place.slot, a, 0, a.value_dim), place.count * a.num_kv_heads * a.value_dim);
-}
-
-static void begin(Head* heads, Index group, Index value_dim) {
-    for (Index h = 0; h < group; ++h) {
-        heads[h].maximum = -INFINITY;
-        heads[h].total = 0;
-        std::fill(heads[h].sums, heads[h].sums + value_dim, 0.0f);
+static inline void touch_step(const Attention& a, const Step& step) {
+    for (Index k = 0; k < step.num_tiles; ++k) {
+        touch(rows_of<Number>(a.keys, step.slots[k], a, 0, a.dim), step.num_rows[k] * a.num_kv_heads * a.dim);
+        touch(rows_of<Number>(a.values, step.slots[k], a, 0, a.value_dim),
+              step.num_rows[k] * a.num_kv_heads * a.value_dim);
     }
 }
 
-// The query heads that share a key-value head, over one tile.
+// Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
 template <typename Number>
-static inline void attend_heads(const Attention& a, Index query, Index kv_head, TilePlace place, Head* heads) {
-    const Index group = a.num_heads / a.num_kv_heads;
-    const Number* heads_of_token =
-        static_cast<const Number*>(a.query) + (a.tokens[query] * a.num_heads + kv_head * group) * a.dim;
-    const Number* keys = rows_of<Number>(a.keys, place.slot, a, kv_head, a.dim);
-    const Number* values = rows_of<Number>(a.values, place.slot, a, kv_head, a.value_dim);
-    Index h = 0;
-    for (; h + 4 <= group; h += 4) attend_tile<4>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
-    for (; h + 2 <= group; h += 2) attend_tile<2>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
-    for (; h < group; ++h) attend_tile<1>(a, heads_of_token + h * a.dim, keys, values, place.count, heads + h);
+static inline float weigh(const Attention& a, const Step& step, const Query<Number>& query, float* scores) {
+    if (a.softcap > 0)
+        for (Index i = 0; i < step.num_tiles * TILE; ++i)
+            scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
+    Head& head = *query.head;
+    Lanes largest = load_lanes(scores) * 0.0f - INFINITY;
+    for (Index k = 0; k < step.num_tiles; ++k) {
+        const auto begin = static_cast<int32_t>(std::clamp<Index>(query.begin - step.positions[k], 0, TILE));
+        const auto end = static_cast<int32_t>(std::clamp<Index>(query.end - step.positions[k], 0, step.num_rows[k]));
+        float* tile = scores + k * TILE;
+#pragma omp simd
+        for (int32_t i = 0; i < TILE; ++i) tile[i] = i >= begin && i < end ? tile[i] * a.scale : -INFINITY;
+        const Lanes lanes = load_lanes(tile);
+        largest = lanes > largest ? lanes : largest;
+    }
+    const float maximum = std::max(head.maximum, largest_of(largest));
+    Lanes total = {};
+    for (Index k = 0; k < step.num_tiles; ++k) {
+        float* tile = scores + k * TILE;
+#pragma omp simd
+        for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
+        ValueTiles<Number>::round(tile);
+        total += load_lanes(tile);
+    }
+    const float shrink = fast_exp(head.maximum - maximum);
+    head.maximum = maximum;
+    head.total = head.total * shrink + sum_of(total);
+    return shrink;
 }
 
-// Key-value heads [first, last) of one token. Tile by tile, all heads of each: so the cache is read as it lies.
+// Some queries over a step. One after the other in each part: within a query, each part waits for the one before.
+template <int QUERIES, typename Number>
+static inline void attend_step(const Attention& a, const Step& step, const KeyTiles<Number>& keys,
+                               const ValueTiles<Number>& values, const Query<Number>* queries) {
+    float scores[QUERIES][STEP_TILES * TILE], shrinks[QUERIES];
+    const Number* numbers[QUERIES];
+    float* sums[QUERIES];
+    for (int q = 0; q < QUERIES; ++q) numbers[q] = queries[q].numbers, sums[q] = queries[q].head->sums;
+    keys.template score<QUERIES>(numbers, step.num_tiles, scores);
+    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, step, queries[q], scores[q]);
+    values.template add<QUERIES>(scores, shrinks, step.num_tiles, sums);
+}
+
+// Tokens [first, first + count) of one request, and the key-value heads [first_head, last_head).
+struct Item {
+    Index first, count, first_head, last_head;
+};
+
+// Sets the queries of a key-value head that attend to something in the step; returns how many there are.
 template <typename Number>
-static void attend_token(const Attention& a, Index query, Index first, Index last, Head* heads) {
-    const Index group = a.num_heads / a.num_kv_heads, length = a.lengths[query], count = (last - first) * group;
-    begin(heads, count, a.value_dim);
-    Index position = a.window > 0 && length > a.window ? length - a.window : 0;
-    while (position < length) {
-        const TilePlace place = place_of(a, query, position);
-        position += place.count;
-        if (a.is_cold && last - first == a.num_kv_heads) touch_tile<Number>(a, query, position);
-        for (Index kv_head = first; kv_head < last; ++kv_head) {
-            attend_heads<Number>(a, query, kv_head, place, heads + (kv_head - first) * group);
+static Index gather_queries(const Attention& a, const Item& item, Index kv_head, const Step& step, Head* heads,
+                            Query<Number>* queries) {
+    const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
+    const Index last = step.num_tiles - 1, step_end = step.positions[last] + step.num_rows[last];
+    Index count = 0;
+    for (Index t = 0; t < item.count; ++t) {
+        const Index token = item.first + t, begin = first_position(a, token), end = a.lengths[token];
+        if (begin >= step_end || end <= step.positions[0]) continue;
+        const Index first_head = a.tokens[token] * a.num_heads + kv_head * group;
+        Head* own = heads + t * heads_per_token + (kv_head - item.first_head) * group;
+        for (Index h = 0; h < group; ++h)
+            queries[count++] = {static_cast<const Number*>(a.query) + (first_head + h) * a.dim, begin, end, own + h};
+    }
+    return count;
+}
+
+template <typename Number>
+struct Workspace {
+    std::vector<Head> heads;
+    std::vector<float> sums;
+    std::vector<Query<Number>> queries;
+    KeyTiles<Number> keys;
+    ValueTiles<Number> values;
+};
+
+// One step for one key-value head.
+template <typename Number>
+static void attend_head(const Attention& a, const Item& item, Index kv_head, const Step& step, Workspace<Number>& space) {
+    const Index newest = a.lengths[item.first + item.count - 1];
+    for (Index k = 0; k < step.num_tiles; ++k) {
+        // Of the newest tile only the slots that are written: what lies behind them is nobody's.
+        const Index num_rows = std::min(step.num_rows[k], newest - step.positions[k]);
+        space.keys.load(k, rows_of<Number>(a.keys, step.slots[k], a, kv_head, a.dim), a.num_kv_heads * a.dim, num_rows,
+                        a.dim);
+        space.values.load(k, rows_of<Number>(a.values, step.slots[k], a, kv_head, a.value_dim),
+                          a.num_kv_heads * a.value_dim, num_rows, a.value_dim);
+    }
+    const Index count = gather_queries(a, item, kv_head, step, space.heads.data(), space.queries.data());
+    const Query<Number>* queries = space.queries.data();
+    Index q = 0;
+    for (; q + 4 <= count; q += 4) attend_step<4>(a, step, space.keys, space.values, queries + q);
+    if (count - q == 3) attend_step<3>(a, step, space.keys, space.values, queries + q);
+    if (count - q == 2) attend_step<2>(a, step, space.keys, space.values, queries + q);
+    if (count - q == 1) attend_step<1>(a, step, space.keys, space.values, queries + q);
+}
+
+template <typename Number>
+static void write_outputs(const Attention& a, const Item& item, const std::vector<Head>& heads) {
+    const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
+    for (Index t = 0; t < item.count; ++t) {
+        const Index first_head = a.tokens[item.first + t] * a.num_heads + item.first_head * group;
+        Number* output = static_cast<Number*>(a.output) + first_head * a.value_dim;
+        for (Index h = 0; h < heads_per_token; ++h) {
+            const Head& head = heads[t * heads_per_token + h];
+#pragma omp simd
+            for (Index i = 0; i < a.value_dim; ++i)
+                output[h * a.value_dim + i] = from_float<Number>(head.sums[i] / head.total);
         }
     }
-    Number* output =
-        static_cast<Number*>(a.output) + (a.tokens[query] * a.num_heads + first * group) * a.value_dim;
-    for (Index h = 0; h < count; ++h)
-#pragma omp simd
-        for (Index i = 0; i < a.value_dim; ++i)
-            output[h * a.value_dim + i] = from_float<Number>(heads[h].sums[i] / heads[h].total);
 }
 
-// A token is one piece of work, unless there are too few of them for the threads: then each key-value head is one.
+// Step by step, all heads of each: so the cache is read as it lies.
+template <typename Number>
+static void attend_item(const Attention& a, const Item& item) {
+    thread_local Workspace<Number> space;
+    const Index num_heads = item.count * (item.last_head - item.first_head) * (a.num_heads / a.num_kv_heads);
+    space.sums.assign(num_heads * a.value_dim, 0.0f);
+    space.heads.resize(num_heads);
+    space.queries.resize(num_heads);
+    for (Index h = 0; h < num_heads; ++h) space.heads[h] = {-INFINITY, 0.0f, space.sums.data() + h * a.value_dim};
+
+    const Index newest = item.first + item.count - 1, length = a.lengths[newest];
+    const bool reads_ahead = a.is_cold && item.last_head - item.first_head == a.num_kv_heads;
+    Index tile = tile_of(a, first_position(a, item.first)) / STEP_TILES * STEP_TILES;
+    for (Step step = make_step(a, newest, tile, length); step.num_tiles > 0;) {
+        const Step next = make_step(a, newest, tile += STEP_TILES, length);
+        if (reads_ahead) touch_step<Number>(a, next);
+        for (Index kv_head = item.first_head; kv_head < item.last_head; ++kv_head)
+            attend_head(a, item, kv_head, step, space);
+        step = next;
+    }
+    write_outputs<Number>(a, item, space.heads);
+}
+
+// Neighbouring tokens of a request are one piece of work for each key-value head; a token alone is one for all of them,
+// unless there are too few of those for the threads.
 template <typename Number>
 void attend(const Attention& a) {
-    const Index heads_per_item = a.num_tokens >= 4 * num_threads() ? a.num_kv_heads : 1;
-    const Index items_per_token = a.num_kv_heads / heads_per_item;
-    parallel(a.num_tokens * items_per_token, [&](Index item) {
-        thread_local std::vector<Head> heads;
-        heads.resize(heads_per_item * (a.num_heads / a.num_kv_heads));
-        const Index first = item % items_per_token * heads_per_item;
-        attend_token<Number>(a, item / items_per_token, first, first + heads_per_item, heads.data());
-    });
+    thread_local std::vector<Item> kept;
+    std::vector<Item>& items = kept;
+    items.clear();
+    const bool is_whole = a.is_cold && a.num_tokens >= 4 * num_threads();
+    for (Index first = 0, count; first < a.num_tokens; first += count) {
+        count = 1;
+        while (count < TOKENS_TOGETHER && first + count < a.num_tokens &&
+               a.block_starts[first + count] == a.block_starts[first])
+            ++count;
+        if (is_whole)
+            items.push_back({first, count, 0, a.num_kv_heads});
+        else
+            for (Index head = 0; head < a.num_kv_heads; ++head) items.push_back({first, count, head, head + 1});
+    }
+    parallel(items.size(), [&](Index item) { attend_item<Number>(a, items[item]); });
 }
 
 template void attend<float>(const Attention&);

@@ -46,17 +46,31 @@ static inline __m512 sum_each(const __m512* rows) {
                          _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
 
+// totals[r] += x . rows[r] of 32 numbers, or of those in the mask. Rows in fours, so that few registers hold all addresses.
+template <int ROWS>
+static inline void dot_block(__m512* totals, const BFloat16* x, const BFloat16* rows, Index stride, __mmask32 mask) {
+    const __m512bh inputs = load_pairs(x, mask);
+    const BFloat16* row = rows;
+    const Index three = 3 * stride;
+#pragma GCC unroll 4
+    for (int r = 0; r + 4 <= ROWS; r += 4) {
+        totals[r] = _mm512_dpbf16_ps(totals[r], inputs, load_pairs(row, mask));
+        totals[r + 1] = _mm512_dpbf16_ps(totals[r + 1], inputs, load_pairs(row + stride, mask));
+        totals[r + 2] = _mm512_dpbf16_ps(totals[r + 2], inputs, load_pairs(row + 2 * stride, mask));
+        totals[r + 3] = _mm512_dpbf16_ps(totals[r + 3], inputs, load_pairs(row + three, mask));
+        row += 4 * stride;
+        asm("" : "+r"(row));  // else the compiler keeps all sixteen addresses
+    }
+    for (int r = ROWS / 4 * 4; r < ROWS; ++r)
+        totals[r] = _mm512_dpbf16_ps(totals[r], inputs, load_pairs(rows + r * stride, mask));
+}
+
 template <int ROWS>
 static inline void dot_rows(const BFloat16* x, const BFloat16* rows, Index stride, Index length, float* sums) {
     __m512 totals[ROWS] = {};
-    for (Index i = 0; i < length; i += 32) {
-        const Index left = length - i;
-        const __mmask32 mask = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-        const __m512bh inputs = load_pairs(x + i, mask);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; ++r)
-            totals[r] = _mm512_dpbf16_ps(totals[r], inputs, load_pairs(rows + r * stride + i, mask));
-    }
+    Index i = 0;
+    for (; i + 32 <= length; i += 32) dot_block<ROWS>(totals, x + i, rows + i, stride, ~__mmask32(0));
+    if (i < length) dot_block<ROWS>(totals, x + i, rows + i, stride, (__mmask32(1) << (length - i)) - 1);
     if constexpr (ROWS == 16) {
         _mm512_storeu_ps(sums, sum_each(totals));
     } else {

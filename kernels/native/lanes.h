@@ -3,7 +3,7 @@
 
 #include "number.h"
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -39,3 +39,21 @@ static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
     for (Index i = 0; i < LANES; ++i) numbers[i] = from_float<BFloat16>(single[i]);
 #endif
 }
+
+// Sum and largest of the lanes, in a tree, which is shorter than one after the other.
+#ifdef __AVX512F__
+static inline float sum_of(Lanes lanes) { return _mm512_reduce_add_ps((__m512)lanes); }
+static inline float largest_of(Lanes lanes) { return _mm512_reduce_max_ps((__m512)lanes); }
+#else
+static inline float sum_of(Lanes lanes) {
+    for (Index width = LANES / 2; width > 0; width /= 2)
+        for (Index i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    return lanes[0];
+}
+
+static inline float largest_of(Lanes lanes) {
+    for (Index width = LANES / 2; width > 0; width /= 2)
+        for (Index i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    return lanes[0];
+}
+#endif

@@ -1,0 +1,233 @@
+// Keys and values of a step's tiles, as queries are multiplied with them.
+#pragma once
+
+#include "dot.h"
+#include "lanes.h"
+
+#include <algorithm>
+
+constexpr Index MAX_DIM = 256;
+constexpr Index TILE = 16;       // neighbouring slots
+constexpr Index STEP_TILES = 4;  // that are weighed together
+
+template <typename Number>
+struct KeyTiles {
+    const Number* rows[STEP_TILES];
+    Index stride, dim, num_rows[STEP_TILES];
+
+    void load(Index k, const Number* first, Index row_stride, Index count, Index width) {
+        rows[k] = first, num_rows[k] = count, stride = row_stride, dim = width;
+    }
+
+    // scores[q][slot] = q . k of the slots that there are.
+    template <int QUERIES>
+    void score(const Number* const* queries, Index num_tiles, float (*scores)[STEP_TILES * TILE]) const {
+        for (int q = 0; q < QUERIES; ++q)
+            for (Index k = 0; k < num_tiles; ++k)
+                for (Index slot = 0; slot < TILE; ++slot) {
+                    float* score = &scores[q][k * TILE + slot];
+                    *score = 0;
+                    if (slot < num_rows[k]) dot_rows<1>(queries[q], rows[k] + slot * stride, stride, dim, score);
+                }
+    }
+};
+
+template <typename Number>
+struct ValueTiles {
+    const Number* rows[STEP_TILES];
+    Index stride, dim, num_rows[STEP_TILES];
+
+    void load(Index k, const Number* first, Index row_stride, Index count, Index width) {
+        rows[k] = first, num_rows[k] = count, stride = row_stride, dim = width;
+    }
+
+    // To what `add` multiplies with.
+    static void round(float*) {}
+
+    // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
+    template <int QUERIES>
+    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
+        for (int q = 0; q < QUERIES; ++q) {
+            for (Index i = 0; i < dim; ++i) sums[q][i] *= shrinks[q];
+            for (Index k = 0; k < num_tiles; ++k)
+                for (Index slot = 0; slot < num_rows[k]; ++slot) {
+                    const Number* row = rows[k] + slot * stride;
+                    const float weight = weights[q][k * TILE + slot];
+#pragma omp simd
+                    for (Index i = 0; i < dim; ++i) sums[q][i] += weight * to_float(row[i]);
+                }
+        }
+    }
+};
+
+#ifdef __AVX512BF16__
+
+constexpr Index HALF = 32;  // numbers of a row in one load
+
+// `count` numbers of a row, zeros behind them.
+static inline __m512i load_row(const BFloat16* row, Index count) {
+    if (count >= HALF) return _mm512_loadu_si512(row);
+    return count > 0 ? _mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, row) : _mm512_setzero_si512();
+}
+
+// Rows of 16 words become columns.
+static inline void transpose(__m512i* rows) {
+    __m512i pairs[TILE], fours[TILE];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        fours[4 * i] = _mm512_unpacklo_epi64(pairs[4 * i], pairs[4 * i + 2]);
+        fours[4 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * i], pairs[4 * i + 2]);
+        fours[4 * i + 2] = _mm512_unpacklo_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+        fours[4 * i + 3] = _mm512_unpackhi_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512i low = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
+        const __m512i low_odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
+        const __m512i high_odd = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
+        rows[i] = _mm512_shuffle_i32x4(low, high, 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
+        rows[i + 4] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+        rows[i + 12] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
+// Pairs of dims of 16 slots side by side, so that a query's pair meets them all at once.
+template <>
+struct KeyTiles<BFloat16> {
+    __m512i pairs[STEP_TILES][MAX_DIM / 2];
+    Index dim;
+
+    // Slots behind num_rows become zeros.
+    void load(Index k, const BFloat16* first, Index stride, Index num_rows, Index width) {
+        dim = width;
+        for (Index i = 0; i < width; i += HALF) {
+            __m512i rows[TILE];
+#pragma GCC unroll 16
+            for (Index r = 0; r < TILE; ++r)
+                rows[r] = r < num_rows ? load_row(first + r * stride + i, width - i) : _mm512_setzero_si512();
+            transpose(rows);
+#pragma GCC unroll 16
+            for (Index r = 0; r < TILE; ++r) pairs[k][i / 2 + r] = rows[r];
+        }
+    }
+
+    template <int QUERIES>
+    void score(const BFloat16* const* queries, Index num_tiles, float (*scores)[STEP_TILES * TILE]) const {
+        if (num_tiles == STEP_TILES) return score_tiles<QUERIES, STEP_TILES>(queries, 0, scores);
+        for (Index k = 0; k < num_tiles; ++k) score_tiles<QUERIES, 1>(queries, k, scores);
+    }
+
+    template <int QUERIES, int TILES>
+    void score_tiles(const BFloat16* const* queries, Index first, float (*scores)[STEP_TILES * TILE]) const {
+        __m512 sums[QUERIES][TILES] = {};
+        for (Index pair = 0; pair < dim / 2; ++pair) {
+            __m512bh keys[TILES];
+#pragma GCC unroll 4
+            for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)pairs[first + k][pair];
+#pragma GCC unroll 4
+            for (int q = 0; q < QUERIES; ++q) {
+                int both;
+                std::memcpy(&both, queries[q] + 2 * pair, sizeof both);
+                const __m512bh query = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+                for (int k = 0; k < TILES; ++k) sums[q][k] = _mm512_dpbf16_ps(sums[q][k], query, keys[k]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
+            for (int k = 0; k < TILES; ++k) _mm512_storeu_ps(scores[q] + (first + k) * TILE, sums[q][k]);
+    }
+};
+
+// Pairs of slots of 16 dims side by side, so that a pair of weights meets them all at once.
+template <>
+struct ValueTiles<BFloat16> {
+    static constexpr Index PAIRS = TILE / 2;
+    __m512i pairs[MAX_DIM / LANES][STEP_TILES * PAIRS];
+    Index dim;
+
+    // Slots behind num_rows become zeros.
+    void load(Index k, const BFloat16* first, Index stride, Index num_rows, Index width) {
+        alignas(64) static constexpr uint16_t LOW[HALF] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+        dim = width;
+        for (Index i = 0; i < width; i += HALF)
+            for (Index pair = 0; pair < PAIRS; ++pair) {
+                const auto row = [&](Index slot) {
+                    return load_row(first + slot * stride + i, slot < num_rows ? width - i : 0);
+                };
+                const __m512i even = row(2 * pair), odd = row(2 * pair + 1);
+                pairs[i / LANES][k * PAIRS + pair] = _mm512_permutex2var_epi16(even, low, odd);
+                pairs[i / LANES + 1][k * PAIRS + pair] = _mm512_permutex2var_epi16(even, high, odd);
+            }
+    }
+
+    static void round(float* weights) {
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(weights));
+        _mm512_storeu_ps(weights, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16)));
+    }
+
+    template <int QUERIES>
+    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
+        int32_t both[QUERIES][STEP_TILES * PAIRS];  // pairs of weights
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q)
+            for (Index k = 0; k < num_tiles; ++k)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(both[q] + k * PAIRS),
+                                    (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(weights[q] + k * TILE)));
+        Index i = 0;
+        for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<QUERIES, 4>(both, shrinks, num_tiles, sums, i);
+        for (; i + LANES <= dim; i += LANES) add_lanes<QUERIES, 1>(both, shrinks, num_tiles, sums, i);
+        if (i < dim) add_rest<QUERIES>(both, shrinks, num_tiles, sums, i);
+    }
+
+    template <int QUERIES, int NUM_LANES>
+    void add_lanes(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles, float* const* sums,
+                   Index first) const {
+        __m512 totals[QUERIES][NUM_LANES];
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
+            for (int n = 0; n < NUM_LANES; ++n)
+                totals[q][n] = _mm512_mul_ps(_mm512_loadu_ps(sums[q] + first + n * LANES), _mm512_set1_ps(shrinks[q]));
+        for (Index pair = 0; pair < num_tiles * PAIRS; ++pair) {
+            __m512bh values[NUM_LANES];
+#pragma GCC unroll 4
+            for (int n = 0; n < NUM_LANES; ++n) values[n] = (__m512bh)pairs[first / LANES + n][pair];
+#pragma GCC unroll 4
+            for (int q = 0; q < QUERIES; ++q) {
+                const __m512bh weight = (__m512bh)_mm512_set1_epi32(both[q][pair]);
+#pragma GCC unroll 4
+                for (int n = 0; n < NUM_LANES; ++n) totals[q][n] = _mm512_dpbf16_ps(totals[q][n], weight, values[n]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
+            for (int n = 0; n < NUM_LANES; ++n) _mm512_storeu_ps(sums[q] + first + n * LANES, totals[q][n]);
+    }
+
+    // The last dims, fewer than 16.
+    template <int QUERIES>
+    void add_rest(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles, float* const* sums,
+                  Index first) const {
+        float rest[QUERIES][LANES] = {}, *places[QUERIES];
+        for (int q = 0; q < QUERIES; ++q) {
+            std::copy(sums[q] + first, sums[q] + dim, rest[q]);
+            places[q] = rest[q] - first;
+        }
+        add_lanes<QUERIES, 1>(both, shrinks, num_tiles, places, first);
+        for (int q = 0; q < QUERIES; ++q) std::copy(rest[q], rest[q] + dim - first, sums[q] + first);
+    }
+};
+
+#endif
