@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <vector>
 
-constexpr Index TOKENS_TOGETHER = 8;
+constexpr Index TOKENS_TOGETHER = 16;
 
 // What a query head has gathered so far: sum_j e^(s_j - maximum) v_j and those weights' own sum.
 struct Head {
@@ -94,14 +94,13 @@ static inline float weigh(const Attention& a, const Step& step, const Query<Numb
         for (Index i = 0; i < step.num_tiles * TILE; ++i)
             scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
     Head& head = *query.head;
-    Lanes largest = load_lanes(scores) * 0.0f - INFINITY;
+    Lanes largest = Lanes{} - INFINITY;
     for (Index k = 0; k < step.num_tiles; ++k) {
-        const auto begin = static_cast<int32_t>(std::clamp<Index>(query.begin - step.positions[k], 0, TILE));
-        const auto end = static_cast<int32_t>(std::clamp<Index>(query.end - step.positions[k], 0, step.num_rows[k]));
-        float* tile = scores + k * TILE;
-#pragma omp simd
-        for (int32_t i = 0; i < TILE; ++i) tile[i] = i >= begin && i < end ? tile[i] * a.scale : -INFINITY;
-        const Lanes lanes = load_lanes(tile);
+        const Index begin = query.begin - step.positions[k];
+        const Index end = std::min(query.end - step.positions[k], step.num_rows[k]);
+        Lanes lanes = load_lanes(scores + k * TILE) * a.scale;
+        if (begin > 0 || end < TILE) lanes = keep_lanes(lanes, begin, end, -INFINITY);
+        store_lanes(lanes, scores + k * TILE);
         largest = lanes > largest ? lanes : largest;
     }
     const float maximum = std::max(head.maximum, largest_of(largest));

@@ -40,6 +40,13 @@ static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
 #endif
 }
 
+// The lanes [begin, end), and `other` in place of the rest.
+static inline Lanes keep_lanes(Lanes lanes, Index begin, Index end, float other) {
+    const Lanes places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const auto first = static_cast<float>(begin), last = static_cast<float>(end);
+    return ((places >= first) & (places < last)) ? lanes : Lanes{} + other;
+}
+
 // Sum and largest of the lanes, in a tree, which is shorter than one after the other.
 #ifdef __AVX512F__
 static inline float sum_of(Lanes lanes) { return _mm512_reduce_add_ps((__m512)lanes); }
