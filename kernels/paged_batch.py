@@ -88,7 +88,7 @@ class PagedBatch:
     def _native_tokens(self) -> list[_NativeTokens]:
         if self._native is None:
             kinds = [(self._decoding, True), (self._chunked, False)]
-            self._native = [_NativeTokens(some, self._block_size, is_cold) for some, is_cold in kinds if some]
+            self._native = [_NativeTokens(some, self._block_size, are_single) for some, are_single in kinds if some]
         return self._native
 
     def _torch_parts(self) -> list[_PaddedGroup | _Chunk]:
@@ -108,16 +108,16 @@ class NativeAttention(ctypes.Structure):
         *((n, c_void_p) for n in ("query", "keys", "values", "output")),
         *((n, c_void_p) for n in ("tokens", "blocks", "block_starts", "lengths")),
         *((n, c_int64) for n in ("num_tokens", "num_heads", "num_kv_heads", "dim", "value_dim")),
-        *((n, c_int64) for n in ("block_size", "is_cold", "window")),
+        *((n, c_int64) for n in ("block_size", "are_single", "window")),
         ("scale", c_float),
         ("softcap", c_float),
     )
 
 
 class _NativeTokens:
-    """Tokens, each with the positions it attends to. Cold: nobody else reads those soon, so each is read ahead."""
+    """Tokens, each with the positions it attends to; single ones are alone in their requests."""
 
-    def __init__(self, sequences: Sequence[PackedSequence], block_size: int, is_cold: bool) -> None:
+    def __init__(self, sequences: Sequence[PackedSequence], block_size: int, are_single: bool) -> None:
         starts = accumulate((len(s.blocks) for s in sequences[:-1]), initial=0)
         indices = {
             "tokens": [token for s in sequences for token in range(s.start, s.end)],
@@ -131,7 +131,7 @@ class _NativeTokens:
         self.arguments = NativeAttention(
             num_tokens=len(indices["tokens"]),
             block_size=block_size,
-            is_cold=is_cold,
+            are_single=are_single,
             **{name: tensor.data_ptr() for name, tensor in self._kept.items()},
         )
 

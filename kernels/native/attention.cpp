@@ -69,22 +69,14 @@ static inline const Number* rows_of(const void* cache, Index slot, const Attenti
     return static_cast<const Number*>(cache) + (slot * a.num_kv_heads + kv_head) * dim;
 }
 
-// One number from each line of `count` neighbouring numbers, so that the lines come into the cache.
 template <typename Number>
-static inline void touch(const Number* numbers, Index count) {
-    constexpr Index LINE = 64 / sizeof(Number);
-    for (Index i = 0; i < count; i += LINE) asm volatile("" : : "r"(*reinterpret_cast<const char*>(numbers + i)));
-}
-
-// Reads a step before its turn, in one sweep over all heads. Plain loads in a row: the processor runs ahead of those, and
-// is a third faster than with as many prefetch instructions.
-template <typename Number>
-static inline void touch_step(const Attention& a, const Step& step) {
-    for (Index k = 0; k < step.num_tiles; ++k) {
-        touch(rows_of<Number>(a.keys, step.slots[k], a, 0, a.dim), step.num_rows[k] * a.num_kv_heads * a.dim);
-        touch(rows_of<Number>(a.values, step.slots[k], a, 0, a.value_dim),
-              step.num_rows[k] * a.num_kv_heads * a.value_dim);
-    }
+static RowsAhead rows_ahead(const void* cache, const Step& step, const Attention& a, Index kv_head, Index dim) {
+    constexpr Index BYTES = sizeof(Number);
+    RowsAhead ahead{{}, a.num_kv_heads * dim * BYTES, std::max<Index>(1, dim * BYTES / 64)};
+    for (Index k = 0; k < STEP_TILES; ++k)
+        ahead.rows[k] = reinterpret_cast<const char*>(
+            rows_of<Number>(cache, step.slots[std::min(k, step.num_tiles - 1)], a, kv_head, dim));
+    return ahead;
 }
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
@@ -121,14 +113,15 @@ static inline float weigh(const Attention& a, const Step& step, const Query<Numb
 // Some queries over a step. One after the other in each part: within a query, each part waits for the one before.
 template <int QUERIES, typename Number>
 static inline void attend_step(const Attention& a, const Step& step, const KeyTiles<Number>& keys,
-                               const ValueTiles<Number>& values, const Query<Number>* queries) {
+                               const ValueTiles<Number>& values, const RowsAhead& keys_ahead,
+                               const RowsAhead& values_ahead, const Query<Number>* queries) {
     float scores[QUERIES][STEP_TILES * TILE], shrinks[QUERIES];
     const Number* numbers[QUERIES];
     float* sums[QUERIES];
     for (int q = 0; q < QUERIES; ++q) numbers[q] = queries[q].numbers, sums[q] = queries[q].head->sums;
-    keys.template score<QUERIES>(numbers, step.num_tiles, scores);
+    keys.template score<QUERIES>(numbers, step.num_tiles, keys_ahead, scores);
     for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, step, queries[q], scores[q]);
-    values.template add<QUERIES>(scores, shrinks, step.num_tiles, sums);
+    values.template add<QUERIES>(scores, shrinks, step.num_tiles, values_ahead, sums);
 }
 
 // Tokens [first, first + count) of one request, and the key-value heads [first_head, last_head).
@@ -165,7 +158,8 @@ struct Workspace {
 
 // One step for one key-value head.
 template <typename Number>
-static void attend_head(const Attention& a, const Item& item, Index kv_head, const Step& step, Workspace<Number>& space) {
+static void attend_head(const Attention& a, const Item& item, Index kv_head, const Step& step, const Step& next,
+                        Workspace<Number>& space) {
     const Index newest = a.lengths[item.first + item.count - 1];
     for (Index k = 0; k < step.num_tiles; ++k) {
         // Of the newest tile only the slots that are written: what lies behind them is nobody's.
@@ -177,11 +171,13 @@ static void attend_head(const Attention& a, const Item& item, Index kv_head, con
     }
     const Index count = gather_queries(a, item, kv_head, step, space.heads.data(), space.queries.data());
     const Query<Number>* queries = space.queries.data();
+    const RowsAhead keys_ahead = rows_ahead<Number>(a.keys, next, a, kv_head, a.dim);
+    const RowsAhead values_ahead = rows_ahead<Number>(a.values, next, a, kv_head, a.value_dim);
     Index q = 0;
-    for (; q + 4 <= count; q += 4) attend_step<4>(a, step, space.keys, space.values, queries + q);
-    if (count - q == 3) attend_step<3>(a, step, space.keys, space.values, queries + q);
-    if (count - q == 2) attend_step<2>(a, step, space.keys, space.values, queries + q);
-    if (count - q == 1) attend_step<1>(a, step, space.keys, space.values, queries + q);
+    for (; q + 4 <= count; q += 4) attend_step<4>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+    if (count - q == 3) attend_step<3>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+    if (count - q == 2) attend_step<2>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+    if (count - q == 1) attend_step<1>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
 }
 
 template <typename Number>
@@ -199,9 +195,16 @@ static void write_outputs(const Attention& a, const Item& item, const std::vecto
     }
 }
 
-// Step by step, all heads of each: so the cache is read as it lies.
+// The first step of an item's newest token.
+static inline Step first_step(const Attention& a, const Item& item, Index* tile) {
+    const Index newest = item.first + item.count - 1;
+    *tile = tile_of(a, first_position(a, item.first)) / STEP_TILES * STEP_TILES;
+    return make_step(a, newest, *tile, a.lengths[newest]);
+}
+
+// Step by step, all heads of each: so the cache is read as it lies. `following` comes behind this item, or is null.
 template <typename Number>
-static void attend_item(const Attention& a, const Item& item) {
+static void attend_item(const Attention& a, const Item& item, const Item* following) {
     thread_local Workspace<Number> space;
     const Index num_heads = item.count * (item.last_head - item.first_head) * (a.num_heads / a.num_kv_heads);
     space.sums.assign(num_heads * a.value_dim, 0.0f);
@@ -209,14 +212,13 @@ static void attend_item(const Attention& a, const Item& item) {
     space.queries.resize(num_heads);
     for (Index h = 0; h < num_heads; ++h) space.heads[h] = {-INFINITY, 0.0f, space.sums.data() + h * a.value_dim};
 
-    const Index newest = item.first + item.count - 1, length = a.lengths[newest];
-    const bool reads_ahead = a.is_cold && item.last_head - item.first_head == a.num_kv_heads;
-    Index tile = tile_of(a, first_position(a, item.first)) / STEP_TILES * STEP_TILES;
-    for (Step step = make_step(a, newest, tile, length); step.num_tiles > 0;) {
-        const Step next = make_step(a, newest, tile += STEP_TILES, length);
-        if (reads_ahead) touch_step<Number>(a, next);
+    const Index newest = item.first + item.count - 1;
+    Index tile, unused;
+    for (Step step = first_step(a, item, &tile); step.num_tiles > 0;) {
+        const Step next = make_step(a, newest, tile += STEP_TILES, a.lengths[newest]);
+        const Step ahead = next.num_tiles > 0 || !following ? next : first_step(a, *following, &unused);
         for (Index kv_head = item.first_head; kv_head < item.last_head; ++kv_head)
-            attend_head(a, item, kv_head, step, space);
+            attend_head(a, item, kv_head, step, ahead.num_tiles > 0 ? ahead : step, space);
         step = next;
     }
     write_outputs<Number>(a, item, space.heads);
@@ -229,7 +231,7 @@ void attend(const Attention& a) {
     thread_local std::vector<Item> kept;
     std::vector<Item>& items = kept;
     items.clear();
-    const bool is_whole = a.is_cold && a.num_tokens >= 4 * num_threads();
+    const bool is_whole = a.are_single && a.num_tokens >= 4 * num_threads();
     for (Index first = 0, count; first < a.num_tokens; first += count) {
         count = 1;
         while (count < TOKENS_TOGETHER && first + count < a.num_tokens &&
@@ -240,7 +242,12 @@ void attend(const Attention& a) {
         else
             for (Index head = 0; head < a.num_kv_heads; ++head) items.push_back({first, count, head, head + 1});
     }
-    parallel(items.size(), [&](Index item) { attend_item<Number>(a, items[item]); });
+    const Index count = items.size(), in_a_row = is_whole ? std::max<Index>(count / (4 * num_threads()), 1) : 1;
+    parallel((count + in_a_row - 1) / in_a_row, [&](Index row) {
+        const Index end = std::min(count, (row + 1) * in_a_row);
+        for (Index item = row * in_a_row; item < end; ++item)
+            attend_item<Number>(a, items[item], item + 1 < end ? &items[item + 1] : nullptr);
+    });
 }
 
 template void attend<float>(const Attention&);

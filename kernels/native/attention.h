@@ -13,7 +13,7 @@ struct Attention {
     const Index* block_starts;   // [num_tokens], where the blocks of each one's request begin
     const Index* lengths;        // [num_tokens], positions to attend to, the token's own included
     Index num_tokens, num_heads, num_kv_heads, dim, value_dim, block_size;
-    Index is_cold;               // no other token of the call reads the same blocks
+    Index are_single;              // every token is the only one of its request
     Index window;                // last positions to attend to, 0 for all
     float scale;
     float softcap;               // 0 for none

@@ -10,6 +10,18 @@ constexpr Index MAX_DIM = 256;
 constexpr Index TILE = 16;       // neighbouring slots
 constexpr Index STEP_TILES = 4;  // that are weighed together
 
+// The rows of the tiles that come next, asked for while this step's are multiplied, a line of each tile at a time.
+struct RowsAhead {
+    const char* rows[STEP_TILES];  // null: nothing comes next
+    Index stride, lines_per_row;   // in bytes; 64 bytes each
+
+    void prefetch(Index turn) const {
+        const Index offset = turn / lines_per_row * stride + turn % lines_per_row * 64;
+#pragma GCC unroll 4
+        for (const char* tile : rows) __builtin_prefetch(tile + offset);
+    }
+};
+
 template <typename Number>
 struct KeyTiles {
     const Number* rows[STEP_TILES];
@@ -21,7 +33,7 @@ struct KeyTiles {
 
     // scores[q][slot] = q . k of the slots that there are.
     template <int QUERIES>
-    void score(const Number* const* queries, Index num_tiles, float (*scores)[STEP_TILES * TILE]) const {
+    void score(const Number* const* queries, Index num_tiles, const RowsAhead&, float (*scores)[STEP_TILES * TILE]) const {
         for (int q = 0; q < QUERIES; ++q)
             for (Index k = 0; k < num_tiles; ++k)
                 for (Index slot = 0; slot < TILE; ++slot) {
@@ -46,7 +58,8 @@ struct ValueTiles {
 
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
     template <int QUERIES>
-    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
+    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, const RowsAhead&,
+             float* const* sums) const {
         for (int q = 0; q < QUERIES; ++q) {
             for (Index i = 0; i < dim; ++i) sums[q][i] *= shrinks[q];
             for (Index k = 0; k < num_tiles; ++k)
@@ -119,18 +132,21 @@ struct KeyTiles<BFloat16> {
     }
 
     template <int QUERIES>
-    void score(const BFloat16* const* queries, Index num_tiles, float (*scores)[STEP_TILES * TILE]) const {
-        if (num_tiles == STEP_TILES) return score_tiles<QUERIES, STEP_TILES>(queries, 0, scores);
-        for (Index k = 0; k < num_tiles; ++k) score_tiles<QUERIES, 1>(queries, k, scores);
+    void score(const BFloat16* const* queries, Index num_tiles, const RowsAhead& ahead,
+               float (*scores)[STEP_TILES * TILE]) const {
+        if (num_tiles == STEP_TILES) return score_tiles<QUERIES, STEP_TILES>(queries, 0, ahead, scores);
+        for (Index k = 0; k < num_tiles; ++k) score_tiles<QUERIES, 1>(queries, k, ahead, scores);
     }
 
     template <int QUERIES, int TILES>
-    void score_tiles(const BFloat16* const* queries, Index first, float (*scores)[STEP_TILES * TILE]) const {
+    void score_tiles(const BFloat16* const* queries, Index first, const RowsAhead& ahead,
+                     float (*scores)[STEP_TILES * TILE]) const {
         __m512 sums[QUERIES][TILES] = {};
         for (Index pair = 0; pair < dim / 2; ++pair) {
             __m512bh keys[TILES];
 #pragma GCC unroll 4
             for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)pairs[first + k][pair];
+            if (first == 0) ahead.prefetch(pair);
 #pragma GCC unroll 4
             for (int q = 0; q < QUERIES; ++q) {
                 int both;
@@ -177,7 +193,8 @@ struct ValueTiles<BFloat16> {
     }
 
     template <int QUERIES>
-    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
+    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, const RowsAhead& ahead,
+             float* const* sums) const {
         int32_t both[QUERIES][STEP_TILES * PAIRS];  // pairs of weights
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
@@ -185,14 +202,14 @@ struct ValueTiles<BFloat16> {
                 _mm256_storeu_si256(reinterpret_cast<__m256i*>(both[q] + k * PAIRS),
                                     (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(weights[q] + k * TILE)));
         Index i = 0;
-        for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<QUERIES, 4>(both, shrinks, num_tiles, sums, i);
-        for (; i + LANES <= dim; i += LANES) add_lanes<QUERIES, 1>(both, shrinks, num_tiles, sums, i);
-        if (i < dim) add_rest<QUERIES>(both, shrinks, num_tiles, sums, i);
+        for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<QUERIES, 4>(both, shrinks, num_tiles, ahead, sums, i);
+        for (; i + LANES <= dim; i += LANES) add_lanes<QUERIES, 1>(both, shrinks, num_tiles, ahead, sums, i);
+        if (i < dim) add_rest<QUERIES>(both, shrinks, num_tiles, ahead, sums, i);
     }
 
     template <int QUERIES, int NUM_LANES>
-    void add_lanes(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles, float* const* sums,
-                   Index first) const {
+    void add_lanes(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles,
+                   const RowsAhead& ahead, float* const* sums, Index first) const {
         __m512 totals[QUERIES][NUM_LANES];
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
@@ -203,6 +220,7 @@ struct ValueTiles<BFloat16> {
             __m512bh values[NUM_LANES];
 #pragma GCC unroll 4
             for (int n = 0; n < NUM_LANES; ++n) values[n] = (__m512bh)pairs[first / LANES + n][pair];
+            if constexpr (NUM_LANES == 4) ahead.prefetch(first / 2 + pair);
 #pragma GCC unroll 4
             for (int q = 0; q < QUERIES; ++q) {
                 const __m512bh weight = (__m512bh)_mm512_set1_epi32(both[q][pair]);
@@ -210,6 +228,8 @@ struct ValueTiles<BFloat16> {
                 for (int n = 0; n < NUM_LANES; ++n) totals[q][n] = _mm512_dpbf16_ps(totals[q][n], weight, values[n]);
             }
         }
+        if constexpr (NUM_LANES == 4)
+            for (Index pair = num_tiles * PAIRS; pair < STEP_TILES * PAIRS; ++pair) ahead.prefetch(first / 2 + pair);
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
@@ -218,14 +238,14 @@ struct ValueTiles<BFloat16> {
 
     // The last dims, fewer than 16.
     template <int QUERIES>
-    void add_rest(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles, float* const* sums,
-                  Index first) const {
+    void add_rest(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles,
+                  const RowsAhead& ahead, float* const* sums, Index first) const {
         float rest[QUERIES][LANES] = {}, *places[QUERIES];
         for (int q = 0; q < QUERIES; ++q) {
             std::copy(sums[q] + first, sums[q] + dim, rest[q]);
             places[q] = rest[q] - first;
         }
-        add_lanes<QUERIES, 1>(both, shrinks, num_tiles, places, first);
+        add_lanes<QUERIES, 1>(both, shrinks, num_tiles, ahead, places, first);
         for (int q = 0; q < QUERIES; ++q) std::copy(rest[q], rest[q] + dim - first, sums[q] + first);
     }
 };
