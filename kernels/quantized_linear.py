@@ -90,7 +90,7 @@ def quantize(weight: Tensor, bias: Tensor | None, bits: int) -> QuantizedLinear:
 
 def in_eight_bits(x: Tensor) -> Tensor:
     """x [..., d_in] as the product sees it, in float32: whole steps of 1/127 of the largest number of each group."""
-    groups = x.float().view(*x.shape[:-1], -1, GROUP)
+    groups = x.float().view(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
     levels = torch.where(largest > 0, (groups * (127 / largest)).round(), 0.0)
     return (levels * (largest / 127)).flatten(-2)

@@ -134,19 +134,21 @@ struct KeyTiles<BFloat16> {
     template <int QUERIES>
     void score(const BFloat16* const* queries, Index num_tiles, const RowsAhead& ahead,
                float (*scores)[STEP_TILES * TILE]) const {
-        if (num_tiles == STEP_TILES) return score_tiles<QUERIES, STEP_TILES>(queries, 0, ahead, scores);
-        for (Index k = 0; k < num_tiles; ++k) score_tiles<QUERIES, 1>(queries, k, ahead, scores);
+        if (num_tiles == 4) return score_tiles<QUERIES, 4>(queries, ahead, scores);
+        if (num_tiles == 3) return score_tiles<QUERIES, 3>(queries, ahead, scores);
+        if (num_tiles == 2) return score_tiles<QUERIES, 2>(queries, ahead, scores);
+        score_tiles<QUERIES, 1>(queries, ahead, scores);
     }
 
     template <int QUERIES, int TILES>
-    void score_tiles(const BFloat16* const* queries, Index first, const RowsAhead& ahead,
+    void score_tiles(const BFloat16* const* queries, const RowsAhead& ahead,
                      float (*scores)[STEP_TILES * TILE]) const {
         __m512 sums[QUERIES][TILES] = {};
         for (Index pair = 0; pair < dim / 2; ++pair) {
             __m512bh keys[TILES];
 #pragma GCC unroll 4
-            for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)pairs[first + k][pair];
-            if (first == 0) ahead.prefetch(pair);
+            for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)pairs[k][pair];
+            ahead.prefetch(pair);
 #pragma GCC unroll 4
             for (int q = 0; q < QUERIES; ++q) {
                 int both;
@@ -159,7 +161,7 @@ struct KeyTiles<BFloat16> {
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
-            for (int k = 0; k < TILES; ++k) _mm512_storeu_ps(scores[q] + (first + k) * TILE, sums[q][k]);
+            for (int k = 0; k < TILES; ++k) _mm512_storeu_ps(scores[q] + k * TILE, sums[q][k]);
     }
 };
 
