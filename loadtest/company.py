@@ -35,11 +35,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--quantize", choices=("none", "nf4"), default="none")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4", "nf4"), default="none")
     parser.add_argument("--prompts", type=int, default=8, help="for each adaptation")
     parser.add_argument("--new-tokens", type=int, default=24)
     arguments = parser.parse_args()
-    with serving(["--dtype", arguments.dtype, "--quantize", arguments.quantize]) as (target, _):
+    with serving({"--dtype": arguments.dtype, "--quantize": arguments.quantize}) as (target, _):
         different, asked = asyncio.run(_compare(target, arguments.prompts, arguments.new_tokens))
     print(
         f"{arguments.dtype}, quantize {arguments.quantize}: {different} of {asked} requests differed in a crowd"

@@ -20,7 +20,7 @@ from pathlib import Path
 from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, FusionShape, save_adapter, save_checkpoint, save_fusion
 from fusionserve.loadtest.rounds import Round, Workload, measure_rounds
-from fusionserve.loadtest.serving import serving
+from fusionserve.loadtest.serving import Flags, serving
 
 
 def main() -> None:
@@ -76,10 +76,10 @@ def _make_files(folder: Path, arguments: argparse.Namespace) -> None:
         save_fusion(arguments.shape, folder / "fusions" / f"of{size}", adapters[:size], fusion, seed=size)
 
 
-def _serve_flags(folder: Path, arguments: argparse.Namespace) -> list[str]:
+def _serve_flags(folder: Path, arguments: argparse.Namespace) -> Flags:
     """A pool with room for every resident at once, so that no round waits for copies into it."""
     fusion_rows = sum(2 * size * arguments.rank + size for size in arguments.members)
-    flags = {
+    return {
         "--model": folder / "base",
         "--dtype": "bfloat16",
         "--adapter-dir": folder / "adapters",
@@ -90,7 +90,6 @@ def _serve_flags(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "--kv-cache-size": "256MiB",
         "--max-context-tokens": 2048,
     }
-    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
 def _kinds(arguments: argparse.Namespace) -> dict[str, Sequence[GenerateOptions]]:

@@ -32,7 +32,7 @@ from fusionserve.loadtest.model_shapes import SHAPES, save_adapter, save_checkpo
 from fusionserve.loadtest.outcome import Outcome
 from fusionserve.loadtest.request_record import RequestRecord
 from fusionserve.loadtest.residency import COLD, WARM
-from fusionserve.loadtest.serving import serving
+from fusionserve.loadtest.serving import Flags, serving
 from fusionserve.loadtest.text_report import to_text
 from fusionserve.loadtest_config import LORA, LoadConfig, UniformLengths
 
@@ -106,8 +106,8 @@ def _drop_from_page_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def _serve_flags(folder: Path, arguments: argparse.Namespace, weights: Sequence[Path]) -> list[str]:
-    flags = {
+def _serve_flags(folder: Path, arguments: argparse.Namespace, weights: Sequence[Path]) -> Flags:
+    return {
         "--model": folder / "base",
         "--dtype": "bfloat16",
         "--adapter-dir": folder / "adapters",
@@ -116,7 +116,6 @@ def _serve_flags(folder: Path, arguments: argparse.Namespace, weights: Sequence[
         "--kv-cache-size": "256MiB",
         "--max-context-tokens": 2048,
     }
-    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
 def _zipf_config(target: str, arguments: argparse.Namespace) -> LoadConfig:

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=768)
     parser.add_argument("--out", type=Path, help="folder for the report and the plots")
     arguments = parser.parse_args()
-    with serving([]) as (target, _):
+    with serving({}) as (target, _):
         config = LoadConfig(
             target=target,
             concurrency=arguments.streams,

@@ -18,7 +18,7 @@ from pathlib import Path
 from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, save_adapter, save_checkpoint
 from fusionserve.loadtest.rounds import Workload, measure_rounds
-from fusionserve.loadtest.serving import process_memory, serving
+from fusionserve.loadtest.serving import Flags, process_memory, serving
 
 _MEBIBYTE = 1 << 20
 
@@ -70,8 +70,8 @@ def _make_files(shape: str, folder: Path, arguments: argparse.Namespace) -> None
     )
 
 
-def _serve_flags(folder: Path, arguments: argparse.Namespace) -> list[str]:
-    flags = {
+def _serve_flags(folder: Path, arguments: argparse.Namespace) -> Flags:
+    return {
         "--model": folder / "base",
         "--adapter-dir": folder / "adapters",
         "--kv-cache-size": f"{arguments.kv_cache_mib}MiB",
@@ -80,7 +80,6 @@ def _serve_flags(folder: Path, arguments: argparse.Namespace) -> list[str]:
         "--adapter-host-size": f"{arguments.adapter_host_mib}MiB",
         "--adapter-pool-ranks": arguments.adapters * arguments.rank,
     }
-    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
 async def _measure(

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+Flags = Mapping[str, str | int | Path]  # of `fusionserve serve`, by name: {"--dtype": "bfloat16"}
 
 _STOP_TIMEOUT_S = 60
 
 
 @contextmanager
-def serving(flags: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def serving(flags: Flags) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The gRPC address and the process of a server on a free port, stopped when the block is left.
+
+    Every flag is passed with its value, so switches are "on" or "off"; what is not named has its default.
 
     Raises SystemExit if the server does not start; its own reason is on standard error.
     """
     command = [str(Path(sys.executable).with_name("fusionserve")), "serve"]
-    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "off", *flags]
+    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "off"]
+    command += [text for flag, value in flags.items() for text in (flag, str(value))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

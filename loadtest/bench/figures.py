@@ -10,8 +10,11 @@ from fusionserve.loadtest.bench.floor import Floor
 from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, Outcome
 from fusionserve.loadtest.bench.systems import (
     LLAMA_CPP,
+    LLAMA_CPP_Q8,
     OURS,
     OURS_BARE,
+    OURS_INT4,
+    OURS_INT8,
     OURS_WIRE,
     PEFT,
     TRANSFORMERS,
@@ -74,6 +77,9 @@ RATIOS = (
     Ratio("mixed / llama.cpp mixed", (OURS, MIXED), (LLAMA_CPP, MIXED), {"W1": 3.5}),
     Ratio("fusion of 4 / our base", (OURS, FUSION), (OURS, BASE), {"W1": 0.75}),
     Ratio("base with adapters in the pool / without", (OURS, BASE), (OURS_BARE, BASE), {"W1": 0.98}),
+    Ratio("int8 base / llama.cpp Q8_0", (OURS_INT8, BASE), (LLAMA_CPP_Q8, BASE), {"W1": 1.0, "W4": 1.0}),
+    Ratio("int4 base / llama.cpp Q8_0", (OURS_INT4, BASE), (LLAMA_CPP_Q8, BASE), {}),
+    Ratio("int8 mixed / int8 base", (OURS_INT8, MIXED), (OURS_INT8, BASE), {}),
     Ratio("gRPC / in process, base", (OURS_WIRE, BASE), (OURS, BASE), {"W1": 0.95}),
     Ratio("gRPC / in process, mixed", (OURS_WIRE, MIXED), (OURS, MIXED), {"W1": 0.95}),
 )

@@ -13,6 +13,8 @@ from fusionserve.loadtest.bench.workloads import BenchWorkload
 
 OURS = "ours"
 OURS_BARE = "ours-no-adapters"
+OURS_INT8 = "ours-int8"
+OURS_INT4 = "ours-int4"
 OURS_WIRE = "ours-grpc"
 TRANSFORMERS = "transformers"
 PEFT = "peft"
@@ -80,6 +82,17 @@ SYSTEMS = {
             kinds=(BASE,),
             options={"adapters": "no"},
             variables=_OUR_VARIABLES,
+        ),
+        *(
+            System(
+                name=name,
+                driver="in_process",
+                kinds=(BASE, MIXED),
+                options={"adapters": "yes", "quantize": bits},
+                variables=_OUR_VARIABLES,
+                is_bfloat16=False,
+            )
+            for name, bits in ((OURS_INT8, "int8"), (OURS_INT4, "int4"))
         ),
         System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION)),
         System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE,), options={"peft": "no"}),

@@ -18,7 +18,7 @@ LOADTEST = (str(Path(sys.executable).with_name("fusionserve")), "loadtest")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with serving(["--max-batch-requests", "4", "--max-queued-requests", "2"]) as (target, _):
+    with serving({"--max-batch-requests": 4, "--max-queued-requests": 2}) as (target, _):
         yield target
 
 

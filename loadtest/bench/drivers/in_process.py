@@ -30,7 +30,7 @@ _NUM_LABELS = 32
 
 
 class InProcess:
-    """The engine with its own thread, as the server runs it. Option `adapters`: yes, or no for a bare engine."""
+    """The engine with its own thread, as the server runs it. Options: `adapters` (no: a bare engine), `quantize`."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -83,6 +83,7 @@ def _config(setup: Setup) -> EngineConfig:
         model=setup.model,
         model_name="bench",
         dtype="bfloat16",
+        quantize=setup.options.get("quantize", "none"),
         adapter_dirs=(Path(setup.adapters[0]).parent,) if has_adapters else (),
         fusion_dirs=(Path(setup.fusion).parent,) if has_adapters else (),
         max_context_tokens=setup.tokens_per_stream + 64,

@@ -12,7 +12,7 @@ from fusionserve.client import AsyncClient, GenerateOptions, Generation, Generat
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
 from fusionserve.loadtest.bench.drivers.streams import EndedStream, run_streams
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
-from fusionserve.loadtest.serving import serving
+from fusionserve.loadtest.serving import Flags, serving
 
 
 class Wire:
@@ -60,8 +60,8 @@ class Wire:
         return options
 
 
-def _serve_flags(setup: Setup) -> list[str]:
-    flags = {
+def _serve_flags(setup: Setup) -> Flags:
+    return {
         "--model": setup.model,
         "--dtype": "bfloat16",
         "--adapter-dir": Path(setup.adapters[0]).parent,
@@ -72,7 +72,6 @@ def _serve_flags(setup: Setup) -> list[str]:
         "--adapter-pool-ranks": pool_ranks(setup),
         "--threads": setup.num_threads,
     }
-    return [text for flag, value in flags.items() for text in (flag, str(value))]
 
 
 if __name__ == "__main__":
