@@ -161,6 +161,7 @@ async def test_cancelled_unary_call_closes_the_engines_generator(served: Served)
     await until(lambda: served.engine.num_open == 1)
     call.cancel()
     await until(lambda: served.engine.num_closed == 1)
+    assert call.cancelled()
     await until(lambda: handled_total(INFERENCE, "Generate", "CANCELLED") == before + 1)
 
 
@@ -169,8 +170,10 @@ async def test_stream_whose_client_does_not_read_is_closed_when_it_ends(served: 
     call = served.inference.StreamGenerate(pb.StreamGenerateRequest(request=request))
     await call.read()
     await asyncio.sleep(0.5)  # long enough for the transport to fill, so that the stream is parked in a write
+    assert served.engine.num_closed == 0
     call.cancel()
     await until(lambda: served.engine.num_closed == 1)
+    assert await call.code() is grpc.StatusCode.CANCELLED
 
 
 async def test_deadline_reaches_the_engine(served: Served) -> None:
