@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from served_adapters import blend, collect_all, lora, make_params, make_prompt, running_engine
 from tiny_models import CONFIGS, save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
-from fusionserve.config import EMBEDDED_MODEL, EngineConfig
+from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS, EMBEDDED_MODEL, EngineConfig
 from fusionserve.engine.base_model import BaseModel, load_base_model
 from fusionserve.engine.decoder_layer import DecoderLayer, install_decoder_layers
+from fusionserve.generation import Adaptation, OutputOptions
 from fusionserve.kernels.linear_product import PanelEmbedding
+from fusionserve.kernels.native_layer import NativeLayer
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack
 
 OWN_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
@@ -73,3 +76,32 @@ def test_tied_embedding_reads_the_memory_of_the_head() -> None:
 def test_float32_base_is_not_packed() -> None:
     model = load(EMBEDDED_MODEL).model
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@needs_packing
+@pytest.mark.parametrize("bits", ["none", "int8"])
+async def test_native_layer_gives_the_bits_of_its_kernels_one_by_one(
+    bits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_call = await logprobs_of_every_kind(bits)
+    monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
+    assert await logprobs_of_every_kind(bits) == one_call
+
+
+async def logprobs_of_every_kind(bits: str) -> list[object]:
+    """Of prompt and continuation: base, LoRA, blend and fusion, together in a batch."""
+    kinds = (Adaptation(), lora("cpp"), blend(perl=0.5, spanish=0.5), Adaptation("fusion", fusion="domains"))
+    settings = {"dtype": "bfloat16", "quantize": bits, "fusion_dirs": (EMBEDDED_FUSIONS,)} | {
+        "adapter_pool_ranks": 512
+    }
+    async with running_engine(
+        EMBEDDED_MODEL, EMBEDDED_ADAPTERS, model_name="fusionserve-tiny", **settings
+    ) as engine:
+        output = OutputOptions(logprobs=3, prompt_logprobs=3)
+        requests = [
+            make_params(str(n), kind, make_prompt(n, 40), output=output, num_tokens=12)
+            for n, kind in enumerate(kinds)
+        ]
+        outcomes = await collect_all(engine, requests)
+        await engine.unload_fusion("domains", force=False)
+    return [(o.finished.prompt_logprobs, o.finished.candidates[0].logprobs) for o in outcomes]
