@@ -15,13 +15,12 @@ from fusionserve.adapters.lora_config import check_base_model, read_lora_config
 from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, plan_lora
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
 from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec
-from fusionserve.adapters.serial_copy import (
-    copy_into,
-    largest_magnitude,
-    pieces,
-    scale_transposed_into,
-)
 from fusionserve.errors import ArtifactError, CapacityError
+from fusionserve.kernels.measured_copy import (
+    copy_measured,
+    pieces,
+    transpose_measured,
+)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -121,14 +120,12 @@ class _Assembly:
                 self._replacements[self._replaced[spec.name]] = self._replace(spec, tensor)
             else:
                 path, role = self._parts[spec.name]
-                served = _put(self._modules[path], tensor, role, self._plan.modules[path])
-                _check_values(spec, served)
+                _check_magnitude(spec, _put(self._modules[path], tensor, role, self._plan.modules[path]))
         return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
 
     def _replace(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
         served = torch.empty(tensor.shape, dtype=self._dtype)
-        copy_into(served, tensor)
-        _check_values(spec, served)
+        _check_magnitude(spec, copy_measured(served, tensor))
         return served
 
 
@@ -147,25 +144,21 @@ def _allocate(plan: ModulePlan, dtype: torch.dtype) -> ModuleLoRA:
     return module
 
 
-def _put(module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan) -> Tensor:
-    """Writes one part to its place, which is returned: A as it is, B and its bias times the scaling."""
+def _put(module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan) -> float:
+    """Writes one part to its place, A as it is, B and its bias times the scaling; returns its largest magnitude."""
     if role is TensorRole.SHRINK:
-        copy_into(module.shrink[: plan.rank], tensor)
-        return module.shrink[: plan.rank]
+        return copy_measured(module.shrink[: plan.rank], tensor)
     if role is TensorRole.EXPAND:
-        scale_transposed_into(module.expand[: plan.rank], tensor, plan.scaling)
-        return module.expand[: plan.rank]
+        return transpose_measured(module.expand[: plan.rank], tensor, plan.scaling)
     if role is TensorRole.BIAS:
-        scale_transposed_into(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
-        return module.expand[plan.rank :]
+        return transpose_measured(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
     assert role is TensorRole.MAGNITUDE and module.magnitude is not None
-    copy_into(module.magnitude, tensor)
-    return module.magnitude
+    return copy_measured(module.magnitude, tensor)
 
 
-def _check_values(spec: TensorSpec, served: Tensor) -> None:
-    """Raises unless the values are finite and sane in the dtype they are served in."""
-    if not largest_magnitude(served) <= MAX_MAGNITUDE:  # NaN fails this too
+def _check_magnitude(spec: TensorSpec, largest: float) -> None:
+    """Raises unless all values are finite and sane in the dtype they are served in."""
+    if not largest <= MAX_MAGNITUDE:  # NaN fails this too
         problem = f"it has values that are not finite or over {MAX_MAGNITUDE:g}"
         raise bad_tensor("NOT_FINITE", spec.name, problem)
 

@@ -60,8 +60,7 @@ class ModuleRows:
                 return
             self._allocate()
         self._part = None
-        for tensor in self._tensors:
-            tensor[start : start + num_rows] = 0
+        self._clear(start, num_rows, pieces)
         for piece in pieces:
             first = start + piece.offset
             rows = slice(first, first + piece.shrink.shape[0])
@@ -72,6 +71,16 @@ class ModuleRows:
                 self.shrink_bias[rows] = piece.shrink_bias
                 # From here on: adding zeros is right, and costs a quarter of a small product.
                 self._has_bias = True
+
+    def _clear(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
+        """Zeroes what the pieces do not overwrite: nothing, if there is but one and it has all rows."""
+        rows = slice(start, start + num_rows)
+        is_whole = len(pieces) == 1 and pieces[0].shrink.shape[0] == num_rows and pieces[0].expand is not None
+        if not is_whole:
+            self.shrink_rows[rows] = 0
+            self.expand_rows[rows] = 0
+        if self._has_bias:
+            self.shrink_bias[rows] = 0
 
     def move(self, source: int, target: int, num_rows: int) -> None:
         """Copies rows down; the ranges may overlap."""

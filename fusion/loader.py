@@ -12,13 +12,13 @@ from fusionserve.adapters.artifact_errors import bad_tensor, quoted
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.safetensors_file import SafetensorsFile
-from fusionserve.adapters.serial_copy import largest_magnitude
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, CapacityError, UnavailableError
 from fusionserve.fusion.artifact import WEIGHTS_FILE
 from fusionserve.fusion.config import MAX_CONFIG_BYTES, FusionConfig, parse_fusion_config
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
 from fusionserve.fusion.params import FusionParams, copy_tensors, make_params, tensor_shapes
+from fusionserve.kernels.measured_copy import largest_magnitude
 
 MAX_MAGNITUDE = 1e6  # of a trained value, as for adapters
 

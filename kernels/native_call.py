@@ -33,12 +33,12 @@ class Tokens(ctypes.Structure):
         return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0))
 
 
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def native_function(name: str, like: Tensor) -> NativeFunction | None:
     """The kernel `name` for tensors of the type and device of `like`, or None: torch's operations must do."""
-    library, suffix = native_library(), _SUFFIXES.get(like.dtype)
+    library, suffix = native_library(), SUFFIXES.get(like.dtype)
     if library is None or suffix is None or like.device.type != "cpu":
         return None
     function: NativeFunction = getattr(library, f"{name}_{suffix}")

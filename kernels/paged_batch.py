@@ -88,7 +88,9 @@ class PagedBatch:
     def _native_tokens(self) -> list[_NativeTokens]:
         if self._native is None:
             kinds = [(self._decoding, True), (self._chunked, False)]
-            self._native = [_NativeTokens(some, self._block_size, are_single) for some, are_single in kinds if some]
+            self._native = [
+                _NativeTokens(some, self._block_size, are_single) for some, are_single in kinds if some
+            ]
         return self._native
 
     def _torch_parts(self) -> list[_PaddedGroup | _Chunk]:

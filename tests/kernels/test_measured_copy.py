@@ -1,4 +1,4 @@
-"""Pieces give what the whole operation gives, and stay small enough for one thread."""
+"""Copies give what the whole operation gives and say how large it is; pieces stay small enough for one thread."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
-from fusionserve.adapters.serial_copy import (
+from fusionserve.kernels.measured_copy import (
     PIECE_ELEMENTS,
-    copy_into,
+    copy_measured,
     largest_magnitude,
     pieces,
-    scale_transposed_into,
+    transpose_measured,
 )
 
 TORCH_GRAIN_ELEMENTS = 32_768  # from this size on torch spreads an operation over threads
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 5), (16, 4864), (4864, 16), (1, 70_000), (70_000, 1), (2, 40_000)]
 
 
@@ -28,20 +29,26 @@ def test_pieces_are_serial_and_complete(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_copies_equal_the_whole_operation(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    source = torch.randn(shape)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source_dtype", DTYPES, ids=str)
+def test_copies_equal_the_whole_operation(
+    shape: tuple[int, int], dtype: torch.dtype, source_dtype: torch.dtype
+) -> None:
+    source = torch.randn(shape).to(source_dtype)
     copied, scaled = torch.empty(shape, dtype=dtype), torch.empty(shape[::-1], dtype=dtype)
-    copy_into(copied, source)
-    scale_transposed_into(scaled, source, 0.7)
+    assert copy_measured(copied, source) == float(copied.abs().max())
+    assert transpose_measured(scaled, source, 0.7) == float(scaled.abs().max())
     assert torch.equal(copied, source.to(dtype))
-    assert torch.equal(scaled, (source * 0.7).T.to(dtype))
+    assert torch.equal(scaled, (source.float() * 0.7).T.to(dtype))
     assert largest_magnitude(source) == float(source.abs().max())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_bad_value_is_seen(value: float) -> None:
-    tensor = torch.zeros(70_000)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bad_value_is_seen(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(70_000, 1, dtype=dtype)
     tensor[50_000] = value
     assert not largest_magnitude(tensor) <= 1e6
+    assert not copy_measured(torch.empty(70_000, 1), tensor) <= 1e6
+    assert not transpose_measured(torch.empty(1, 70_000), tensor, 0.5) <= 1e6
     assert largest_magnitude(torch.empty(0)) == 0
