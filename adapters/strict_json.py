@@ -7,7 +7,7 @@ import math
 import re
 from typing import Never
 
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^"\[\]{}]++', re.DOTALL)
 
 
 class StrictJsonError(ValueError):
@@ -40,11 +40,10 @@ def parse_json_object(data: bytes, *, max_depth: int) -> dict[str, object]:
 
 def _check_depth(text: str, max_depth: int) -> None:
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
-        token = match.group()
-        if token in ("[", "{"):
+    for bracket in _NO_BRACKETS.sub("", text):
+        if bracket in "[{":
             depth += 1
-        elif token in ("]", "}"):
+        elif bracket in "]}":
             depth -= 1
         if depth > max_depth:
             raise StrictJsonError("it is nested too deeply")
