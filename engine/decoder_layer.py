@@ -65,7 +65,9 @@ class DecoderLayer(nn.Module):
         self._cell = attention.q_proj.cell
         self._options = AttentionOptions(attention.scaling, _WINDOWS[type(layer).__name__](attention))
         self._input_norm, self._inner_norm = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
-        self._head_norms = [_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+        query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        self._query_norm = None if query_norm is None else _norm(query_norm)
+        self._key_norm = None if key_norm is None else _norm(key_norm)
         self._native: NativeLayer | None = None
         self._cache: LayerCache | None = None
 
@@ -116,8 +118,8 @@ class DecoderLayer(nn.Module):
             products=(qkv, output, gate_and_up, down),
             input_norm=self._input_norm,
             inner_norm=self._inner_norm,
-            query_norm=self._head_norms[0],
-            key_norm=self._head_norms[1],
+            query_norm=self._query_norm,
+            key_norm=self._key_norm,
             head_dim=self.self_attn.head_dim,
             options=self._options,
         )
@@ -125,16 +127,16 @@ class DecoderLayer(nn.Module):
     def _attend(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> Tensor:
         dim = self.self_attn.head_dim
         query, key, value = (y.view(len(y), -1, dim) for y in self._queries_keys_values(x))
-        query, key = (
-            heads if norm is None else _normalized(norm, heads)
-            for norm, heads in zip(self._head_norms, (query, key), strict=True)
-        )
+        if self._query_norm is not None:
+            query = _normalized(self._query_norm, query)
+        if self._key_norm is not None:
+            key = _normalized(self._key_norm, key)
         attended = batch.rotate_and_attend(self.self_attn, (query, key, value), angles, self._options)
         return attended.view(len(x), -1)
 
 
-def _norm(module: Any) -> Any:
-    return None if module is None else LayerNorm(module.weight, module.variance_epsilon)
+def _norm(module: Any) -> LayerNorm:
+    return LayerNorm(module.weight, module.variance_epsilon)
 
 
 def _normalized(norm: LayerNorm, x: Tensor) -> Tensor:

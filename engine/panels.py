@@ -15,7 +15,7 @@ from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
 from fusionserve.kernels.quantized_linear import can_quantize, quantize
 
-_HEAD_BITS = 8  # of the LM head, at least: every token's logits depend on it, and a tied embedding reads it
+_HEAD_BITS = 8  # of a quantized LM head: all logits depend on it, and a tied embedding reads it
 
 
 @torch.no_grad()
@@ -29,13 +29,11 @@ def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | 
     converted: list[Tensor] = []
     with little_garbage():
         for path, module in modules.by_path.items():
-            shares = module.kind is ModuleKind.LM_HEAD and modules.is_tied
+            is_head = module.kind is ModuleKind.LM_HEAD
+            shares = is_head and modules.is_tied
             if shares and type(embedding) is not nn.Embedding:
                 continue
-            is_head = module.kind is ModuleKind.LM_HEAD
-            panels = _to_panels(
-                model.get_submodule(path), max(bits, _HEAD_BITS) if bits and is_head else bits
-            )
+            panels = _to_panels(model.get_submodule(path), _HEAD_BITS if bits and is_head else bits)
             if panels is None:
                 continue
             _set(model, path, panels)

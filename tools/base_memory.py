@@ -1,4 +1,4 @@
-"""Serves a base as it is and in NF4, and prints what its weights take and what the server's process takes.
+"""Serves a base as it is and in fewer bits, and prints what its weights take and what the server's process takes.
 
     python -P tools/base_memory.py                         the embedded base
     python -P tools/base_memory.py --shape qwen2.5-0.5b    random weights in the shape of a real model
@@ -21,7 +21,7 @@ from pathlib import Path
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
 from fusionserve.loadtest.serving import process_memory
 
-_WAYS = (("none", "float32"), ("none", "bfloat16"), ("nf4", "float32"), ("nf4", "bfloat16"))
+_WAYS = tuple((bits, dtype) for bits in ("none", "int8", "int4", "nf4") for dtype in ("float32", "bfloat16"))
 _SAMPLE_S = 0.01
 _MEBIBYTE = 1 << 20
 _SERVE = (str(Path(sys.executable).with_name("fusionserve")), "serve", "--listen", "127.0.0.1:0")

@@ -1,0 +1,152 @@
+"""Where the time of a decoding step goes: layers, LM head, what else the model computes, and what surrounds it.
+
+    python -P tools/step_profile.py [--streams 16] [--context 128] [--quantize int8]
+    FUSIONSERVE_NATIVE=off python -P tools/step_profile.py
+
+Random weights of a real shape in bfloat16, in process. Medians over the decoding steps of one batch, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: as the server sets it
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from fusionserve.config import EngineConfig
+from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.generation import GenerateParams, SamplingParams, StoppingCriteria, TokenPrompt
+from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
+from fusionserve.metrics import AdapterLabels
+
+_NEW_TOKENS = 64
+_ROUNDS = 3  # the last one counts
+
+
+class Stopwatch:
+    """Sums the time spent in functions, step by step."""
+
+    def __init__(self) -> None:
+        self._now: Counter[str] = Counter()
+        self.steps: list[Counter[str]] = []
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its time added to `name`."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            start_s = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._now[name] += time.perf_counter() - start_s  # type: ignore[assignment]
+
+        return run
+
+    def end_step(self) -> None:
+        """What was summed so far was one step."""
+        self.steps.append(self._now)
+        self._now = Counter()
+
+
+def main() -> None:
+    """Prints the shares and the speed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2-135m")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(arguments.shape, Path(folder))
+        asyncio.run(_profile(Path(folder), arguments))
+
+
+async def _profile(model: Path, arguments: argparse.Namespace) -> None:
+    config = EngineConfig(model=str(model), model_name="m", dtype="bfloat16", quantize=arguments.quantize)
+    engine = AsyncEngine.load(config, AdapterLabels(1))
+    watch = Stopwatch()
+    _watch(engine, watch, arguments.streams)
+    await engine.start()
+    try:
+        for number in range(_ROUNDS):
+            watch.steps.clear()
+            start_s = time.perf_counter()
+            await asyncio.gather(
+                *(_stream(engine, arguments.context, number, n) for n in range(arguments.streams))
+            )
+            elapsed_s = time.perf_counter() - start_s
+    finally:
+        await engine.close()
+    _print(watch, arguments.streams * _NEW_TOKENS / elapsed_s)
+
+
+def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
+    """Wraps the parts of a step; only steps of one token per stream are kept."""
+    base, inner = engine._base, engine.engine
+    for layer in base.model.base_model.layers:
+        layer.forward = watch.timed("decoder layers", layer.forward)
+    head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head.forward = watch.timed("LM head", head.forward)
+    base.model.forward = watch.timed("model", base.model.forward)
+    execute, step = inner._runner.execute, watch.timed("step", inner.step)
+
+    def executed(batch: Any) -> Any:
+        watch._now["tokens"] = batch.num_tokens
+        return execute(batch)
+
+    def stepped() -> Any:
+        result = step()
+        watch.end_step()
+        return result
+
+    inner._runner.execute = executed  # type: ignore[method-assign]
+    inner.step = stepped  # type: ignore[method-assign]
+
+
+async def _stream(engine: AsyncEngine, context: int, number: int, stream: int) -> None:
+    params = GenerateParams(
+        request_id=f"{number}-{stream}",
+        prompt=TokenPrompt(tuple(random.Random(f"{number} {stream}").choices(range(1000, 40000), k=context))),
+        sampling=SamplingParams(temperature=0.0),
+        stopping=StoppingCriteria(max_new_tokens=_NEW_TOKENS, ignore_eos=True),
+    )
+    async with aclosing(engine.generate(params)) as events:
+        async for _ in events:
+            pass
+
+
+def _print(watch: Stopwatch, tokens_per_s: float) -> None:
+    most = Counter(step["tokens"] for step in watch.steps).most_common(1)[0][0]
+    decoding = [step for step in watch.steps if step["tokens"] == most]
+    medians = {
+        name: statistics.median(step[name] for step in decoding) * 1000
+        for name in ("decoder layers", "LM head", "model", "step")
+    }
+    rest = medians["model"] - medians["decoder layers"] - medians["LM head"]
+    around = medians["step"] - medians["model"]
+    lines = {"decoder layers": medians["decoder layers"], "LM head": medians["LM head"]}
+    lines |= {
+        "rest of the model": rest,
+        "scheduling, tensors, sampling, text": around,
+        "step": medians["step"],
+    }
+    for name, milliseconds in lines.items():
+        print(f"{name:36} {milliseconds:6.2f} ms  {milliseconds / medians['step']:4.0%}")
+    print(f"{tokens_per_s:.0f} tokens/s, prompts included; {len(decoding)} steps")
+
+
+if __name__ == "__main__":
+    main()
