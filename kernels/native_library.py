@@ -1,6 +1,6 @@
 """The kernels written in C++ (the folder `native`), compiled for the processor at hand when first needed, then kept.
 
-Compiling takes two seconds and needs a C++ compiler; where there is none, everything is computed with torch's own
+Compiling takes seconds and needs a C++ compiler; where there is none, everything is computed with torch's own
 operations. The library is kept in the user's cache folder under a name that follows from the sources, the compiler and
 the processor. It has threads of its own, as many as torch has.
 """
@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def _build(compiler: str, path: Path) -> None:
     """Compiles to a temporary folder and moves the result, so that nobody loads half a library."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in _units()]
-        for source, target in zip(_units(), objects, strict=True):
+
+        def compile_unit(source: Path, target: str) -> None:
             _run(compiler, *_FLAGS, "-c", str(source), "-o", target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as workers:
+            list(workers.map(compile_unit, _units(), objects))
         _run(compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
         os.chmod(f"{folder}/native.so", 0o700)
         os.replace(f"{folder}/native.so", path)

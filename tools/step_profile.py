@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2-135m")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
+    parser.add_argument("--quantize", choices=("none", "int8", "int4", "nf4"), default="none")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(arguments.shape, Path(folder))

@@ -61,15 +61,31 @@ struct ValueTiles {
     void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, const RowsAhead&,
              float* const* sums) const {
         for (int q = 0; q < QUERIES; ++q) {
-            for (Index i = 0; i < dim; ++i) sums[q][i] *= shrinks[q];
-            for (Index k = 0; k < num_tiles; ++k)
-                for (Index slot = 0; slot < num_rows[k]; ++slot) {
-                    const Number* row = rows[k] + slot * stride;
-                    const float weight = weights[q][k * TILE + slot];
-#pragma omp simd
-                    for (Index i = 0; i < dim; ++i) sums[q][i] += weight * to_float(row[i]);
-                }
+            Index i = 0;
+            for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<4>(weights[q], shrinks[q], num_tiles, sums[q], i);
+            for (; i + LANES <= dim; i += LANES) add_lanes<1>(weights[q], shrinks[q], num_tiles, sums[q], i);
+            for (; i < dim; ++i) {
+                sums[q][i] *= shrinks[q];
+                for (Index k = 0; k < num_tiles; ++k)
+                    for (Index slot = 0; slot < num_rows[k]; ++slot)
+                        sums[q][i] += weights[q][k * TILE + slot] * to_float(rows[k][slot * stride + i]);
+            }
         }
+    }
+
+    template <int NUM_LANES>
+    void add_lanes(const float* weights, float shrink, Index num_tiles, float* sums, Index first) const {
+        Lanes totals[NUM_LANES];
+#pragma GCC unroll 4
+        for (int n = 0; n < NUM_LANES; ++n) totals[n] = load_lanes(sums + first + n * LANES) * shrink;
+        for (Index k = 0; k < num_tiles; ++k)
+            for (Index slot = 0; slot < num_rows[k]; ++slot) {
+                const Number* row = rows[k] + slot * stride + first;
+#pragma GCC unroll 4
+                for (int n = 0; n < NUM_LANES; ++n) totals[n] += load_lanes(row + n * LANES) * weights[k * TILE + slot];
+            }
+#pragma GCC unroll 4
+        for (int n = 0; n < NUM_LANES; ++n) store_lanes(totals[n], sums + first + n * LANES);
     }
 };
 
