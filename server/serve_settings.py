@@ -40,7 +40,7 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         "quantize",
         "quantize",
         choice("none", "int8", "int4", "nf4"),
-        "hold the base's linear weights in 8 or 4 bits (int8 is the fastest, int4 the smallest)",
+        "hold the base's linear weights in 8 bits, which loses next to nothing, or in 4",
     ),
     "adapter_dirs": Setting(
         name="adapter-dir",
