@@ -44,7 +44,7 @@ class PanelLinear(nn.Module, ABC):
 
     @abstractmethod
     def reference(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> [..., d_out] with torch's operations: the definition, in float32, rounded to x's type."""
+        """x [..., d_in] -> [..., d_out] with torch's operations: the definition, rounded to x's type."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]."""
@@ -90,7 +90,8 @@ class LinearProduct:
     def of(cls, modules: Sequence[nn.Module]) -> LinearProduct | None:
         """The product of these modules, or None if they are not all in panels of one kind."""
         in_panels = [module for module in modules if isinstance(module, PanelLinear)]
-        is_one = len(in_panels) == len(modules) and len({module.kernel for module in in_panels}) == 1
+        kernels = {module.kernel for module in in_panels}
+        is_one = len(in_panels) == len(modules) and len(kernels) == 1 and None not in kernels
         return cls(in_panels) if is_one else None
 
     def native(self, like: Tensor) -> NativeFunction | None:

@@ -51,6 +51,7 @@ from fusionserve.fusion.config import FusionConfig, FusionMember
 from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.generation import Adaptation, OutputOptions
 from fusionserve.kernels import quantized_linear
+from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.quantized_linear import in_eight_bits, quantize
 from fusionserve.training.adapter_training import train_adapter
 
@@ -283,6 +284,8 @@ async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 async def test_crowd_of_all_kinds_gets_the_tokens_it_gets_alone(engine: TestedEngine) -> None:
+    if engine.model_info().quantization in BITS and native_library() is None:
+        pytest.skip("torch's operations differ in the last digit, which inputs in 8 bits make larger")
     kinds = [Adaptation(), lora("ada"), lora("bea", 0.5), blend(ada=0.3, bea=0.9)]
     kinds += [
         Adaptation("fusion", fusion="mix"),
