@@ -36,7 +36,6 @@ class LoadPolicy:
     dtype: torch.dtype  # the one the adapter pool computes in
     max_rank: int  # rank rows in one module
     allow_base_mismatch: bool = False
-    head_step: float = 0.0  # by how much the base's LM head may be off its checkpoint, being held in few bits
 
 
 def load_lora_weights(
@@ -46,10 +45,12 @@ def load_lora_weights(
     policy: LoadPolicy,
     budget_bytes: int,
     base_weight: Callable[[str], Tensor],
+    base_step: Callable[[str], float] = lambda path: 0.0,
 ) -> LoRAWeights:
     """Reads, checks and converts the adapter in `directory`; nothing of it is executed or trusted.
 
-    `base_weight(path)` gives the base's own weight of the embedding or the LM head, to compare copies with.
+    `base_weight(path)` gives the base's own weight of the embedding or the LM head, to compare copies with, and
+    `base_step(path)` by how much its numbers may be off the checkpoint's, where it is held in few bits.
     Names, shapes, ranks and sizes are checked before data is read; then one tensor at a time is held beside
     what is kept.
 
@@ -64,7 +65,7 @@ def load_lora_weights(
         file = SafetensorsFile(opened)
         plan = plan_lora(file.tensors.values(), config, base)
         _check_size(plan, policy, budget_bytes)
-        return _Assembly(plan, policy, base_weight).run(file)
+        return _Assembly(plan, policy.dtype, base_weight, base_step).run(file)
 
 
 def _refuse_pickle(directory: ArtifactDirectory) -> None:
@@ -97,9 +98,15 @@ def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
 class _Assembly:
     """Takes tensors in file order and puts each into the served form of its module."""
 
-    def __init__(self, plan: LoRAPlan, policy: LoadPolicy, base_weight: Callable[[str], Tensor]) -> None:
-        self._dtype = dtype = policy.dtype
-        self._head_step = policy.head_step
+    def __init__(
+        self,
+        plan: LoRAPlan,
+        dtype: torch.dtype,
+        base_weight: Callable[[str], Tensor],
+        base_step: Callable[[str], float],
+    ) -> None:
+        self._dtype = dtype
+        self._base_step = base_step
         self._base_weight = base_weight
         self._plan = plan
         self._modules = {path: _allocate(module, dtype) for path, module in plan.modules.items()}
@@ -115,7 +122,8 @@ class _Assembly:
     def run(self, file: SafetensorsFile) -> LoRAWeights:
         for spec, tensor in file.read_tensors():
             if spec.name in self._copied:
-                _check_copy(spec, tensor, self._base_weight(self._copied[spec.name]), self._head_step)
+                path = self._copied[spec.name]
+                _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
             elif spec.name in self._replaced:
                 self._replacements[self._replaced[spec.name]] = self._replace(spec, tensor)
             else:
@@ -163,15 +171,15 @@ def _check_magnitude(spec: TensorSpec, largest: float) -> None:
         raise bad_tensor("NOT_FINITE", spec.name, problem)
 
 
-def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor, head_step: float) -> None:
+def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor, base_step: float) -> None:
     """PEFT writes the base's weights beside an adapted embedding; others would change the base for all.
 
     Both may have been rounded from one original, so they may differ by a rounding step of the coarser dtype, and by
-    `head_step` where the base's is quantized.
+    `base_step` where the base's is quantized.
     """
     step = 0.0 if copy.dtype == base.dtype else max(torch.finfo(copy.dtype).eps, torch.finfo(base.dtype).eps)
     for theirs, ours in zip(pieces(copy), pieces(base.detach().contiguous()), strict=True):
         if not torch.allclose(
-            theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, head_step)
+            theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, base_step)
         ):
             raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")

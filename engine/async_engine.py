@@ -76,7 +76,6 @@ class AsyncEngine:
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
-            head_step=base.head_step,
         )
         self._fusion_labels = FusionLabels(adapter_labels.limit)
         uids = count(1)
@@ -313,6 +312,7 @@ class AsyncEngine:
             policy=self._load_policy,
             budget_bytes=config.adapter_host_bytes,
             base_weight=base.base_weight,
+            base_step=base.base_step,
         )
         return AdapterContent(weights, column_scales(weights, base.base_weight))
 

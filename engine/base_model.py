@@ -34,6 +34,7 @@ from fusionserve.engine.panels import bring_into_panels
 from fusionserve.engine.quantized_base import BITS, check_panels, load_options, settle
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
+from fusionserve.kernels.linear_product import PanelEmbedding
 from fusionserve.kernels.quantized_linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -76,17 +77,19 @@ class BaseModel:
         """Bytes of the base's parameters, tied ones once, with the scales of quantized ones."""
         return weight_bytes(self.model)
 
-    @property
-    def head_step(self) -> float:
-        """By how much a weight of the LM head, and of an embedding tied to it, may be off the checkpoint's."""
-        head: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        base = getattr(head, "base", None)
-        return base.largest_step if isinstance(base, QuantizedLinear) else 0.0
+    def base_step(self, path: str) -> float:
+        """By how much a number of `base_weight(path)` may be off the checkpoint's; 0.0 where it is held in full."""
+        module = self._base_module(path)
+        panels = module.head if isinstance(module, PanelEmbedding) else module
+        return panels.largest_step if isinstance(panels, QuantizedLinear) else 0.0
+
+    def _base_module(self, path: str) -> nn.Module:
+        module = self.model.get_submodule(path)
+        return module.base if isinstance(module, AdaptedLinear | AdaptedEmbedding) else module
 
     def base_weight(self, path: str) -> Tensor:
         """The frozen weight of the module at `path`, dequantized: [d_out, d_in] ([vocab, hidden] for the embedding)."""
-        module = self.model.get_submodule(path)
-        base = module.base if isinstance(module, AdaptedLinear | AdaptedEmbedding) else module
+        base = self._base_module(path)
         if is_nf4(base):
             return dequantized_weight(base)
         weight = base.weight
@@ -109,7 +112,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     fit = check_fit(model, modules, max_context_tokens)
     base_dtype: torch.dtype = (
         model.dtype
-    )  # before there are weights in panels: scales have a type of their own
+    )  # asked before scales, with a type of their own, are among its parameters
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=base_dtype, device=model.device)
     token_rows, logit_rows = PlanCell(), PlanCell()
     num_panels = bring_into_panels(model, fit.modules, BITS.get(config.quantize))

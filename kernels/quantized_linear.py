@@ -17,6 +17,7 @@ from fusionserve.kernels.linear_product import PANEL, PanelLinear
 from fusionserve.kernels.native_library import native_library
 
 GROUP = 32  # inputs that share a scale
+_LEAST = 1e-30  # a group of inputs with nothing as large is zeros: 127 / largest would overflow
 _FOUR = 4  # inputs that the processor multiplies at once
 _ROWS_AT_ONCE = 1024  # outputs, so that quantizing a large head takes little memory
 
@@ -99,7 +100,7 @@ def in_eight_bits(x: Tensor) -> Tensor:
     """x [..., d_in] as the product sees it, in float32: whole steps of 1/127 of the largest number of each group."""
     groups = x.float().view(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
-    levels = torch.where(largest > 0, (groups * (127 / largest)).round(), 0.0)
+    levels = torch.where(largest >= _LEAST, (groups * (127 / largest)).round(), 0.0)
     return (levels * (largest / 127)).flatten(-2)
 
 

@@ -1,12 +1,12 @@
 // Attention of new tokens over the blocks of their requests in the paged cache, in one pass and without copying them.
 //
-//     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed step by step with a running maximum and sum
+//     o = sum_j p_j v_j,  p = softmax_j(scale q . k_j)     computed stretch by stretch with a running maximum and sum
 //                                                          (online softmax, arXiv 1805.02867)
 //
-// A tile is 16 neighbouring slots, a step is 4 tiles, at the same positions for every token: so what a token gets does not
-// depend on who is computed with it. Neighbouring tokens of a request go together, because they read the same tiles. In
-// bfloat16 tiles are laid out for the processor's pairwise product as they are read, and the p_j are rounded to bfloat16,
-// as the values are.
+// A tile is 16 neighbouring slots, a stretch is 4 tiles, at the same positions for every token: so what a token gets does
+// not depend on who is computed with it. Neighbouring tokens of a request go together, because they read the same tiles.
+// In bfloat16 tiles are laid out for the processor's pairwise product as they are read, and the p_j are rounded to
+// bfloat16, as the values are.
 
 #include "attention.h"
 
@@ -33,10 +33,10 @@ struct Query {
     Head* head;
 };
 
-// Where the tiles of a step begin, and how many slots each has: fewer than 16 at the end of a block.
-struct Step {
+// Where the tiles of a stretch begin, and how many slots each has: fewer than 16 at the end of a block.
+struct Stretch {
     Index num_tiles;
-    Index positions[STEP_TILES], slots[STEP_TILES], num_rows[STEP_TILES];
+    Index positions[STRETCH_TILES], slots[STRETCH_TILES], num_rows[STRETCH_TILES];
 };
 
 static inline Index tiles_per_block(const Attention& a) { return (a.block_size + TILE - 1) / TILE; }
@@ -47,17 +47,17 @@ static inline Index tile_of(const Attention& a, Index position) {
 }
 
 // The tiles from `first` on, up to the one with the last of `length` positions.
-static inline Step make_step(const Attention& a, Index token, Index first, Index length) {
-    Step step{0, {}, {}, {}};
+static inline Stretch make_stretch(const Attention& a, Index token, Index first, Index length) {
+    Stretch stretch{0, {}, {}, {}};
     const Index last = tile_of(a, length - 1);
-    for (Index tile = first; tile <= last && step.num_tiles < STEP_TILES; ++tile) {
+    for (Index tile = first; tile <= last && stretch.num_tiles < STRETCH_TILES; ++tile) {
         const Index block = tile / tiles_per_block(a), in_block = tile % tiles_per_block(a) * TILE;
-        const Index k = step.num_tiles++;
-        step.positions[k] = block * a.block_size + in_block;
-        step.slots[k] = a.blocks[a.block_starts[token] + block] * a.block_size + in_block;
-        step.num_rows[k] = std::min(TILE, a.block_size - in_block);
+        const Index k = stretch.num_tiles++;
+        stretch.positions[k] = block * a.block_size + in_block;
+        stretch.slots[k] = a.blocks[a.block_starts[token] + block] * a.block_size + in_block;
+        stretch.num_rows[k] = std::min(TILE, a.block_size - in_block);
     }
-    return step;
+    return stretch;
 }
 
 static inline Index first_position(const Attention& a, Index token) {
@@ -70,26 +70,26 @@ static inline const Number* rows_of(const void* cache, Index slot, const Attenti
 }
 
 template <typename Number>
-static RowsAhead rows_ahead(const void* cache, const Step& step, const Attention& a, Index kv_head, Index dim) {
+static RowsAhead rows_ahead(const void* cache, const Stretch& stretch, const Attention& a, Index kv_head, Index dim) {
     constexpr Index BYTES = sizeof(Number);
     RowsAhead ahead{{}, a.num_kv_heads * dim * BYTES, std::max<Index>(1, dim * BYTES / 64)};
-    for (Index k = 0; k < STEP_TILES; ++k)
+    for (Index k = 0; k < STRETCH_TILES; ++k)
         ahead.rows[k] = reinterpret_cast<const char*>(
-            rows_of<Number>(cache, step.slots[std::min(k, step.num_tiles - 1)], a, kv_head, dim));
+            rows_of<Number>(cache, stretch.slots[std::min(k, stretch.num_tiles - 1)], a, kv_head, dim));
     return ahead;
 }
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
 template <typename Number>
-static inline float weigh(const Attention& a, const Step& step, const Query<Number>& query, float* scores) {
+static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
     if (a.softcap > 0)
-        for (Index i = 0; i < step.num_tiles * TILE; ++i)
+        for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
             scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
     Head& head = *query.head;
     Lanes largest = Lanes{} - INFINITY;
-    for (Index k = 0; k < step.num_tiles; ++k) {
-        const Index begin = query.begin - step.positions[k];
-        const Index end = std::min(query.end - step.positions[k], step.num_rows[k]);
+    for (Index k = 0; k < stretch.num_tiles; ++k) {
+        const Index begin = query.begin - stretch.positions[k];
+        const Index end = std::min(query.end - stretch.positions[k], stretch.num_rows[k]);
         Lanes lanes = load_lanes(scores + k * TILE) * a.scale;
         if (begin > 0 || end < TILE) lanes = keep_lanes(lanes, begin, end, -INFINITY);
         store_lanes(lanes, scores + k * TILE);
@@ -97,7 +97,7 @@ static inline float weigh(const Attention& a, const Step& step, const Query<Numb
     }
     const float maximum = std::max(head.maximum, largest_of(largest));
     Lanes total = {};
-    for (Index k = 0; k < step.num_tiles; ++k) {
+    for (Index k = 0; k < stretch.num_tiles; ++k) {
         float* tile = scores + k * TILE;
 #pragma omp simd
         for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
@@ -110,18 +110,18 @@ static inline float weigh(const Attention& a, const Step& step, const Query<Numb
     return shrink;
 }
 
-// Some queries over a step. One after the other in each part: within a query, each part waits for the one before.
+// Some queries over a stretch. One after the other in each part: within a query, each part waits for the one before.
 template <int QUERIES, typename Number>
-static inline void attend_step(const Attention& a, const Step& step, const KeyTiles<Number>& keys,
+static inline void attend_stretch(const Attention& a, const Stretch& stretch, const KeyTiles<Number>& keys,
                                const ValueTiles<Number>& values, const RowsAhead& keys_ahead,
                                const RowsAhead& values_ahead, const Query<Number>* queries) {
-    float scores[QUERIES][STEP_TILES * TILE], shrinks[QUERIES];
+    float scores[QUERIES][STRETCH_TILES * TILE], shrinks[QUERIES];
     const Number* numbers[QUERIES];
     float* sums[QUERIES];
     for (int q = 0; q < QUERIES; ++q) numbers[q] = queries[q].numbers, sums[q] = queries[q].head->sums;
-    keys.template score<QUERIES>(numbers, step.num_tiles, keys_ahead, scores);
-    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, step, queries[q], scores[q]);
-    values.template add<QUERIES>(scores, shrinks, step.num_tiles, values_ahead, sums);
+    keys.template score<QUERIES>(numbers, stretch.num_tiles, keys_ahead, scores);
+    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, stretch, queries[q], scores[q]);
+    values.template add<QUERIES>(scores, shrinks, stretch.num_tiles, values_ahead, sums);
 }
 
 // Tokens [first, first + count) of one request, and the key-value heads [first_head, last_head).
@@ -129,16 +129,16 @@ struct Item {
     Index first, count, first_head, last_head;
 };
 
-// Sets the queries of a key-value head that attend to something in the step; returns how many there are.
+// Sets the queries of a key-value head that attend to something in the stretch; returns how many there are.
 template <typename Number>
-static Index gather_queries(const Attention& a, const Item& item, Index kv_head, const Step& step, Head* heads,
+static Index gather_queries(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch, Head* heads,
                             Query<Number>* queries) {
     const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
-    const Index last = step.num_tiles - 1, step_end = step.positions[last] + step.num_rows[last];
+    const Index last = stretch.num_tiles - 1, stretch_end = stretch.positions[last] + stretch.num_rows[last];
     Index count = 0;
     for (Index t = 0; t < item.count; ++t) {
         const Index token = item.first + t, begin = first_position(a, token), end = a.lengths[token];
-        if (begin >= step_end || end <= step.positions[0]) continue;
+        if (begin >= stretch_end || end <= stretch.positions[0]) continue;
         const Index first_head = a.tokens[token] * a.num_heads + kv_head * group;
         Head* own = heads + t * heads_per_token + (kv_head - item.first_head) * group;
         for (Index h = 0; h < group; ++h)
@@ -156,28 +156,31 @@ struct Workspace {
     ValueTiles<Number> values;
 };
 
-// One step for one key-value head.
+// One stretch for one key-value head.
 template <typename Number>
-static void attend_head(const Attention& a, const Item& item, Index kv_head, const Step& step, const Step& next,
-                        Workspace<Number>& space) {
+static void attend_head(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch,
+                        const Stretch& next, Workspace<Number>& space) {
     const Index newest = a.lengths[item.first + item.count - 1];
-    for (Index k = 0; k < step.num_tiles; ++k) {
+    for (Index k = 0; k < stretch.num_tiles; ++k) {
         // Of the newest tile only the slots that are written: what lies behind them is nobody's.
-        const Index num_rows = std::min(step.num_rows[k], newest - step.positions[k]);
-        space.keys.load(k, rows_of<Number>(a.keys, step.slots[k], a, kv_head, a.dim), a.num_kv_heads * a.dim, num_rows,
-                        a.dim);
-        space.values.load(k, rows_of<Number>(a.values, step.slots[k], a, kv_head, a.value_dim),
+        const Index num_rows = std::min(stretch.num_rows[k], newest - stretch.positions[k]);
+        space.keys.load(k, rows_of<Number>(a.keys, stretch.slots[k], a, kv_head, a.dim), a.num_kv_heads * a.dim,
+                        num_rows, a.dim);
+        space.values.load(k, rows_of<Number>(a.values, stretch.slots[k], a, kv_head, a.value_dim),
                           a.num_kv_heads * a.value_dim, num_rows, a.value_dim);
     }
-    const Index count = gather_queries(a, item, kv_head, step, space.heads.data(), space.queries.data());
+    const Index count = gather_queries(a, item, kv_head, stretch, space.heads.data(), space.queries.data());
     const Query<Number>* queries = space.queries.data();
     const RowsAhead keys_ahead = rows_ahead<Number>(a.keys, next, a, kv_head, a.dim);
     const RowsAhead values_ahead = rows_ahead<Number>(a.values, next, a, kv_head, a.value_dim);
+    const auto attend_some = [&](auto some, Index q) {
+        attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+    };
     Index q = 0;
-    for (; q + 4 <= count; q += 4) attend_step<4>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
-    if (count - q == 3) attend_step<3>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
-    if (count - q == 2) attend_step<2>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
-    if (count - q == 1) attend_step<1>(a, step, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+    for (; q + 4 <= count; q += 4) attend_some(std::integral_constant<int, 4>(), q);
+    if (count - q == 3) attend_some(std::integral_constant<int, 3>(), q);
+    if (count - q == 2) attend_some(std::integral_constant<int, 2>(), q);
+    if (count - q == 1) attend_some(std::integral_constant<int, 1>(), q);
 }
 
 template <typename Number>
@@ -195,14 +198,14 @@ static void write_outputs(const Attention& a, const Item& item, const std::vecto
     }
 }
 
-// The first step of an item's newest token.
-static inline Step first_step(const Attention& a, const Item& item, Index* tile) {
+// The first stretch of an item's newest token.
+static inline Stretch first_stretch(const Attention& a, const Item& item, Index* tile) {
     const Index newest = item.first + item.count - 1;
-    *tile = tile_of(a, first_position(a, item.first)) / STEP_TILES * STEP_TILES;
-    return make_step(a, newest, *tile, a.lengths[newest]);
+    *tile = tile_of(a, first_position(a, item.first)) / STRETCH_TILES * STRETCH_TILES;
+    return make_stretch(a, newest, *tile, a.lengths[newest]);
 }
 
-// Step by step, all heads of each: so the cache is read as it lies. `following` comes behind this item, or is null.
+// Stretch by stretch, all heads of each: so the cache is read as it lies. `following` is the item behind, or null.
 template <typename Number>
 static void attend_item(const Attention& a, const Item& item, const Item* following) {
     thread_local Workspace<Number> space;
@@ -214,12 +217,12 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
 
     const Index newest = item.first + item.count - 1;
     Index tile, unused;
-    for (Step step = first_step(a, item, &tile); step.num_tiles > 0;) {
-        const Step next = make_step(a, newest, tile += STEP_TILES, a.lengths[newest]);
-        const Step ahead = next.num_tiles > 0 || !following ? next : first_step(a, *following, &unused);
+    for (Stretch stretch = first_stretch(a, item, &tile); stretch.num_tiles > 0;) {
+        const Stretch next = make_stretch(a, newest, tile += STRETCH_TILES, a.lengths[newest]);
+        const Stretch ahead = next.num_tiles > 0 || !following ? next : first_stretch(a, *following, &unused);
         for (Index kv_head = item.first_head; kv_head < item.last_head; ++kv_head)
-            attend_head(a, item, kv_head, step, ahead.num_tiles > 0 ? ahead : step, space);
-        step = next;
+            attend_head(a, item, kv_head, stretch, ahead.num_tiles > 0 ? ahead : stretch, space);
+        stretch = next;
     }
     write_outputs<Number>(a, item, space.heads);
 }

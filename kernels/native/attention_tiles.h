@@ -1,4 +1,4 @@
-// Keys and values of a step's tiles, as queries are multiplied with them.
+// Keys and values of a stretch's tiles, as queries are multiplied with them.
 #pragma once
 
 #include "dot.h"
@@ -8,11 +8,11 @@
 
 constexpr Index MAX_DIM = 256;
 constexpr Index TILE = 16;       // neighbouring slots
-constexpr Index STEP_TILES = 4;  // that are weighed together
+constexpr Index STRETCH_TILES = 4;  // that are weighed together
 
-// The rows of the tiles that come next, asked for while this step's are multiplied, a line of each tile at a time.
+// The rows of the tiles that come next, asked for while this stretch's are multiplied, a line of each tile at a time.
 struct RowsAhead {
-    const char* rows[STEP_TILES];  // null: nothing comes next
+    const char* rows[STRETCH_TILES];
     Index stride, lines_per_row;   // in bytes; 64 bytes each
 
     void prefetch(Index turn) const {
@@ -22,18 +22,25 @@ struct RowsAhead {
     }
 };
 
+// Where the rows of the tiles lie: all that there is to know where they are multiplied as they are.
 template <typename Number>
-struct KeyTiles {
-    const Number* rows[STEP_TILES];
-    Index stride, dim, num_rows[STEP_TILES];
+struct PlainTiles {
+    const Number* rows[STRETCH_TILES];
+    Index stride, dim, num_rows[STRETCH_TILES];
 
     void load(Index k, const Number* first, Index row_stride, Index count, Index width) {
         rows[k] = first, num_rows[k] = count, stride = row_stride, dim = width;
     }
+};
+
+template <typename Number>
+struct KeyTiles : PlainTiles<Number> {
+    using PlainTiles<Number>::rows, PlainTiles<Number>::stride, PlainTiles<Number>::dim, PlainTiles<Number>::num_rows;
 
     // scores[q][slot] = q . k of the slots that there are.
     template <int QUERIES>
-    void score(const Number* const* queries, Index num_tiles, const RowsAhead&, float (*scores)[STEP_TILES * TILE]) const {
+    void score(const Number* const* queries, Index num_tiles, const RowsAhead&,
+               float (*scores)[STRETCH_TILES * TILE]) const {
         for (int q = 0; q < QUERIES; ++q)
             for (Index k = 0; k < num_tiles; ++k)
                 for (Index slot = 0; slot < TILE; ++slot) {
@@ -45,21 +52,16 @@ struct KeyTiles {
 };
 
 template <typename Number>
-struct ValueTiles {
-    const Number* rows[STEP_TILES];
-    Index stride, dim, num_rows[STEP_TILES];
-
-    void load(Index k, const Number* first, Index row_stride, Index count, Index width) {
-        rows[k] = first, num_rows[k] = count, stride = row_stride, dim = width;
-    }
+struct ValueTiles : PlainTiles<Number> {
+    using PlainTiles<Number>::rows, PlainTiles<Number>::stride, PlainTiles<Number>::dim, PlainTiles<Number>::num_rows;
 
     // To what `add` multiplies with.
     static void round(float*) {}
 
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
     template <int QUERIES>
-    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, const RowsAhead&,
-             float* const* sums) const {
+    void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles,
+             const RowsAhead&, float* const* sums) const {
         for (int q = 0; q < QUERIES; ++q) {
             Index i = 0;
             for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<4>(weights[q], shrinks[q], num_tiles, sums[q], i);
@@ -130,7 +132,7 @@ static inline void transpose(__m512i* rows) {
 // Pairs of dims of 16 slots side by side, so that a query's pair meets them all at once.
 template <>
 struct KeyTiles<BFloat16> {
-    __m512i pairs[STEP_TILES][MAX_DIM / 2];
+    __m512i pairs[STRETCH_TILES][MAX_DIM / 2];
     Index dim;
 
     // Slots behind num_rows become zeros.
@@ -149,7 +151,7 @@ struct KeyTiles<BFloat16> {
 
     template <int QUERIES>
     void score(const BFloat16* const* queries, Index num_tiles, const RowsAhead& ahead,
-               float (*scores)[STEP_TILES * TILE]) const {
+               float (*scores)[STRETCH_TILES * TILE]) const {
         if (num_tiles == 4) return score_tiles<QUERIES, 4>(queries, ahead, scores);
         if (num_tiles == 3) return score_tiles<QUERIES, 3>(queries, ahead, scores);
         if (num_tiles == 2) return score_tiles<QUERIES, 2>(queries, ahead, scores);
@@ -158,7 +160,7 @@ struct KeyTiles<BFloat16> {
 
     template <int QUERIES, int TILES>
     void score_tiles(const BFloat16* const* queries, const RowsAhead& ahead,
-                     float (*scores)[STEP_TILES * TILE]) const {
+                     float (*scores)[STRETCH_TILES * TILE]) const {
         __m512 sums[QUERIES][TILES] = {};
         for (Index pair = 0; pair < dim / 2; ++pair) {
             __m512bh keys[TILES];
@@ -185,7 +187,7 @@ struct KeyTiles<BFloat16> {
 template <>
 struct ValueTiles<BFloat16> {
     static constexpr Index PAIRS = TILE / 2;
-    __m512i pairs[MAX_DIM / LANES][STEP_TILES * PAIRS];
+    __m512i pairs[MAX_DIM / LANES][STRETCH_TILES * PAIRS];
     Index dim;
 
     // Slots behind num_rows become zeros.
@@ -211,9 +213,9 @@ struct ValueTiles<BFloat16> {
     }
 
     template <int QUERIES>
-    void add(const float (*weights)[STEP_TILES * TILE], const float* shrinks, Index num_tiles, const RowsAhead& ahead,
-             float* const* sums) const {
-        int32_t both[QUERIES][STEP_TILES * PAIRS];  // pairs of weights
+    void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles,
+             const RowsAhead& ahead, float* const* sums) const {
+        int32_t both[QUERIES][STRETCH_TILES * PAIRS];  // pairs of weights
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
             for (Index k = 0; k < num_tiles; ++k)
@@ -226,7 +228,7 @@ struct ValueTiles<BFloat16> {
     }
 
     template <int QUERIES, int NUM_LANES>
-    void add_lanes(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles,
+    void add_lanes(const int32_t (*both)[STRETCH_TILES * PAIRS], const float* shrinks, Index num_tiles,
                    const RowsAhead& ahead, float* const* sums, Index first) const {
         __m512 totals[QUERIES][NUM_LANES];
 #pragma GCC unroll 4
@@ -247,7 +249,7 @@ struct ValueTiles<BFloat16> {
             }
         }
         if constexpr (NUM_LANES == 4)
-            for (Index pair = num_tiles * PAIRS; pair < STEP_TILES * PAIRS; ++pair) ahead.prefetch(first / 2 + pair);
+            for (Index pair = num_tiles * PAIRS; pair < STRETCH_TILES * PAIRS; ++pair) ahead.prefetch(first / 2 + pair);
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
 #pragma GCC unroll 4
@@ -256,7 +258,7 @@ struct ValueTiles<BFloat16> {
 
     // The last dims, fewer than 16.
     template <int QUERIES>
-    void add_rest(const int32_t (*both)[STEP_TILES * PAIRS], const float* shrinks, Index num_tiles,
+    void add_rest(const int32_t (*both)[STRETCH_TILES * PAIRS], const float* shrinks, Index num_tiles,
                   const RowsAhead& ahead, float* const* sums, Index first) const {
         float rest[QUERIES][LANES] = {}, *places[QUERIES];
         for (int q = 0; q < QUERIES; ++q) {

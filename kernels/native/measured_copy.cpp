@@ -4,14 +4,14 @@
 
 #include <algorithm>
 
-// Both return the largest magnitude that was written, not a number if one was not finite.
-
+// target = scale * source, the numbers of the source `stride` apart; returns the largest magnitude that was written, not a
+// number if one was not finite.
 template <typename Source, typename Target>
-static float copy_measured(const Source* source, Target* target, Index count) {
+static inline float copy_scaled(const Source* source, Index stride, Target* target, Index count, float scale) {
     float largest = 0, bad = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : bad)
     for (Index i = 0; i < count; ++i) {
-        target[i] = from_float<Target>(to_float(source[i]));
+        target[i] = from_float<Target>(to_float(source[i * stride]) * scale);
         const float magnitude = std::fabs(to_float(target[i]));
         largest = magnitude > largest ? magnitude : largest;
         bad += magnitude * 0.0f;
@@ -19,21 +19,22 @@ static float copy_measured(const Source* source, Target* target, Index count) {
     return largest + bad;
 }
 
+template <typename Source, typename Target>
+static float copy_measured(const Source* source, Target* target, Index count) {
+    return copy_scaled(source, 1, target, count, 1.0f);
+}
+
 // target [columns, rows] = scale * source^T for source [rows, columns].
 template <typename Source, typename Target>
 static float transpose_measured(const Source* source, Target* target, Index num_rows, Index num_columns, float scale) {
     constexpr Index BLOCK = 64;  // rows that stay in the first cache
     float largest = 0, bad = 0;
-    for (Index first = 0; first < num_rows; first += BLOCK)
+    for (Index row = 0; row < num_rows; row += BLOCK)
         for (Index column = 0; column < num_columns; ++column) {
-            Target* to = target + column * num_rows;
-#pragma omp simd reduction(max : largest) reduction(+ : bad)
-            for (Index row = first; row < std::min(num_rows, first + BLOCK); ++row) {
-                to[row] = from_float<Target>(to_float(source[row * num_columns + column]) * scale);
-                const float magnitude = std::fabs(to_float(to[row]));
-                largest = magnitude > largest ? magnitude : largest;
-                bad += magnitude * 0.0f;
-            }
+            const float found = copy_scaled(source + row * num_columns + column, num_columns,
+                                            target + column * num_rows + row, std::min(BLOCK, num_rows - row), scale);
+            largest = std::max(largest, found);
+            bad += found * 0.0f;
         }
     return largest + bad;
 }

@@ -18,7 +18,8 @@
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
 
-constexpr Index GROUP = 32;  // inputs that share a scale
+constexpr Index GROUP = 32;       // inputs that share a scale
+constexpr float LEAST = 1e-30f;  // a group with nothing as large is zeros: 127 / largest would overflow
 
 // The tokens in 8 bits.
 struct QuantizedTokens {
@@ -36,13 +37,14 @@ static inline void quantize_group(const Number* x, int8_t* levels, float* scale,
     const int32_t bits = _mm512_reduce_max_epi32(magnitudes);
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
-    const __m512 inverse = _mm512_set1_ps(largest > 0 && largest < INFINITY ? 127.0f / largest : 0.0f);
+    const bool has_levels = largest >= LEAST && largest < INFINITY;
+    const __m512 inverse = _mm512_set1_ps(has_levels ? 127.0f / largest : 0.0f);
     const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
     const __m512i last = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(levels), _mm512_cvtepi32_epi8(first));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + LANES), _mm512_cvtepi32_epi8(last));
     *scale = largest / 127.0f;
-    *sum = _mm512_reduce_add_epi32(_mm512_add_epi32(first, last));
+    *sum = has_levels ? _mm512_reduce_add_epi32(_mm512_add_epi32(first, last)) : 0;
 }
 
 template <typename Number>

@@ -315,6 +315,9 @@ def test_base_in_panels_is_the_same_base_in_less_memory(dtype: str, bits: str) -
     assert quantized.dtype == plain.dtype
     embedding = quantized.base_weight("model.embed_tokens")
     assert torch.equal(embedding, quantized.base_weight("lm_head"))  # tied, in 8 bits
+    off = (embedding - plain.base_weight("model.embed_tokens")).float().abs().max()
+    assert 0 < float(off) <= quantized.base_step("model.embed_tokens") == quantized.base_step("lm_head")
+    assert plain.base_step("lm_head") == 0.0
     numbers = plain.weight_bytes / plain.dtype.itemsize
     num_bits = 8 * embedding.numel() + BITS[bits] * (numbers - embedding.numel()) + 0.5 * numbers
     assert quantized.weight_bytes < 1.02 * num_bits / 8  # 2 %: norms
@@ -333,6 +336,12 @@ async def test_base_without_a_product_of_bytes_computes_the_same(
         base = await collect(engine, make_params("one", Adaptation(), prompt, output=EVERYTHING))
     assert float(errors(base, model_in_few_bits(root / "tiny", "int4"), prompt).median()) < TOLERANCE
     assert "int4 weights many times slower" in caplog.text
+
+
+def test_embedding_that_is_not_tied_stays_exact(families: dict[str, Path]) -> None:
+    base = load_base_model(replace(config_of(families["llama"] / "tiny", "float32"), quantize="int8"))
+    assert base.base_step("lm_head") > 0.0
+    assert base.base_step("model.embed_tokens") == 0.0  # a copy of it in an adapter must be equal
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

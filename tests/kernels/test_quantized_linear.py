@@ -129,6 +129,19 @@ def test_what_is_not_finite_stays_so_and_is_the_tokens_own(bits: int, number: fl
     assert torch.equal(found[[0, 1, 2, 3, 5]], expected[[0, 1, 2, 3, 5]])
 
 
+@needs_product
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_inputs_too_small_for_a_scale_are_zeros(bits: int, dtype: torch.dtype) -> None:
+    linear, _ = make_linear(64, 32, bits, dtype, bias=False)
+    x = torch.zeros(2, 64, dtype=dtype)
+    x[0, :32], x[1, 32:] = 1e-38, 1.0
+    found = linear(x)
+    assert not found[0].any()
+    torch.testing.assert_close(found.double(), definition(x, linear), rtol=2**-7, atol=1e-3)
+    assert torch.equal(linear.reference(x)[0], found[0])
+
+
 def test_kinds_do_not_join() -> None:
     assert LinearProduct.of([make_linear(64, 32, 8)[0], make_linear(64, 32, 4)[0]]) is None
     assert LinearProduct.of([make_linear(64, 32, 8)[0], torch.nn.Linear(64, 32)]) is None
