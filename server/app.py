@@ -134,8 +134,8 @@ class App:
 def _spare_from_collection() -> None:
     """Takes what was loaded out of the garbage collector's sight.
 
-    A full collection stops every thread while it looks through all objects: with torch and transformers 0.1 to 0.2 s,
-    in which no stream gets a token.
+    A full collection stops every thread while it looks through all objects, and torch and transformers bring hundreds
+    of thousands: no stream gets a token meanwhile.
     """
     gc.collect()
     gc.freeze()
