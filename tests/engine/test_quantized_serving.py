@@ -10,6 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_bits_models import (
+    HIDDEN,
+    INNER,
+    VOCAB,
+    make_model,
+    model_in_few_bits,
+    nf4_model,
+    served_by_peft,
+)
 from peft import PeftModel
 from peft_adapters import quiet_peft, randomize, save, wrap
 from served_adapters import (
@@ -27,20 +36,12 @@ from tiny_models import CONFIGS, make_tiny_model
 from tiny_training import LETTERS, adapter_run, optimization, write_texts
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fusionserve import metrics
 from fusionserve.adapters.base_modules import describe_base_modules
 from fusionserve.adapters.lora_loader import WEIGHTS_FILE
-from fusionserve.adapters.nf4 import compute_in_float32, quantization_options, repack
 from fusionserve.config import EMBEDDED_MODEL, EngineConfig
 from fusionserve.engine import quantized_base
 from fusionserve.engine.base_model import load_base_model
@@ -52,7 +53,6 @@ from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.generation import Adaptation, OutputOptions
 from fusionserve.kernels import quantized_linear
 from fusionserve.kernels.native_library import native_library
-from fusionserve.kernels.quantized_linear import in_eight_bits, quantize
 from fusionserve.training.adapter_training import train_adapter
 
 pytestmark = pytest.mark.filterwarnings(
@@ -65,7 +65,6 @@ TOLERANCE = 2e-4  # of log-probabilities in float32, as on an unquantized base
 LARGEST_STEP = 0.1  # inputs in 8 bits: what a last digit that decides a rounding moves here and there
 # In bfloat16 each product rounds to 8 bits; by how much that moves a log-probability, on the whole and at worst.
 BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.02, 0.2
-VOCAB, HIDDEN, INNER = 48, 64, 128
 EVERYTHING = OutputOptions(logprobs=VOCAB, prompt_logprobs=VOCAB)
 
 _LLAMA: dict[str, dict[str, object]] = {
@@ -80,25 +79,6 @@ _GPT2: dict[str, dict[str, object]] = {
     "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
 }
 CASES = [("llama", name) for name in _LLAMA] + [("gpt2", name) for name in _GPT2]
-
-
-def make_model(family: str) -> PreTrainedModel:
-    """Two layers as wide as a block of NF4 at least, with weights large enough for lively text."""
-    torch.manual_seed(7)
-    if family == "gpt2":
-        sizes = {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **sizes)).eval()
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def write_adapter(directory: Path, family: str, seed: int, options: Mapping[str, object]) -> Path:
@@ -118,60 +98,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for seed, (name, options) in enumerate(adapters.items(), start=1):
             write_adapter(found[family] / "adapters" / name, family, seed, options)
     return found
-
-
-class LinearInFewBits(torch.nn.Linear):
-    """A linear module with the quantized weight as plain numbers, and inputs as the product sees them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_eight_bits(x))
-
-
-class Conv1DInFewBits(Conv1D):
-    """The same for GPT-2's [d_in, d_out]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(in_eight_bits(x))
-
-
-def model_in_few_bits(directory: Path, bits: str) -> PreTrainedModel:
-    """transformers' own model in float32 over weights in so many bits; PEFT can wrap it."""
-    if bits == "nf4":
-        return nf4_model(directory)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # GPT-2's is tied
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.weight.data = quantize(module.weight, None, 8 if path == "lm_head" else BITS[bits]).weight
-            module.__class__ = LinearInFewBits
-        elif isinstance(module, Conv1D):
-            module.weight.data = quantize(module.weight.T, None, BITS[bits]).weight.T.contiguous()
-            module.__class__ = Conv1DInFewBits
-    if model.config.tie_word_embeddings:
-        model.set_input_embeddings(torch.nn.Embedding.from_pretrained(model.lm_head.weight))
-    return model
-
-
-def served_by_peft(directory: Path, adapter: Path, bits: str) -> torch.nn.Module:
-    """PEFT's model over it; a head that the adapter saved whole is in full, a copy of the base's is not."""
-    with quiet_peft():
-        model = PeftModel.from_pretrained(model_in_few_bits(directory, bits), str(adapter)).eval()
-    for path, module in model.named_modules():
-        if path.endswith("modules_to_save.default"):
-            module.__class__ = torch.nn.Linear
-        if path.endswith("lm_head.base_layer") and bits != "nf4":
-            module.weight.data = quantize(module.weight, None, 8).weight
-    return model
-
-
-def nf4_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """transformers' own model over NF4, computing as the server does with this type."""
-    options = quantization_options("nf4", AutoConfig.from_pretrained(directory))
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map={"": "cpu"}, **options
-    ).eval()
-    (compute_in_float32 if dtype == torch.float32 else repack)(model)
-    return model
 
 
 def peft_logprobs(model: torch.nn.Module, token_ids: tuple[int, ...]) -> Tensor:
