@@ -7,18 +7,21 @@ call, the cache of a layer is found by its attention module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from fusionserve.kernels.native_layer import NativeStep
 from fusionserve.kernels.paged_attention import AttentionOptions
-from fusionserve.kernels.paged_batch import PackedSequence, PagedBatch
+from fusionserve.kernels.paged_batch import PagedBatch
 from fusionserve.kernels.pointwise import Rotation, rotate_and_store
 from fusionserve.kernels.segments import Segments
+
+if TYPE_CHECKING:
+    from fusionserve.kernels.device.paged_launch import DeviceBatch
 
 ATTENTION_NAME = "fusionserve_paged"
 
@@ -34,15 +37,9 @@ class LayerCache:
 class AttentionBatch:
     """The packed batch as attention sees it; what depends on the step alone is made once and shared by the layers."""
 
-    def __init__(
-        self,
-        caches: Mapping[nn.Module, LayerCache],
-        sequences: Sequence[PackedSequence],
-        block_size: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, caches: Mapping[nn.Module, LayerCache], paged: PagedBatch | DeviceBatch) -> None:
         self._caches = caches
-        self._paged = PagedBatch(sequences, block_size, device)
+        self._paged = paged
         self._native_step: NativeStep | None = None
 
     def attend(
@@ -62,6 +59,7 @@ class AttentionBatch:
         """What native layers share: made by the first of them, for these angles cos and sin [num_tokens, dim]."""
         step = self._native_step
         if step is None or step.rotation.cos.data_ptr() != angles[0].data_ptr():
+            assert isinstance(self._paged, PagedBatch)
             rotation = Rotation(*angles, self._paged.new_slots)
             self._native_step = step = NativeStep(rotation, self._paged.native_attentions(), segments)
         return step

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import textwrap
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
 from fusionserve.adapters.nf4 import dequantized_weight, is_nf4, misshapen_weights
 from fusionserve.adapters.pool import AdapterPool
-from fusionserve.adapters.row_plan import PlanCell
+from fusionserve.adapters.row_plan import EMPTY_PLAN, PlanCell, RowPlan
 from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.decoder_layer import install_decoder_layers
+from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.loading_memory import little_garbage
 from fusionserve.engine.model_source import find_model
@@ -77,6 +78,15 @@ class BaseModel:
         """Bytes of the base's parameters, tied ones once, with the scales of quantized ones."""
         return weight_bytes(self.model)
 
+    @contextmanager
+    def planned(self, token_rows: RowPlan, logit_rows: RowPlan | None = None) -> Iterator[None]:
+        """Adapts the passes in its block: the tokens, and those whose logits are wanted (None: all of them)."""
+        self.token_rows.plan, self.logit_rows.plan = token_rows, logit_rows or token_rows
+        try:
+            yield
+        finally:
+            self.token_rows.plan = self.logit_rows.plan = EMPTY_PLAN
+
     def base_step(self, path: str) -> float:
         """By how much a number of `base_weight(path)` may be off the checkpoint's; 0.0 where it is held in full."""
         module = self._base_module(path)
@@ -103,11 +113,21 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         disable_progress_bar()  # type: ignore[no-untyped-call] # a bar redrawn a hundred times fills a log
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    device = find_device(config.device)
     directory = find_model(config.model)
     model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens)
-    model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize)
+    model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize, device)
+    return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)))
+
+
+def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokenizer) -> BaseModel:
+    """The base of a model, whose layers are replaced by adapted ones; it must be where it is to compute.
+
+    Raises StartupError as `load_base_model` does.
+    """
+    max_context_tokens = _max_context(model.config, config.max_context_tokens)
     modules = describe_base_modules(model, model_name=config.model_name)
     fit = check_fit(model, modules, max_context_tokens)
     base_dtype: torch.dtype = (
@@ -122,7 +142,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(
         model=model,
-        tokenizer=Tokenizer(_read_tokenizer(directory)),
+        tokenizer=tokenizer,
         modules=fit.modules,
         pool=pool,
         token_rows=token_rows,
@@ -130,7 +150,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
         cache_shapes=fit.cache_shapes,
         eos_token_ids=_eos_token_ids(model),
         max_context_tokens=max_context_tokens,
-        vocab_size=model_config.get_text_config().vocab_size,
+        vocab_size=model.config.get_text_config().vocab_size,
         dtype=base_dtype,
         quantization=config.quantize,
     )
@@ -163,14 +183,18 @@ def _why_no_config(directory: Path, error: Exception) -> str:
 
 
 def _read_weights(
-    directory: Path, model_config: PreTrainedConfig, dtype: torch.dtype | str, quantize: str
+    directory: Path,
+    model_config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    quantize: str,
+    device: torch.device,
 ) -> PreTrainedModel:
     if not any(directory.glob("*.safetensors")):
         raise StartupError(
             f"cannot load model {directory}: the directory has no .safetensors files (pickles are not read)",
             reason="MODEL_UNUSABLE",
         )
-    options = load_options(quantize, model_config)
+    options = load_options(quantize, model_config, device)
     try:
         with little_garbage() if options else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -191,6 +215,8 @@ def _read_weights(
     model, report = loaded
     _check_complete(directory, report, misshapen_weights(model))
     model.train(mode=False).requires_grad_(requires_grad=False)
+    if not options:
+        model = model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     settle(model, quantize)
     return model
 

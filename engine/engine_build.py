@@ -35,17 +35,22 @@ def build_engine(
     metrics.KV_BLOCKS.set(num_blocks)
     metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
     limits = SchedulerLimits(
-        max_batch_tokens=config.max_batch_tokens, max_batch_requests=config.max_batch_requests
+        max_batch_tokens=config.max_batch_tokens,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_batch_requests=config.max_batch_requests,
     )
     scheduler = Scheduler(
         BlockPool(num_blocks, config.block_size),
         PoolLedger(config.adapter_pool_ranks),
         limits,
         enable_prefix_cache=config.enable_prefix_cache,
+        fair_weights=config.fair_weights,
     )
+    runner = ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks)
+    runner.warm_up(config.max_batch_requests)
     return Engine(
         scheduler,
-        ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks),
+        runner,
         eos_token_ids=base.eos_token_ids,
         release_leases=release_leases,
         token_text=base.tokenizer.text_of,

@@ -9,10 +9,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
+from fusionserve.adapters.fused_tokens import FusedRange, FusedSegment, FusedTokens
+from fusionserve.adapters.fusion_rows import FusionRows
 from fusionserve.adapters.row_plan import suits_segment
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.scheduler import ScheduledChunk
+from fusionserve.kernels.device.triton_use import uses_triton
 
 ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end) in the batch
 
@@ -21,7 +23,7 @@ ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end
 class FusedChunks:
     """Neighbouring chunks of one fusion, served together."""
 
-    tokens: FusedTokens | FusedSegment
+    tokens: FusedTokens | FusedSegment | FusedRange
     ranges: tuple[ChunkRange, ...]
 
 
@@ -32,6 +34,11 @@ def plan_fused(ranges: Sequence[ChunkRange], like: Tensor) -> list[FusedChunks]:
     """
     fused = [r for r in ranges if r[0].request.generation.adaptation.fusion is not None]
     return [_group(tuple(group), like) for _, group in groupby(fused, key=lambda r: r[0].row_starts)]
+
+
+def fused_ranges(groups: Sequence[FusedChunks]) -> list[FusedRange]:
+    """Those for the kernels of a GPU."""
+    return [group.tokens for group in groups if isinstance(group.tokens, FusedRange)]
 
 
 def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkWeights]:
@@ -51,9 +58,16 @@ def _group(ranges: tuple[ChunkRange, ...], like: Tensor) -> FusedChunks:
     fusion = chunk.request.generation.adaptation.fusion
     assert fusion is not None
     rows = fusion.content.folded.rows
-    kind = FusedSegment if suits_segment(end - start, rows.num_member_rows, like) else FusedTokens
-    tokens = kind(start, end, chunk.row_starts[0], rows, _allowed(ranges))
-    return FusedChunks(tokens, ranges)
+    kind = _kind(end - start, rows, like)
+    return FusedChunks(kind(start, end, chunk.row_starts[0], rows, _allowed(ranges)), ranges)
+
+
+def _kind(
+    num_tokens: int, rows: FusionRows, like: Tensor
+) -> type[FusedTokens] | type[FusedSegment] | type[FusedRange]:
+    if uses_triton(like.device):
+        return FusedRange
+    return FusedSegment if suits_segment(num_tokens, rows.num_member_rows, like) else FusedTokens
 
 
 def _allowed(ranges: Sequence[ChunkRange]) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's names for them
+from fusionserve import heap
+
 _MOST_KEPT = 32 << 20
 
 
@@ -22,12 +21,12 @@ def little_garbage() -> Iterator[None]:
     Else glibc soon keeps blocks of up to 32 MiB for later, and several times the size of the base lies about in holes.
     That is the size at which it stands behind the block, as it does in any process that has freed large blocks.
     """
-    _glibc("mallopt", _MMAP_THRESHOLD, 1 << 20)
+    heap.set_option(heap.MMAP_THRESHOLD, 1 << 20)
     try:
         yield
     finally:
-        _glibc("mallopt", _MMAP_THRESHOLD, _MOST_KEPT)
-        _glibc("mallopt", _TRIM_THRESHOLD, 2 * _MOST_KEPT)
+        heap.set_option(heap.MMAP_THRESHOLD, _MOST_KEPT)
+        heap.set_option(heap.TRIM_THRESHOLD, 2 * _MOST_KEPT)
 
 
 @torch.no_grad()
@@ -37,13 +36,4 @@ def let_go_of_files(model: PreTrainedModel, converted: Iterable[Tensor]) -> None
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.data = parameter.data.clone()
-    _glibc(
-        "malloc_trim", 0
-    )  # converting leaves holes of the size of whole weights, which glibc keeps unless asked
-
-
-def _glibc(function: str, *arguments: int) -> None:
-    """Calls a function that only glibc has, where there is glibc."""
-    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
-    if found is not None:
-        found(*arguments)
+    heap.trim()  # converting leaves holes of the size of whole weights, which glibc keeps unless asked

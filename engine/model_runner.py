@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from fusionserve import metrics
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
 from fusionserve.adapters.row_plan import (
-    EMPTY_PLAN,
     AdaptedTokens,
     RowPlan,
     RowRange,
@@ -25,13 +25,19 @@ from fusionserve.adapters.row_plan import (
 from fusionserve.engine.attention import AttentionBatch, LayerCache
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.fit_check import CacheShape
-from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks, gather_weights, plan_fused
+from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks, fused_ranges, gather_weights, plan_fused
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.request import Request
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
-from fusionserve.kernels.paged_batch import PackedSequence
+from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.paged_batch import PagedBatch
+from fusionserve.kernels.paged_sequence import PackedSequence
+
+if TYPE_CHECKING:
+    from fusionserve.engine.decode_graphs import DecodeGraphs, DecodeStep
+    from fusionserve.engine.device_plan import DevicePlanner
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,33 @@ class ModelRunner:
         self._base = base
         self._block_size = block_size
         self._like = torch.empty(0, dtype=base.dtype, device=base.device)
-        self._caches = allocate_cache(base.cache_shapes, block_size * num_blocks, base.dtype, base.device)
+        self._device_planner: DevicePlanner | None = None
+        self._graphs: DecodeGraphs | None = None
+        on_device = uses_triton(base.device)
+        num_slots = block_size * (num_blocks + on_device)  # the last block is nobody's: padding goes there
+        self._caches = allocate_cache(base.cache_shapes, num_slots, base.dtype, base.device)
+        if on_device:
+            self._prepare_device(num_blocks)
+
+    def _prepare_device(self, trash_block: int) -> None:
+        """Imports what needs Triton, which a server on a CPU does without."""
+        from fusionserve.engine.decode_graphs import DecodeGraphs
+        from fusionserve.engine.device_plan import DevicePlanner
+
+        self._device_planner = DevicePlanner(self._base.modules, self._like)
+        self._graphs = DecodeGraphs(
+            self._base,
+            self._caches,
+            self._device_planner,
+            block_size=self._block_size,
+            trash_block=trash_block,
+        )
+
+    @torch.inference_mode()
+    def warm_up(self, max_requests: int) -> None:
+        """Records the steps of up to so many requests without adapters, on a GPU."""
+        if self._graphs is not None and self._base.device.type == "cuda":
+            self._graphs.record_base(max_requests)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
@@ -77,7 +109,10 @@ class ModelRunner:
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
         logit_rows = _plan_logits(chunks)
         fused = plan_fused(_ranges(chunks, starts), self._like)
-        logits = self._forward(chunks, starts, logit_rows, fused)
+        if self._graphs is not None and _is_decoding(chunks):
+            logits = self._graphs.run(self._decode_step(chunks, starts, fused))
+        else:
+            logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
         weights = gather_weights(fused)
         return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
@@ -98,10 +133,9 @@ class ModelRunner:
         sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
         wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
         logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows]
-        base.token_rows.plan = _plan(_ranges(chunks, starts), starts[-1], fused, self._like)
+        plan = self._plan(_ranges(chunks, starts), starts[-1], fused)
         fused_logits = plan_fused(logit_ranges, self._like)
-        base.logit_rows.plan = _plan(logit_ranges, sum(map(len, wanted)), fused_logits, self._like)
-        try:
+        with base.planned(plan, self._plan(logit_ranges, sum(map(len, wanted)), fused_logits)):
             output = base.model(
                 input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
                     None
@@ -109,12 +143,32 @@ class ModelRunner:
                 position_ids=self._tensor([p for c in chunks for p in range(c.start, c.end)])[None],
                 use_cache=False,
                 logits_to_keep=self._tensor([position for positions in wanted for position in positions]),
-                attention_batch=AttentionBatch(self._caches, sequences, self._block_size, base.device),
+                attention_batch=AttentionBatch(
+                    self._caches, PagedBatch(sequences, self._block_size, base.device)
+                ),
             )
-        finally:
-            base.token_rows.plan = base.logit_rows.plan = EMPTY_PLAN
+        if self._device_planner is not None and plan.items is not None:
+            self._device_planner.collect_weights(fused_ranges(fused), plan.items)
         logits: Tensor = output.logits[0]
         return logits
+
+    def _plan(self, ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks]) -> RowPlan:
+        if self._device_planner is None:
+            return _plan_on_cpu(ranges, num_tokens, fused, self._like)
+        items = self._device_planner.items(_adapted(ranges), fused_ranges(fused))
+        return RowPlan(num_tokens, items=items, whole_modules=_whole_modules(ranges))
+
+    def _decode_step(
+        self, chunks: Sequence[ScheduledChunk], starts: Sequence[int], fused: Sequence[FusedChunks]
+    ) -> DecodeStep:
+        from fusionserve.engine.decode_graphs import DecodeStep
+
+        return DecodeStep(
+            [chunk.request.token_ids[chunk.start] for chunk in chunks],
+            [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)],
+            _adapted(_ranges(chunks, starts)),
+            fused_ranges(fused),
+        )
 
     def _pack(self, chunk: ScheduledChunk, start: int) -> PackedSequence:
         num_blocks = -(-chunk.end // self._block_size)
@@ -173,29 +227,33 @@ def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[Chu
     return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
 
 
-def _plan(
-    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], like: Tensor
-) -> RowPlan:
-    adapted = [
-        AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))
-    ]
-    groups = [group.tokens for group in fused]
-    in_segments: list[AdaptedTokens] = []
-    in_spans: list[AdaptedTokens] = []
-    for tokens in adapted:
-        (in_segments if suits_segment(tokens.num_tokens, tokens.num_rows, like) else in_spans).append(tokens)
-    whole = [
+def _adapted(ranges: Sequence[ChunkRange]) -> list[AdaptedTokens]:
+    return [AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))]
+
+
+def _whole_modules(ranges: Sequence[ChunkRange]) -> tuple[WholeModuleTokens, ...]:
+    return tuple(
         WholeModuleTokens(start, end, adapter)
         for chunk, start, end in ranges
         for adapter in chunk.request.generation.adapters
         if not adapter.weights.is_low_rank_only
-    ]
+    )
+
+
+def _plan_on_cpu(
+    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], like: Tensor
+) -> RowPlan:
+    groups = [group.tokens for group in fused]
+    in_segments: list[AdaptedTokens] = []
+    in_spans: list[AdaptedTokens] = []
+    for tokens in _adapted(ranges):
+        (in_segments if suits_segment(tokens.num_tokens, tokens.num_rows, like) else in_spans).append(tokens)
     return RowPlan(
         num_tokens,
         spans=plan_spans(in_spans, dtype=like.dtype, device=like.device),
         fused=tuple(t for t in groups if isinstance(t, FusedTokens)),
         segments=plan_segments(in_segments, [t for t in groups if isinstance(t, FusedSegment)], like),
-        whole_modules=tuple(whole),
+        whole_modules=_whole_modules(ranges),
     )
 
 
@@ -206,6 +264,16 @@ def _row_ranges(chunk: ScheduledChunk) -> tuple[RowRange, ...]:
     terms = zip(chunk.row_starts, adaptation.adapters, adaptation.coefficients, strict=True)
     return tuple(
         RowRange(start, start + a.num_rows, coefficient) for start, a, coefficient in terms if a.num_rows
+    )
+
+
+def _is_decoding(chunks: Sequence[ScheduledChunk]) -> bool:
+    """True for one new token of each request, with rank rows at most, and logits for its next."""
+    return all(
+        chunk.num_tokens == 1
+        and chunk.is_last
+        and all(adapter.weights.is_low_rank_only for adapter in chunk.request.generation.adapters)
+        for chunk in chunks
     )
 
 

@@ -29,7 +29,7 @@ BITS = {"int8": 8, "int4": 4}
 logger = logging.getLogger(__name__)
 
 
-def load_options(quantize: str, config: PreTrainedConfig) -> dict[str, Any]:
+def load_options(quantize: str, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is to be told. Raises StartupError if this cannot be had, or not for this checkpoint."""
     if quantize == NONE:
         return {}
@@ -39,12 +39,20 @@ def load_options(quantize: str, config: PreTrainedConfig) -> dict[str, Any]:
             reason="QUANTIZATION_UNAVAILABLE",
         )
     if quantize in BITS:
+        if device.type != "cpu":
+            raise StartupError(
+                f"{quantize} weights are for processors; on a GPU there is nf4",
+                reason="QUANTIZATION_UNAVAILABLE",
+            )
         return {}
     try:
         options = quantization_options(quantize, config)
     except (ImportError, ValueError) as error:
         raise StartupError(str(error), reason="QUANTIZATION_UNAVAILABLE") from error
-    return {**options, "device_map": {"": "cpu"}}  # else a GPU would be chosen, for the quantized base alone
+    return {
+        **options,
+        "device_map": {"": str(device)},
+    }  # else a GPU would be chosen, for the quantized base alone
 
 
 def settle(model: PreTrainedModel, quantize: str) -> None:
@@ -59,7 +67,7 @@ def settle(model: PreTrainedModel, quantize: str) -> None:
         raise _nothing_to_quantize(model, 64)
     if model.dtype == torch.float32:
         compute_in_float32(model)
-    else:
+    elif model.device.type == "cpu":
         repack(model)
     let_go_of_files(model, converted=map(_weight, modules.values()))
 
@@ -71,7 +79,8 @@ def check_panels(model: PreTrainedModel, num_panels: int, quantize: str) -> None
     if num_panels == 0:
         raise _nothing_to_quantize(model, GROUP)
     if not has_quantized_product():
-        logger.warning("computing with %s weights many times slower: it needs AVX-512 VNNI", quantize)
+        what = "a compiler, and AVX2 or AVX-512 VNNI"
+        logger.warning("computing with %s weights many times slower: it needs %s", quantize, what)
 
 
 def _nothing_to_quantize(model: PreTrainedModel, multiple: int) -> StartupError:

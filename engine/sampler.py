@@ -47,16 +47,13 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
         logits = logits.to(torch.float32, copy=True)
         for index, row in enumerate(rows):
             _apply_penalties_(logits[index], row)
-    best_values, best_ids = largest(logits)
-    tokens = best_ids.tolist()
+    best_values, tokens = largest(logits)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        sampled = _draw(logits[drawn].float(), [rows[index] for index in drawn])
-        for index, token in zip(drawn, sampled, strict=True):
-            tokens[index] = token
-    return [
-        token if ok else None for token, ok in zip(tokens, torch.isfinite(best_values).tolist(), strict=True)
-    ]
+        tokens[drawn] = _draw(logits[drawn].float(), [rows[index] for index in drawn])
+    # Together, because a GPU is waited for each time.
+    ids, are_finite = torch.stack((tokens, torch.isfinite(best_values).to(tokens.dtype))).tolist()
+    return [token if is_finite else None for token, is_finite in zip(ids, are_finite, strict=True)]
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
@@ -104,8 +101,8 @@ def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
         logits[list(row.banned_ids)] = float("-inf")
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
-    """Draws from logits [rows, vocab] after top-k, top-p and min-p.
+def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    """Token ids [rows] drawn from logits [rows, vocab] after top-k, top-p and min-p.
 
     Only thresholds come from sorting, so two tokens whose probabilities differ by rounding never swap places.
     """
@@ -117,8 +114,7 @@ def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
     probabilities = _keep_top_p(probabilities, params)
     probabilities = _keep_min_p(probabilities, params)
     uniforms = torch.tensor([row.uniforms for row in rows], dtype=torch.float64, device=logits.device)
-    chosen: list[int] = _descend(probabilities.double().cumsum(dim=-1), uniforms).tolist()
-    return chosen
+    return _descend(probabilities.double().cumsum(dim=-1), uniforms)
 
 
 def _descend(cumulative: Tensor, uniforms: Tensor) -> Tensor:

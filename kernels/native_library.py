@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ _FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+_BUILD_PREFIX = "build-"
 _COMPILE_TIMEOUT_S = 120
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,8 @@ def _compiler() -> str:
 
 def _build(compiler: str, path: Path) -> None:
     """Compiles to a temporary folder and moves the result, so that nobody loads half a library."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    _remove_abandoned(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_BUILD_PREFIX) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in _units()]
 
         def compile_unit(source: Path, target: str) -> None:
@@ -83,6 +86,13 @@ def _build(compiler: str, path: Path) -> None:
         _run(compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
         os.chmod(f"{folder}/native.so", 0o700)
         os.replace(f"{folder}/native.so", path)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes what compilers left that were killed; one at work is younger."""
+    for folder in cache.glob(f"{_BUILD_PREFIX}*"):
+        if time.time() - folder.stat().st_mtime > 2 * _COMPILE_TIMEOUT_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(*command: str) -> None:

@@ -1,21 +1,22 @@
 """A batch's new tokens over a paged cache, made once per step and used by every layer.
 
-Natively every new token attends by itself, over the blocks of its request: what it gets does not depend on how its
-prompt was cut into chunks, nor on its company. With torch's operations, requests with one new token are padded to
-groups and longer chunks go one by one.
+On a GPU Triton reads the cache through block tables. Natively every new token attends by itself, over the blocks of
+its request: what it gets does not depend on how its prompt was cut into chunks, nor on its company. With torch's
+operations, requests with one new token are padded to groups and longer chunks go one by one.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.native_call import NativeFunction, native_function
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
@@ -23,33 +24,12 @@ from fusionserve.kernels.paged_attention import (
     chunk_attention,
     decode_attention,
 )
+from fusionserve.kernels.paged_sequence import PackedSequence
+
+if TYPE_CHECKING:
+    from fusionserve.kernels.device.paged_launch import DeviceQueries
 
 MAX_NATIVE_DIM = 256
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSequence:
-    """One request's part of the batch: tokens [start, end), the first at `position`, and the blocks of its context."""
-
-    start: int
-    end: int
-    position: int
-    blocks: Sequence[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens."""
-        return self.end - self.start
-
-    @property
-    def length(self) -> int:
-        """Positions up to the last new token's."""
-        return self.position + self.num_tokens
-
-    def new_slots(self, block_size: int) -> Iterator[int]:
-        """The slots of the new tokens."""
-        for position in range(self.position, self.length):
-            yield self.blocks[position // block_size] * block_size + position % block_size
 
 
 class PagedBatch:
@@ -64,6 +44,7 @@ class PagedBatch:
         self.new_slots = torch.tensor(slots, dtype=torch.long, device=device)  # [num_tokens]
         self._native: list[_NativeTokens] | None = None
         self._torch: list[_PaddedGroup | _Chunk] | None = None
+        self._queries: DeviceQueries | None = None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
         """query [num_tokens, heads, dim], contiguous, over one layer's cache -> [num_tokens, heads, value_dim].
@@ -71,6 +52,9 @@ class PagedBatch:
         keys and values [num_slots, kv_heads, dim], those of the new tokens included.
         """
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
+        if uses_triton(query.device):
+            self._device_queries(query, keys).attend_(query, keys, values, options, output)
+            return output
         fits = max(query.shape[-1], values.shape[-1]) <= MAX_NATIVE_DIM and query.shape[-1] % 2 == 0
         native = native_function("attend", query) if fits else None
         if native is not None:
@@ -80,6 +64,15 @@ class PagedBatch:
             for part in self._torch_parts():
                 part.attend_(query, keys, values, options, output)
         return output
+
+    def _device_queries(self, query: Tensor, keys: Tensor) -> DeviceQueries:
+        if self._queries is None:
+            from fusionserve.kernels.device.paged_launch import DeviceQueries
+
+            sequences = self._decoding, self._chunked
+            heads = query.shape[1], keys.shape[1]
+            self._queries = DeviceQueries.make(*sequences, self._block_size, heads).to(self._device)
+        return self._queries
 
     def native_attentions(self) -> list[NativeAttention]:
         """What the native kernels are told of the tokens; it lives as long as this batch."""

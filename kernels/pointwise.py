@@ -5,24 +5,38 @@
     rotate        (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head, as in Llama
     largest       max_i x_i and its place
 
-Natively where there is a library and the type is float32 or bfloat16, else with torch's operations.
+In Triton on a GPU; natively where there is a library and the type is float32 or bfloat16; else with torch's operations.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.native_call import native_function
+
+
+@functools.cache
+def _in_triton() -> ModuleType:
+    """Imported only where it is used: a server on a CPU needs no Triton."""
+    from fusionserve.kernels.device import pointwise_launch
+
+    return pointwise_launch
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [..., width], weight [width] -> like x."""
+    if uses_triton(x.device) and weight.dtype == x.dtype:
+        normalized: Tensor = _in_triton().rms_norm(x.contiguous(), weight, epsilon)
+        return normalized
     native = native_function("rms_norm", x) if weight.dtype == x.dtype else None
     if native is None:
         return reference_rms_norm(x, weight, epsilon)
@@ -43,6 +57,9 @@ def reference_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """gate and up of one shape -> silu(gate) * up."""
+    if uses_triton(gate.device):
+        product: Tensor = _in_triton().silu_product(gate.contiguous(), up.contiguous())
+        return product
     native = native_function("silu_product", gate)
     if native is None:
         return functional.silu(gate) * up
@@ -77,6 +94,11 @@ def rotate_and_store(
     query [num_tokens, num_heads, dim], key and value [num_tokens, num_kv_heads, dim], contiguous; keys and values
     [num_slots, num_kv_heads, dim] are written to, and `query` may be.
     """
+    if uses_triton(query.device):
+        _in_triton().rotate_and_store(
+            query, key, value, keys, values, rotation.cos, rotation.sin, rotation.slots
+        )
+        return query
     native = native_function("rotate_and_store", query)
     if native is None:
         keys[rotation.slots] = rotated(key, rotation)

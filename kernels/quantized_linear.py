@@ -4,7 +4,7 @@
     x = t k      levels k = -127 .. 127; a scale t, in float32, for each 32 inputs of a token
 
 The formats are those of GGUF's Q8_0 and Q4_0 but for the type of the scales. What a token gets does not depend on its
-company. Without the processor's products of bytes (AVX-512 VNNI) the same is computed in float64, many times slower.
+company. Without native products of bytes (AVX-512 VNNI or AVX2) the same is computed in float64, many times slower.
 """
 
 from __future__ import annotations

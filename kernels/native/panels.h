@@ -13,6 +13,13 @@ constexpr Index TILE_PANELS = 3;    // panels in a tile
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096;
 
+// With 16 registers of 8 numbers, a tile of several tokens has one panel.
+#ifdef __AVX512F__
+constexpr bool HAS_MANY_REGISTERS = true;
+#else
+constexpr bool HAS_MANY_REGISTERS = false;
+#endif
+
 // One of the modules that share an input. y: [num_tokens, d_out]; add: y += instead of y =.
 struct LinearPart {
     const void* weights;  // in panels
@@ -38,6 +45,11 @@ static void all_tokens(const Product& product, const LinearPart& part, Index pan
 template <typename Product>
 static void some_panels(const Product& product, const LinearPart& part, Index first) {
     const Index left = part.d_out / PANEL - first;
+    if (!HAS_MANY_REGISTERS && product.num_tokens > 1) {
+        for (Index panel = first; panel < first + std::min(left, TILE_PANELS); ++panel)
+            all_tokens<1>(product, part, panel);
+        return;
+    }
     if (left >= 3) return all_tokens<3>(product, part, first);
     if (left == 2) return all_tokens<2>(product, part, first);
     all_tokens<1>(product, part, first);

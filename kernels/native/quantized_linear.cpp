@@ -4,19 +4,18 @@
 //     x = t k         levels k = -127 .. 127; a scale t (float32) per 32 inputs of a token
 //     y = sum over groups of s t (sum l k - m sum k)
 //
-// The sums of a group are exact integers, which is what the processor's product of four bytes at a time gives. Packed:
+// The sums of a group are exact integers, which is what products of four bytes at a time give (bytes.h). Packed:
 // panels of 16 outputs; in a panel, for each group, for each four inputs, the 16 outputs' levels: [d_out / 16][d_in / 32]
 // [8][16][4]. With 4 bits a byte holds one input's level in its low half and the one's four inputs later in its high half:
 // [4][16][4]. Scales: [d_out / 16][d_in / 32][16]. A tile of 4 tokens by 3 panels keeps 12 sums of a group and 12 of all.
 
-#include "lanes.h"
+#include "bytes.h"
 #include "panels.h"
 #include "tokens.h"
 
 #include <vector>
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
+#ifdef HAS_BYTE_PRODUCTS
 
 constexpr Index GROUP = 32;       // inputs that share a scale
 constexpr float LEAST = 1e-30f;  // a group with nothing as large is zeros: 127 / largest would overflow
@@ -31,20 +30,27 @@ struct QuantizedTokens {
 // Numbers that are not finite make the group's scale not finite, and so every output of the token.
 template <typename Number>
 static inline void quantize_group(const Number* x, int8_t* levels, float* scale, int32_t* sum) {
-    const __m512 low = (__m512)load_lanes(x), high = (__m512)load_lanes(x + LANES);
     // As integers, magnitudes are in the order of the numbers; infinity and what is not a number come last.
-    const __m512i magnitudes = _mm512_max_epi32((__m512i)_mm512_abs_ps(low), (__m512i)_mm512_abs_ps(high));
-    const int32_t bits = _mm512_reduce_max_epi32(magnitudes);
+    float numbers[GROUP];
+    int32_t largest_bits = 0;
+    for (Index i = 0; i < GROUP; ++i) {
+        numbers[i] = to_float(x[i]);
+        int32_t bits;
+        std::memcpy(&bits, &numbers[i], sizeof bits);
+        largest_bits = std::max(largest_bits, bits & 0x7fffffff);
+    }
     float largest;
-    std::memcpy(&largest, &bits, sizeof largest);
+    std::memcpy(&largest, &largest_bits, sizeof largest);
     const bool has_levels = largest >= LEAST && largest < INFINITY;
-    const __m512 inverse = _mm512_set1_ps(has_levels ? 127.0f / largest : 0.0f);
-    const __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
-    const __m512i last = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(levels), _mm512_cvtepi32_epi8(first));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(levels + LANES), _mm512_cvtepi32_epi8(last));
+    const float inverse = has_levels ? 127.0f / largest : 0.0f;
+    int32_t total = 0;
+    for (Index i = 0; i < GROUP; ++i) {
+        const auto level = static_cast<int32_t>(std::nearbyint(has_levels ? numbers[i] * inverse : 0.0f));
+        levels[i] = static_cast<int8_t>(level);
+        total += level;
+    }
     *scale = largest / 127.0f;
-    *sum = has_levels ? _mm512_reduce_add_epi32(_mm512_add_epi32(first, last)) : 0;
+    *sum = total;
 }
 
 template <typename Number>
@@ -66,7 +72,6 @@ static void quantize(const Tokens& tokens, QuantizedTokens& result) {
 template <int BITS, typename Number>
 struct ByteProduct {
     static constexpr int MOST_TOKENS = 4;
-    static constexpr int MIDDLE = 1 << (BITS - 1);
     static constexpr Index STEPS = BITS;  // loads of 64 bytes per group and panel
     static constexpr Index GROUP_BYTES = GROUP * PANEL * BITS / 8;
     const QuantizedTokens& tokens;
@@ -77,66 +82,65 @@ struct ByteProduct {
         const Index num_groups = d_in / GROUP, panel_bytes = num_groups * GROUP_BYTES;
         const uint8_t* weights = static_cast<const uint8_t*>(part.weights) + panel * panel_bytes;
         const auto* scales = static_cast<const BFloat16*>(part.scales) + panel * num_groups * PANEL;
-        Lanes totals[TOKENS][PANELS] = {};
+        Totals totals[TOKENS][PANELS] = {};
         for (Index group = 0; group < num_groups; ++group) {
-            __m512i sums[TOKENS][PANELS];
+            Sums sums[TOKENS][PANELS];
 #pragma GCC unroll 4
             for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 3
                 for (int p = 0; p < PANELS; ++p)
-                    sums[t][p] = _mm512_set1_epi32(-MIDDLE * tokens.sums[(token + t) * num_groups + group]);
+                    sums[t][p] = first_sums<BITS>(tokens.sums[(token + t) * num_groups + group]);
             const int8_t* inputs = &tokens.levels[token * d_in + group * GROUP];
 #pragma GCC unroll 8
             for (Index step = 0; step < STEPS; ++step) {
-                __m512i levels[PANELS];
+                Levels levels[PANELS];
 #pragma GCC unroll 3
                 for (int p = 0; p < PANELS; ++p) {
                     const uint8_t* here = weights + p * panel_bytes + group * GROUP_BYTES + step * 64;
-                    levels[p] = _mm512_loadu_si512(here);
+                    levels[p] = load_levels(here);
                     if (token == 0)
                         prefetch_panel(here, panel_bytes - group * GROUP_BYTES - (step + 1) * 64, panel_bytes, PANELS);
                 }
-                add_step<TOKENS, PANELS>(sums, levels, inputs, step);
+                add_step(sums, levels, inputs, step);
             }
 #pragma GCC unroll 3
             for (int p = 0; p < PANELS; ++p) {
-                const Lanes scale = load_lanes(scales + (p * num_groups + group) * PANEL);
+                const Totals scale = load_scales(scales + (p * num_groups + group) * PANEL);
 #pragma GCC unroll 4
                 for (int t = 0; t < TOKENS; ++t)
-                    totals[t][p] += (Lanes)_mm512_cvtepi32_ps(sums[t][p]) *
-                                    (scale * tokens.scales[(token + t) * num_groups + group]);
+                    totals[t][p] = add_scaled(totals[t][p], sums[t][p], scale,
+                                              tokens.scales[(token + t) * num_groups + group]);
             }
         }
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 3
-            for (int p = 0; p < PANELS; ++p) finish<Number>(totals[t][p], part, token + t, (panel + p) * PANEL);
+            for (int p = 0; p < PANELS; ++p)
+                finish<Number>(to_lanes(totals[t][p]), part, token + t, (panel + p) * PANEL);
     }
 
     // The four inputs of a step, or the eight whose levels share its bytes.
     template <int TOKENS, int PANELS>
-    void add_step(__m512i (&sums)[TOKENS][PANELS], const __m512i* levels, const int8_t* inputs, Index step) const {
+    void add_step(Sums (&sums)[TOKENS][PANELS], const Levels* levels, const int8_t* inputs, Index step) const {
         if constexpr (BITS == 8) return add_four(sums, levels, inputs + 4 * step);
-        const __m512i low_half = _mm512_set1_epi8(15);
-        __m512i low[PANELS], high[PANELS];
+        Levels lower[PANELS], upper[PANELS];
 #pragma GCC unroll 3
         for (int p = 0; p < PANELS; ++p) {
-            low[p] = _mm512_and_si512(levels[p], low_half);
-            high[p] = _mm512_and_si512(_mm512_srli_epi16(levels[p], 4), low_half);
+            lower[p] = lower_halves(levels[p]);
+            upper[p] = upper_halves(levels[p]);
         }
-        add_four(sums, low, inputs + 8 * step);
-        add_four(sums, high, inputs + 8 * step + 4);
+        add_four(sums, lower, inputs + 8 * step);
+        add_four(sums, upper, inputs + 8 * step + 4);
     }
 
     template <int TOKENS, int PANELS>
-    void add_four(__m512i (&sums)[TOKENS][PANELS], const __m512i* levels, const int8_t* inputs) const {
+    void add_four(Sums (&sums)[TOKENS][PANELS], const Levels* levels, const int8_t* inputs) const {
 #pragma GCC unroll 4
         for (int t = 0; t < TOKENS; ++t) {
             int four;
             std::memcpy(&four, inputs + t * d_in, sizeof four);
-            const __m512i all = _mm512_set1_epi32(four);
 #pragma GCC unroll 3
-            for (int p = 0; p < PANELS; ++p) sums[t][p] = _mm512_dpbusd_epi32(sums[t][p], levels[p], all);
+            for (int p = 0; p < PANELS; ++p) sums[t][p] = add_products<BITS>(sums[t][p], levels[p], four);
         }
     }
 };

@@ -18,8 +18,14 @@ def run(script: str, cache: Path, **environment: str) -> subprocess.CompletedPro
 
 
 def test_library_is_built_once_and_kept(tmp_path: Path) -> None:
+    cache = tmp_path / "fusionserve"
+    abandoned = cache / "build-of-a-killed-compiler"
+    abandoned.mkdir(parents=True)
+    (abandoned / "linear.o").write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    cache.chmod(0o700)
     assert run(PRINT, tmp_path).stdout == "True\n"
-    (kept,) = (tmp_path / "fusionserve").iterdir()
+    (kept,) = cache.iterdir()
     changed = kept.stat().st_mtime_ns
     assert run(PRINT, tmp_path).stdout == "True\n"
     assert kept.stat().st_mtime_ns == changed

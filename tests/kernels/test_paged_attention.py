@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paged_sequences import make_sequences
 from torch import Tensor
 
 from fusionserve.kernels.paged_attention import (
@@ -13,7 +14,8 @@ from fusionserve.kernels.paged_attention import (
     decode_attention,
     reference_attention,
 )
-from fusionserve.kernels.paged_batch import PackedSequence, PagedBatch, slots_of_blocks
+from fusionserve.kernels.paged_batch import PagedBatch, slots_of_blocks
+from fusionserve.kernels.paged_sequence import PackedSequence
 
 NUM_SLOTS = 200
 KEY_DIM, VALUE_DIM = 8, 6
@@ -104,17 +106,6 @@ NATIVE_HEADS = [
     (6, 2, 256, 256),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-def make_sequences(parts: tuple[tuple[int, int], ...], block_size: int) -> list[PackedSequence]:
-    """(position, new tokens) of each; scattered blocks, no block twice."""
-    sizes = [-(-(position + count) // block_size) for position, count in parts]
-    blocks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(2)).tolist()
-    sequences, token, block = [], 0, 0
-    for (position, count), size in zip(parts, sizes, strict=True):
-        sequences.append(PackedSequence(token, token + count, position, blocks[block : block + size]))
-        token, block = token + count, block + size
-    return sequences
 
 
 DECODING = ((0, 1), (3, 1), (4, 1), (15, 1), (16, 1), (32, 1), (69, 1), (5, 1), (30, 1))

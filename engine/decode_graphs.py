@@ -1,0 +1,206 @@
+"""Decoding steps on a GPU, recorded once per size as CUDA graphs and replayed on buffers of their own.
+
+A graph has the kernels of a forward pass with all their addresses, so a step costs one launch instead of thousands.
+What changes from step to step is copied into its buffers first: tokens, positions, slots, block tables, and the tables
+of adapted tokens. Buffers are padded: what is not a token of a request writes to a block that is nobody's. A step
+without adapters replays a graph without their kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fusionserve.adapters.fused_tokens import FusedRange
+from fusionserve.adapters.row_plan import AdaptedTokens, RowPlan
+from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.device_plan import DevicePlanner
+from fusionserve.kernels.device.paged_launch import DeviceBatch, DeviceQueries, QueryTables, make_query_tables
+from fusionserve.kernels.device.rank_items import RankItems, RankTables
+from fusionserve.kernels.device.triton_use import num_lanes
+from fusionserve.kernels.paged_sequence import PackedSequence
+
+_LEAST_ITEMS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSize:
+    """What a graph has room for: powers of two, or nothing of its kind."""
+
+    num_tokens: int
+    num_items: int = 0
+    num_fused: int = 0  # tokens of fusions
+    num_groups: int = 0
+    num_member_rows: int = 0
+    fusion_width: int = 0
+
+    @classmethod
+    def of(cls, num_tokens: int, tables: RankTables | None, most_members: int) -> GraphSize:
+        """The least size that holds a step."""
+        if tables is None:
+            return cls(num_lanes(num_tokens))
+        return cls(
+            num_lanes(num_tokens),
+            num_items=num_lanes(len(tables.items), _LEAST_ITEMS),
+            num_fused=_room(len(tables.fused)),
+            num_groups=_room(len(tables.groups)),
+            num_member_rows=_room(len(tables.member_of_row)),
+            fusion_width=_room(most_members),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One new token of each request: ids, packed places, and what adapts them."""
+
+    token_ids: Sequence[int]
+    sequences: Sequence[PackedSequence]
+    adapted: Sequence[AdaptedTokens]
+    fused: Sequence[FusedRange]
+
+
+class DecodeGraphs:
+    """The graphs of one base, each recorded when its size is first met. `trash_block` may be written by anybody."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        caches: Mapping[nn.Module, LayerCache],
+        planner: DevicePlanner,
+        *,
+        block_size: int,
+        trash_block: int,
+    ) -> None:
+        self._base, self._caches, self._planner = base, caches, planner
+        self._block_size, self._trash_block = block_size, trash_block
+        self._graphs: dict[GraphSize, _Graph] = {}
+        self._layout = base.pool.layout
+        self._memory = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
+
+    def record_base(self, max_tokens: int) -> None:
+        """Records the graphs of steps without adapters, with a progress bar on a terminal."""
+        sizes = [1 << power for power in range(num_lanes(max_tokens).bit_length())]
+        for num_tokens in tqdm(sizes, desc="recording steps", disable=None, leave=False):
+            self._graph(GraphSize(num_tokens))
+
+    def run(self, step: DecodeStep) -> Tensor:
+        """Logits [num_tokens, vocab] of the step, in memory that the next one overwrites."""
+        tables = self._planner.tables(step.adapted, step.fused)
+        most_members = max((tokens.rows.num_members for tokens in step.fused), default=0)
+        graph = self._graph(GraphSize.of(len(step.token_ids), tables, most_members))
+        graph.fill(step, tables)
+        graph.replay()
+        if graph.items is not None:
+            self._planner.collect_weights(step.fused, graph.items)
+        return graph.logits[: len(step.token_ids)]
+
+    def _graph(self, size: GraphSize) -> _Graph:
+        if self._layout != self._base.pool.layout:  # tensors were allocated: their addresses are in no graph
+            self._graphs, self._layout = {}, self._base.pool.layout
+        if size not in self._graphs:
+            self._graphs[size] = _Graph(self, size)
+        return self._graphs[size]
+
+    def make_buffers(self, num_tokens: int) -> tuple[Tensor, DeviceQueries]:
+        """Ids, positions and slots [3, num_tokens], and the tables of queries: all of nobody."""
+        device = self._base.device
+        width = -(-self._base.max_context_tokens // self._block_size)
+        numbers = torch.zeros(3, num_tokens, dtype=torch.long, device=device)
+        numbers[2] = self._trash_block * self._block_size
+        tiles = torch.zeros(num_tokens, 4, dtype=torch.int32, device=device)
+        blocks = torch.zeros(num_tokens, width, dtype=torch.int32, device=device)
+        nothing = QueryTables(tiles[:0], blocks[:0], 1)
+        return numbers, DeviceQueries(QueryTables(tiles, blocks, 1), nothing, self._block_size)
+
+    def make_items(self, size: GraphSize) -> RankItems | None:
+        """Tables of adapted tokens that hold nothing, and their scratch."""
+        if not size.num_items:
+            return None
+        return self._planner.empty_items(
+            num_tiles=size.num_items,
+            num_items=size.num_items,
+            num_groups=size.num_groups,
+            num_fused=size.num_fused,
+            num_member_rows=size.num_member_rows,
+            fusion_width=size.fusion_width,
+        )
+
+    def forward(self, numbers: Tensor, queries: DeviceQueries, items: RankItems | None) -> Tensor:
+        """Logits [num_tokens, vocab] of all buffers' tokens."""
+        base = self._base
+        num_tokens = numbers.shape[1]
+        with base.planned(RowPlan(num_tokens, items=items)):
+            output = base.model(
+                input_ids=numbers[0][None],
+                position_ids=numbers[1][None],
+                use_cache=False,
+                attention_batch=AttentionBatch(self._caches, DeviceBatch(queries, numbers[2])),
+            )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        """What does the same again. On a CPU, where Triton interprets, that is the function itself."""
+        if self._base.device.type != "cuda":
+            return function
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()  # compiles kernels, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            function()
+        return graph.replay
+
+
+class _Graph:
+    """One size: buffers, and the pass over them."""
+
+    def __init__(self, graphs: DecodeGraphs, size: GraphSize) -> None:
+        self._numbers, self._queries = graphs.make_buffers(size.num_tokens)
+        self._nobody = self._numbers.clone()
+        self.items = graphs.make_items(size)
+        self.logits = self._numbers.new_empty(0)
+
+        def compute() -> None:
+            self.logits = graphs.forward(self._numbers, self._queries, self.items)
+
+        self.replay = graphs.record(compute)
+
+    def fill(self, step: DecodeStep, tables: RankTables | None) -> None:
+        """Copies a step into the buffers; what it does not fill is nobody's."""
+        num_tokens, block_size = len(step.token_ids), self._queries.block_size
+        slots = [slot for sequence in step.sequences for slot in sequence.new_slots(block_size)]
+        positions = [sequence.position for sequence in step.sequences]
+        self._numbers.copy_(self._nobody)
+        _copy(torch.tensor([list(step.token_ids), positions, slots]), self._numbers[:, :num_tokens])
+        singles = self._queries.singles
+        queries = make_query_tables(step.sequences, 1, singles.blocks.shape[1])
+        singles.tiles.zero_()
+        _copy(queries.tiles, singles.tiles[:num_tokens])
+        _copy(queries.blocks, singles.blocks[:num_tokens])
+        if self.items is not None and tables is not None:
+            _fill_tables(self.items.tables, tables)
+
+
+def _fill_tables(buffers: RankTables, tables: RankTables) -> None:
+    for each in fields(RankTables):
+        buffer, table = getattr(buffers, each.name), getattr(tables, each.name)
+        buffer.zero_()
+        _copy(table, buffer[: len(table)])
+    buffers.fused[len(tables.fused) :, 0] = -1
+
+
+def _copy(source: Tensor, buffer: Tensor) -> None:
+    """From the host; pinned, so that nobody waits for it."""
+    buffer.copy_(source.pin_memory() if buffer.is_cuda else source, non_blocking=True)
+
+
+def _room(count: int) -> int:
+    return num_lanes(count) if count else 0

@@ -1,0 +1,75 @@
+"""Plans the adapted tokens of a step for the kernels of one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+
+from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.adapters.fused_tokens import FusedRange
+from fusionserve.adapters.rank_tables import collect_weights, make_tables
+from fusionserve.adapters.row_plan import AdaptedTokens
+from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
+from fusionserve.kernels.device.triton_use import num_lanes
+
+
+class DevicePlanner:
+    """Makes the items of a step on the device, for modules of one base."""
+
+    def __init__(self, modules: BaseModules, like: torch.Tensor) -> None:
+        self._like = like
+        self._module_ids = {path: index for index, path in enumerate(modules.by_path)}
+        self._max_d_in = max(module.d_in for module in modules.by_path.values())
+
+    def items(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankItems | None:
+        """The items of adapted tokens, in ascending order, and of fused ones; None if there are neither."""
+        tables = self.tables(adapted, fused)
+        most_members = max((tokens.rows.num_members for tokens in fused), default=0)
+        return None if tables is None else self._items(tables, num_lanes(most_members) if fused else 0)
+
+    def tables(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankTables | None:
+        """The tables of the items, on the host."""
+        return make_tables(adapted, fused, self._module_ids) if adapted or fused else None
+
+    def empty_items(
+        self,
+        *,
+        num_tiles: int,
+        num_items: int,
+        num_groups: int,
+        num_fused: int,
+        num_member_rows: int,
+        fusion_width: int,
+    ) -> RankItems:
+        """Items with tables of these sizes that hold nothing."""
+        num_modules = len(self._module_ids)
+        tables = RankTables(
+            tiles=torch.zeros(num_tiles, 4, dtype=torch.int32),
+            items=torch.zeros(num_items, 6, dtype=torch.int32),
+            given=torch.zeros(num_items, BLOCK, BLOCK),
+            groups=torch.zeros(num_groups, 5, dtype=torch.int32),
+            fused=torch.full((num_fused, 4), -1, dtype=torch.int64),
+            member_of_row=torch.zeros(num_member_rows, dtype=torch.int32),
+            attends=torch.zeros(num_groups, num_modules, dtype=torch.int32),
+            present=torch.zeros(num_groups, num_modules, dtype=torch.int64),
+        )
+        return self._items(tables, fusion_width)
+
+    def _items(self, tables: RankTables, fusion_width: int) -> RankItems:
+        return RankItems(
+            self._to_device(tables),
+            self._like,
+            max_d_in=self._max_d_in,
+            module_ids=self._module_ids,
+            fusion_width=fusion_width,
+        )
+
+    def collect_weights(self, fused: Sequence[FusedRange], items: RankItems) -> None:
+        """Gives the fused tokens that the items were made of their fusion weights."""
+        collect_weights(fused, items)
+
+    def _to_device(self, tables: RankTables) -> RankTables:
+        device = self._like.device
+        return RankTables(**{each.name: getattr(tables, each.name).to(device) for each in fields(tables)})

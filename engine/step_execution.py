@@ -1,0 +1,106 @@
+"""Running a batch so that what goes wrong with one request stays that request's own.
+
+A step that raised is computed again without the culprit: keys and values are written to the same slots and the next
+token is a function of its request, so computing twice changes nothing. A step that fails for want of memory loses its
+newest requests, one, two, four and so on, until the rest fits; any other failure is narrowed down by halves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fusionserve.adapters.pool_ledger import PoolLedger
+from fusionserve.engine.model_runner import ChunkResult
+from fusionserve.engine.request import Generation
+from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.failpoints import reach_failpoint
+from fusionserve.kernels.torch_errors import is_device_lost, is_out_of_memory
+
+_log = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """Carries out a scheduled batch: the model runner, or a fake in tests."""
+
+    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
+        """One result per chunk."""
+
+
+@dataclass(slots=True)
+class StepResults:
+    """What came of a batch: results, and the generations that cannot go on."""
+
+    results: list[ChunkResult] = field(default_factory=list)
+    failed: set[Generation] = field(default_factory=set)
+    without_memory: set[Generation] = field(default_factory=set)
+
+
+class StepExecution:
+    """Executes batches whose pool changes are `ledger`'s."""
+
+    def __init__(self, runner: Runner, ledger: PoolLedger) -> None:
+        self._runner = runner
+        self._ledger = ledger
+
+    def execute(self, batch: ScheduledBatch) -> StepResults:
+        """The results of the batch. Raises only if the device is lost."""
+        step = StepResults()
+        self._run(batch, step)
+        if step.failed:
+            ids = ", ".join(generation.request_id for generation in step.failed)
+            _log.error("requests that failed alone, too, and end: %s", ids)
+        if step.without_memory:
+            ids = ", ".join(generation.request_id for generation in step.without_memory)
+            _log.error("requests ended for want of memory: %s", ids)
+        return step
+
+    def _run(self, batch: ScheduledBatch, step: StepResults) -> None:
+        try:
+            reach_failpoint("engine.step")
+            step.results += self._runner.execute(batch)
+        except Exception as error:
+            if is_device_lost(error):
+                raise
+            self._ledger.repeat_writes()  # nobody knows which of the copies were made
+            if is_out_of_memory(error):
+                _log.warning("a step of %d requests ran out of memory", len(batch.chunks))
+                self._run_fewer(batch.chunks, step)
+            else:
+                _log.exception("a step of %d requests failed", len(batch.chunks))
+                self._run_halves(batch.chunks, step)
+
+    def _run_fewer(self, chunks: Sequence[ScheduledChunk], step: StepResults) -> None:
+        """Ends the newest generations until the rest fits; `chunks` have just failed."""
+        kept = sorted({chunk.request.generation for chunk in chunks}, key=lambda g: g.requests[0].order)
+        num_ended = 1
+        while len(kept) > num_ended:
+            step.without_memory.update(kept[-num_ended:])
+            kept = kept[:-num_ended]
+            num_ended *= 2
+            try:
+                step.results += self._runner.execute(self._batch(chunks, kept))
+                return
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                self._ledger.repeat_writes()
+        step.without_memory.update(kept)
+
+    def _run_halves(self, chunks: Sequence[ScheduledChunk], step: StepResults) -> None:
+        """Finds the culprit; `chunks` have just failed."""
+        generations = list(dict.fromkeys(chunk.request.generation for chunk in chunks))
+        if len(generations) <= 1:
+            step.failed.update(generations)
+            return
+        middle = len(generations) // 2
+        for half in (generations[:middle], generations[middle:]):
+            self._run(self._batch(chunks, half), step)
+
+    def _batch(self, chunks: Sequence[ScheduledChunk], kept: Sequence[Generation]) -> ScheduledBatch:
+        """The chunks of some generations; it copies to the pool whatever was not copied for sure."""
+        members = set(kept)
+        chosen = tuple(chunk for chunk in chunks if chunk.request.generation in members)
+        return ScheduledBatch(chosen, self._ledger.take_changes())

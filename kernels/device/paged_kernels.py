@@ -1,0 +1,152 @@
+"""Attention over a paged cache in Triton, for single tokens and for chunks of prompts alike.
+
+    o_t = softmax_j(scale * q_t . k_j) v_j     over j <= t of the token's own request, j > t - window with a window
+
+The query heads that share a key-value head are rows of one product, so keys and values are read once for all of them.
+The softmax runs along the context in blocks, over which SPLITS programs take turns; `combine_kernel` joins their parts.
+`paged_attention.py` has the definition and the layout of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_slots(
+    cache: Any, slots: Any, inside: Any, DIM: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr
+) -> Any:
+    """Keys or values of slots: [slots, LANES], zeros beyond DIM and where not inside."""
+    dims = tl.arange(0, LANES)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    found = tl.load(cache + slots[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+    if WIDE:
+        found = found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def _capped(scores: Any, softcap: Any, HAS_SOFTCAP: tl.constexpr) -> Any:
+    """cap * tanh(s / cap), if there is a cap."""
+    if HAS_SOFTCAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    return scores
+
+
+@triton.jit
+def _join(scores: Any, value: Any, best: Any, total: Any, output: Any) -> Any:
+    """The softmax so far, with one block of scores and values more."""
+    highest = tl.maximum(best, tl.max(scores, axis=1))
+    ground = tl.where(highest == float("-inf"), 0.0, highest)
+    powers, shrinkage = tl.exp(scores - ground[:, None]), tl.exp(best - ground)
+    output = tl.dot(powers.to(value.dtype), value, output * shrinkage[:, None], input_precision="ieee")
+    return highest, total * shrinkage + tl.sum(powers, axis=1), output
+
+
+@triton.jit
+def attend_kernel(
+    query: Any,
+    keys: Any,
+    values: Any,
+    parts: Any,
+    statistics: Any,
+    tiles: Any,
+    tables: Any,
+    table_width: int,
+    num_tokens: int,
+    num_kv_heads: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    HEADS_PER_KV: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DIM_LANES: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+) -> None:
+    """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tokens, heads, VALUE_DIM] and their statistics.
+
+    `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the sum of the powers, with which a part is to
+    be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
+    [requests, table_width] with the request's blocks. `window` is 0 for none. Programs (tile, kv head, split).
+    """
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_own, position = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    if num_own > 0:
+        tables += tl.load(tiles + tile * 4 + 3).to(tl.int64) * table_width
+        rows = tl.arange(0, TOKENS * GROUP)
+        token, head = rows // GROUP, rows % GROUP
+        here = (token < num_own) & (head < HEADS_PER_KV)
+        row = (
+            (tl.load(tiles + tile * 4) + token).to(tl.int64) * num_kv_heads + kv_head
+        ) * HEADS_PER_KV + head
+        q = _load_slots(query, row, here, DIM, DIM_LANES, WIDE_DOT)
+        best = tl.full((TOKENS * GROUP,), float("-inf"), tl.float32)
+        total = tl.zeros((TOKENS * GROUP,), tl.float32)
+        output = tl.zeros((TOKENS * GROUP, VALUE_LANES), tl.float32)
+        begin = tl.where(window > 0, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N, 0)
+        for start in range(begin + split * BLOCK_N, position + num_own, SPLITS * BLOCK_N):
+            positions = start + tl.arange(0, BLOCK_N)
+            inside = positions < position + num_own
+            blocks = tl.load(tables + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+            slots = (blocks * BLOCK_SIZE + positions % BLOCK_SIZE) * num_kv_heads + kv_head
+            key = _load_slots(keys, slots, inside, DIM, DIM_LANES, WIDE_DOT)
+            value = _load_slots(values, slots, inside, VALUE_DIM, VALUE_LANES, WIDE_DOT)
+            scores = tl.dot(q, tl.trans(key), input_precision="ieee") * scale
+            distance = (position + token)[:, None] - positions[None, :]
+            may = (distance >= 0) & ((window == 0) | (distance < window))
+            scores = tl.where(may, _capped(scores, softcap, HAS_SOFTCAP), float("-inf"))
+            best, total, output = _join(scores, value, best, total, output)
+        row += split.to(tl.int64) * num_tokens * num_kv_heads * HEADS_PER_KV
+        value_dims = tl.arange(0, VALUE_LANES)
+        mask = here[:, None] & (value_dims < VALUE_DIM)[None, :]
+        tl.store(parts + row[:, None] * VALUE_DIM + value_dims[None, :], output, mask=mask)
+        tl.store(statistics + row * 2, best, mask=here)
+        tl.store(statistics + row * 2 + 1, total, mask=here)
+
+
+@triton.jit
+def combine_kernel(
+    parts: Any,
+    statistics: Any,
+    output: Any,
+    tiles: Any,
+    num_rows: int,
+    num_heads: int,
+    VALUE_DIM: tl.constexpr,
+    VALUE_LANES: tl.constexpr,
+    HEAD_LANES: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """output [num_tokens, num_heads, VALUE_DIM] from the parts of its num_rows rows; programs (tile, token of it)."""
+    tile, lane = tl.program_id(0), tl.program_id(1)
+    if lane < tl.load(tiles + tile * 4 + 1):
+        token = (tl.load(tiles + tile * 4) + lane).to(tl.int64)
+        heads, dims = tl.arange(0, HEAD_LANES), tl.arange(0, VALUE_LANES)
+        row, here = token * num_heads + heads, heads < num_heads
+        best = tl.load(statistics + row * 2, mask=here, other=0.0)
+        for split in range(1, SPLITS):
+            best = tl.maximum(best, tl.load(statistics + (split * num_rows + row) * 2, mask=here, other=0.0))
+        total = tl.zeros((HEAD_LANES,), tl.float32)
+        joined = tl.zeros((HEAD_LANES, VALUE_LANES), tl.float32)
+        mask = here[:, None] & (dims < VALUE_DIM)[None, :]
+        for split in range(SPLITS):
+            own = split * num_rows + row
+            share = tl.exp(tl.load(statistics + own * 2, mask=here, other=float("-inf")) - best)
+            total += share * tl.load(statistics + own * 2 + 1, mask=here, other=0.0)
+            cells = own[:, None] * VALUE_DIM + dims[None, :]
+            joined += share[:, None] * tl.load(parts + cells, mask=mask, other=0.0)
+        joined = joined / tl.where(here, total, 1.0)[:, None]
+        tl.store(
+            output + row[:, None] * VALUE_DIM + dims[None, :], joined.to(output.dtype.element_ty), mask=mask
+        )

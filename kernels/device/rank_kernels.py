@@ -1,0 +1,169 @@
+"""The one equation in Triton: items of up to 16 tokens by 16 rank rows, for the modules of a group at once.
+
+    u_itj = A_(row j of item i) x_t + a_j                 shrink, in SPLITS partial sums over the input
+    y_t   = y_t + sum_ij c_itj u_itj B_(row j of item i)  expand, over the items of the token's tile
+
+Nothing is padded to the widest adapter: a rank of r takes ceil(r / 16) items, base tokens take none. The order of a sum
+depends on its item alone, so a token gets the same in any company. `rank_items.py` has the layout of the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def pick(place: Any, first: Any, second: Any, third: Any) -> Any:
+    """What belongs to a module of the group."""
+    chosen = first
+    if place == 1:
+        chosen = second
+    if place == 2:
+        chosen = third
+    return chosen
+
+
+@triton.jit
+def shrink_kernel(
+    x: Any,
+    u: Any,
+    items: Any,
+    attends: Any,
+    rows_0: Any,
+    rows_1: Any,
+    rows_2: Any,
+    bias_0: Any,
+    bias_1: Any,
+    bias_2: Any,
+    modules: Any,
+    d_in: int,
+    num_items: int,
+    num_modules: int,
+    SPLITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+) -> None:
+    """x [num_tokens, d_in] -> u [places, SPLITS, num_items, 16, 16]; programs (item, split, place).
+
+    The rows of a fusion's scores are wanted only where `attends` [groups, num_modules] says so.
+    """
+    item, split, place = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token_start, num_tokens = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
+    row_start, num_rows = tl.load(items + item * 6 + 2), tl.load(items + item * 6 + 3)
+    is_wanted = num_tokens > 0
+    if tl.load(items + item * 6 + 5) != 0:
+        group = tl.load(items + item * 6 + 4)
+        module = tl.load(modules + place)
+        is_wanted = tl.load(attends + group * num_modules + module) != 0
+    if is_wanted:
+        lanes = tl.arange(0, 16)
+        here, rows_here = lanes < num_tokens, lanes < num_rows
+        x_rows = x + (token_start + lanes).to(tl.int64)[:, None] * d_in
+        a_rows = pick(place, rows_0, rows_1, rows_2) + (row_start + lanes).to(tl.int64)[:, None] * d_in
+        sums = tl.zeros((16, 16), tl.float32)
+        for start in range(split * BLOCK_K, d_in, SPLITS * BLOCK_K):
+            columns = start + tl.arange(0, BLOCK_K)
+            inside = (columns < d_in)[None, :]
+            tokens = tl.load(x_rows + columns[None, :], mask=here[:, None] & inside, other=0.0)
+            rows = tl.load(a_rows + columns[None, :], mask=rows_here[:, None] & inside, other=0.0)
+            if WIDE_DOT:
+                tokens, rows = tokens.to(tl.float32), rows.to(tl.float32)
+            sums = tl.dot(tokens, tl.trans(rows), sums, input_precision="ieee")
+        if split == 0:
+            bias = pick(place, bias_0, bias_1, bias_2) + row_start + lanes
+            sums += tl.load(bias, mask=rows_here, other=0.0).to(tl.float32)[None, :]
+        block = u + ((place * SPLITS + split) * num_items + item) * 256
+        tl.store(block + lanes[:, None] * 16 + lanes[None, :], sums)
+
+
+@triton.jit
+def shrink_ids_kernel(ids: Any, u: Any, items: Any, rows: Any, bias: Any, vocab: int) -> None:
+    """The shrink of one-hot inputs: token ids [num_tokens] -> u [num_items, 16, 16]; programs (item,)."""
+    item = tl.program_id(0)
+    token_start, num_tokens = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
+    row_start, num_rows = tl.load(items + item * 6 + 2), tl.load(items + item * 6 + 3)
+    lanes = tl.arange(0, 16)
+    here, rows_here = lanes < num_tokens, lanes < num_rows
+    columns = tl.load(ids + token_start + lanes, mask=here, other=0)
+    addresses = rows + (row_start + lanes).to(tl.int64)[None, :] * vocab + columns[:, None]
+    found = tl.load(addresses, mask=here[:, None] & rows_here[None, :], other=0.0).to(tl.float32)
+    found += tl.load(bias + row_start + lanes, mask=rows_here, other=0.0).to(tl.float32)[None, :]
+    tl.store(u + item * 256 + lanes[:, None] * 16 + lanes[None, :], found)
+
+
+@triton.jit
+def _weighted(
+    u: Any,
+    items: Any,
+    given: Any,
+    attended: Any,
+    item: Any,
+    place: Any,
+    scale: Any,
+    num_items: Any,
+    SPLITS: tl.constexpr,
+) -> Any:
+    """c u of an item, [16, 16]: exactly zero where the coefficient is, whatever u is."""
+    lanes = tl.arange(0, 16)
+    cells = item * 256 + lanes[:, None] * 16 + lanes[None, :]
+    shrunk = tl.zeros((16, 16), tl.float32)
+    for split in range(SPLITS):
+        shrunk += tl.load(u + (place * SPLITS + split) * num_items * 256 + cells)
+    if tl.load(items + item * 6 + 4) >= 0:
+        coefficients = tl.load(attended + place * num_items * 256 + cells)
+    else:
+        coefficients = tl.load(given + cells)
+    return tl.where(coefficients != 0, shrunk * coefficients * scale, 0.0)
+
+
+@triton.jit
+def expand_kernel(
+    u: Any,
+    items: Any,
+    tiles: Any,
+    given: Any,
+    attended: Any,
+    y_0: Any,
+    y_1: Any,
+    y_2: Any,
+    rows_0: Any,
+    rows_1: Any,
+    rows_2: Any,
+    d_out_0: int,
+    d_out_1: int,
+    d_out_2: int,
+    num_items: int,
+    scale: float,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE_DOT: tl.constexpr,
+) -> None:
+    """y [num_tokens, d_out] of each module gets the items' parts; programs (tile, block of outputs, place).
+
+    Coefficients are `given` [num_items, 16, 16], or those `attended` [places, num_items, 16, 16] of a fusion.
+    """
+    tile, place = tl.program_id(0), tl.program_id(2)
+    token_start, num_tokens = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    d_out = pick(place, d_out_0, d_out_1, d_out_2)
+    if (num_tokens > 0) & (tl.program_id(1) * BLOCK_N < d_out):
+        lanes = tl.arange(0, 16)
+        outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (outputs < d_out)[None, :]
+        b_rows = pick(place, rows_0, rows_1, rows_2) + outputs[None, :]
+        sums = tl.zeros((16, BLOCK_N), tl.float32)
+        for item in range(tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)):
+            row_start, num_rows = tl.load(items + item * 6 + 2), tl.load(items + item * 6 + 3)
+            addresses = b_rows + (row_start + lanes).to(tl.int64)[:, None] * d_out
+            rows = tl.load(addresses, mask=(lanes < num_rows)[:, None] & inside, other=0.0)
+            if WIDE_DOT:
+                rows = rows.to(tl.float32)
+            weighted = _weighted(u, items, given, attended, item, place, scale, num_items, SPLITS)
+            sums = tl.dot(weighted.to(rows.dtype), rows, sums, input_precision="ieee")
+        y = pick(place, y_0, y_1, y_2)
+        y += (token_start + lanes).to(tl.int64)[:, None] * d_out + outputs[None, :]
+        here = (lanes < num_tokens)[:, None] & inside
+        before = tl.load(y, mask=here, other=0.0)
+        tl.store(y, (before.to(tl.float32) + sums).to(before.dtype), mask=here)

@@ -1,0 +1,115 @@
+"""The engine over the kernels of a GPU: the tokens and fusion weights that the CPU's give.
+
+Without a GPU Triton interprets the kernels, on CPU tensors; everything around them is what a GPU is served with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from device_kernels import DEVICE
+from served_adapters import (
+    GREEDY,
+    Outcome,
+    TestedEngine,
+    blend,
+    collect,
+    collect_all,
+    lora,
+    make_params,
+    make_prompt,
+    running_engine,
+    write_lora,
+    write_model,
+)
+from served_fusions import write_fusion
+
+from fusionserve.engine.decode_graphs import GraphSize
+from fusionserve.fusion.config import Scope
+from fusionserve.generation import (
+    Adaptation,
+    FusionWeightDetail,
+    GenerateParams,
+    OutputOptions,
+    SamplingParams,
+)
+from fusionserve.kernels import native_call
+from fusionserve.kernels.device import triton_use
+
+pytestmark = pytest.mark.gpu
+
+MEMBERS = ("ada", "bea", "cid")
+SEEDED = SamplingParams(temperature=0.8, seed=5)
+REPORT = OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN, logprobs=2)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """A model, adapters of ranks that fill an item, leave room in one and take two, and two fusions of them."""
+    write_model(tmp_path / "model")
+    for seed, (name, rank) in enumerate(zip(MEMBERS, (3, 16, 20), strict=True)):
+        write_lora(tmp_path / "adapters" / name, seed=seed, rank=rank)
+    write_fusion(tmp_path / "fusions", "mix", MEMBERS, tmp_path / "adapters", seed=1)
+    options = {"scope": Scope.MODULE, "base_member": True}
+    write_fusion(tmp_path / "fusions", "duo", MEMBERS[:2], tmp_path / "adapters", seed=2, **options)
+    return tmp_path
+
+
+@asynccontextmanager
+async def serving(folders: Path, device: str) -> AsyncIterator[TestedEngine]:
+    options = {"device": device, "fusion_dirs": (folders / "fusions",), "adapter_pool_ranks": 160}
+    options |= {"max_batch_tokens": 40}
+    async with running_engine(folders / "model", folders / "adapters", **options) as engine:
+        yield engine
+        for name in ("mix", "duo"):
+            await engine.unload_fusion(name, force=False)
+
+
+def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
+    graphs = engine.runner._runner._graphs
+    assert graphs is not None
+    return list(graphs._graphs)
+
+
+def requests() -> list[GenerateParams]:
+    kinds = [
+        Adaptation(),
+        lora("ada"),
+        lora("cid", 0.5),
+        blend(ada=0.3, bea=0.9),
+        Adaptation("fusion", fusion="mix"),
+        Adaptation("fusion", fusion="mix", excluded_members=("bea",)),
+        Adaptation("fusion", fusion="duo"),
+    ]
+    return [
+        make_params(f"r{i}", kind, make_prompt(i, 5 + 4 * i), num_tokens=5, output=REPORT, sampling=sampling)
+        for i, (kind, sampling) in enumerate(zip(kinds, [SEEDED, *[GREEDY] * 6], strict=True))
+    ]
+
+
+def weights_of(outcome: Outcome) -> list[float]:
+    report = outcome.finished.fusion_weights
+    return [] if report is None else [weight for token in report.tokens for weight in token.weights]
+
+
+async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(folders, "cpu") as engine:
+        expected = await collect_all(engine, requests())
+    monkeypatch.setattr(native_call, "native_library", lambda: None)
+    monkeypatch.setattr(triton_use, "INTERPRETS", True)
+    async with serving(folders, DEVICE.type) as engine:
+        found = await collect_all(engine, requests())
+        again = await collect(engine, requests()[0])
+        sizes = graph_sizes(engine)
+    assert any(size.num_fused for size in sizes) and GraphSize(1) in sizes, "decoding steps were not replayed"
+    assert again.tokens == found[0].tokens
+    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    assert len({outcome.tokens for outcome in found}) == len(found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
+    assert weights_of(found[-1])
