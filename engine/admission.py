@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from fusionserve.adapters.adapter import Adapter
@@ -17,7 +17,13 @@ from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import CapacityError, InvalidRequestError, PreconditionError
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.fusion.store import FusionStore
-from fusionserve.generation import Adaptation, GenerateParams, Prompt
+from fusionserve.generation import Adaptation, ChatPrompt, GenerateParams, Prompt, TextPrompt, TokenPrompt
+
+# Real texts have 3 to 8 bytes a token. What has more than this would be refused once it is tokenized, which takes
+# a second per megabyte.
+MAX_BYTES_PER_TOKEN = 64
+_LEAST_MAX_TEXT_BYTES = 64 << 10
+_SHORT_TEXT_BYTES = 16 << 10
 
 
 class Admission:
@@ -41,11 +47,15 @@ class Admission:
         self._max_context_tokens = max_context_tokens
         self._default_max_new_tokens = default_max_new_tokens
         self._pool_ranks = pool_ranks
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._max_text_bytes = max(_LEAST_MAX_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_context_tokens)
+        # Two lanes, so that a book does not hold up a question.
+        self._short_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
 
-    async def admit(self, params: GenerateParams) -> Generation:
+    async def admit(self, params: GenerateParams, take_tokens: Callable[[int], None]) -> Generation:
         """Tokenizes, checks, and leases the adapters, loading them if need be.
 
+        `take_tokens(n)` is called before the leases with the most tokens the request may come to have; it may refuse.
         Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, and what loading an adapter raises.
         """
         arrival_s = time.monotonic()
@@ -57,6 +67,7 @@ class Admission:
                 "stop strings need a tokenizer, and this model has none", reason="NO_TOKENIZER"
             )
         max_new_tokens = self._max_new_tokens(params, len(prompt_ids))
+        take_tokens(len(prompt_ids) + params.num_candidates * max_new_tokens)
         adaptation = await self._lease(params.adaptation)
         generation = Generation(
             params=params,
@@ -72,10 +83,24 @@ class Admission:
         return generation
 
     async def encode(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a prompt, found on a worker thread."""
+        """Token ids of a prompt, found on a worker thread.
+
+        Raises InvalidRequestError (PROMPT_TOO_LONG) for a text of more bytes than any that fits the context has.
+        """
+        if isinstance(prompt, TokenPrompt):
+            return prompt.token_ids
+        num_bytes = _count_bytes(prompt)
+        if num_bytes > self._max_text_bytes:
+            raise InvalidRequestError(
+                f"the prompt has {num_bytes} bytes of text, at most {self._max_text_bytes} are taken",
+                field="prompt",
+                reason="PROMPT_TOO_LONG",
+                metadata={"max_prompt_bytes": str(self._max_text_bytes)},
+            )
+        lane = self._short_texts if num_bytes <= _SHORT_TEXT_BYTES else self._long_texts
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self._encoder, lambda: self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            lane, lambda: self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         )
 
     def check_token_ids(self, token_ids: tuple[int, ...], field: str) -> None:
@@ -90,13 +115,13 @@ class Admission:
                 )
 
     def close(self) -> None:
-        """Ends the tokenizer's thread."""
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        """Ends the tokenizer's threads."""
+        for lane in (self._short_texts, self._long_texts):
+            lane.shutdown(wait=False, cancel_futures=True)
 
     def _check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         if not prompt_ids:
             raise InvalidRequestError("the prompt has no tokens", field="prompt", reason="PROMPT_EMPTY")
-        self.check_token_ids(prompt_ids, "token_ids")
         if len(prompt_ids) >= self._max_context_tokens:
             raise InvalidRequestError(
                 f"the prompt has {len(prompt_ids)} tokens, "
@@ -105,6 +130,7 @@ class Admission:
                 reason="PROMPT_TOO_LONG",
                 metadata={"max_prompt_tokens": str(self._max_context_tokens - 1)},
             )
+        self.check_token_ids(prompt_ids, "token_ids")
 
     def _check_tokens(self, params: GenerateParams) -> None:
         self.check_token_ids(params.stopping.stop_token_ids, "stopping.stop_token_ids")
@@ -180,6 +206,11 @@ class Admission:
             include_stop=stopping.include_stop,
         )
         return Request(generation, index, text)
+
+
+def _count_bytes(prompt: TextPrompt | ChatPrompt) -> int:
+    texts = (prompt.text,) if isinstance(prompt, TextPrompt) else (content for _, content in prompt.messages)
+    return sum(len(text.encode()) for text in texts)
 
 
 def _excluded_members(fusion: Fusion, names: Sequence[str]) -> frozenset[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from itertools import count
 
 from fusionserve.adapter_status import AdapterStatus, FusionStatus
@@ -25,11 +27,10 @@ from fusionserve.engine.engine_thread import EngineThread
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.generation_stream import GenerationStream
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
+from fusionserve.engine.open_requests import OpenRequests, SharedRoom
 from fusionserve.engine.request import Generation
 from fusionserve.errors import (
     AbortedError,
-    AlreadyExistsError,
-    CapacityError,
     DeadlineError,
     FusionServeError,
     InvalidRequestError,
@@ -53,7 +54,9 @@ from fusionserve.kernels.threads import compute_alone
 from fusionserve.metrics import AdapterLabels, FusionLabels
 from fusionserve.model_info import ModelInfo
 
-_QUEUE_RETRY_S = 1.0
+_log = logging.getLogger(__name__)
+
+_MAX_WAITING_CALLS = 64  # to tokenize, and to load
 _LAST_WORDS_S = 1.0
 
 
@@ -65,13 +68,15 @@ class AsyncEngine:
         self._base = base
         self._adapter_labels = adapter_labels
         self._streams: dict[Generation, GenerationStream] = {}
-        self._open_request_ids: set[str] = set()
-        self._num_open_candidates = 0
+        self._open = OpenRequests(
+            config.max_batch_requests + config.max_queued_requests, config.max_open_tokens
+        )
+        self._tokenizing = SharedRoom(_MAX_WAITING_CALLS, "calls", "TOKENIZER_BUSY")
+        self._loading = SharedRoom(_MAX_WAITING_CALLS, "calls", "LOADER_BUSY")
         self._is_draining = False
         self._is_closed = False
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._failed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
         self._load_policy = LoadPolicy(
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
@@ -81,7 +86,11 @@ class AsyncEngine:
         uids = count(1)
         registry = AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids)
         self._store = AdapterStore(
-            registry, config.adapter_dirs, self._load_content, lambda name: self._fusions.holds(name)
+            registry,
+            config.adapter_dirs,
+            self._load_content,
+            lambda name: self._fusions.holds(name),
+            config.load_timeout_s,
         )
         self._fusions = FusionStore(
             FusionRegistry(config.fusion_host_bytes, self._on_fusion_gone, uids),
@@ -94,6 +103,7 @@ class AsyncEngine:
                 max_rows=config.adapter_pool_ranks,
                 allow_base_mismatch=config.allow_base_mismatch,
             ),
+            config.load_timeout_s,
         )
         self._admission = Admission(
             base.tokenizer,
@@ -131,11 +141,13 @@ class AsyncEngine:
             with self._failing_start("fusion", name):
                 await self._fusions.load_from(name, directory)
         await self._warm_up()
+        self._watching = asyncio.create_task(self._watch())
 
     async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
         """Yields started, chunks and finished; closing the generator aborts the request. Raises FusionServeErrors."""
-        with self._opened(params):
-            generation = await self._admit(params)
+        self._refuse_unless_open(params)
+        with self._open.opened(params), ExitStack() as held:
+            generation = await self._admit(params, held)
             stream = self._streams[generation] = GenerationStream()
             self._thread.post(lambda engine: engine.add(generation))
             try:
@@ -147,14 +159,16 @@ class AsyncEngine:
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
         """The ids of a text or a rendered chat. Raises PreconditionError without a tokenizer."""
-        return await self._admission.encode(prompt, add_special_tokens=add_special_tokens)
+        with self._tokenizing.taking("", 1):
+            return await self._admission.encode(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
         """The text of token ids. Raises PreconditionError without a tokenizer, InvalidRequestError for a bad id."""
         self._admission.check_token_ids(token_ids, "token_ids")
-        return await asyncio.to_thread(
-            self._base.tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens
-        )
+        with self._tokenizing.taking("", 1):
+            return await asyncio.to_thread(
+                self._base.tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens
+            )
 
     def model_info(self) -> ModelInfo:
         """The base model and the engine's limits."""
@@ -177,10 +191,13 @@ class AsyncEngine:
             adapter_host_bytes=config.adapter_host_bytes,
         )
 
-    async def load_adapter(self, name: str, path: str | None, *, pin: bool, replace: bool) -> AdapterStatus:
+    async def load_adapter(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+    ) -> AdapterStatus:
         """Loads from under the adapter folders; returns when requests may use the adapter."""
         self._refuse_model_name(name, "adapter")
-        await self._store.load(name, path, pin=pin, replace=replace)
+        with self._loading.taking("", 1):
+            await self._store.load(name, path, pin=pin, replace=replace, digest=digest)
         return await self.get_adapter(name)
 
     async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
@@ -195,10 +212,13 @@ class AsyncEngine:
         """All adapters, loaded or on disk, by name."""
         return await self._store.statuses(self.engine.scheduler.ledger.resident_uids)
 
-    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+    async def load_fusion(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+    ) -> FusionStatus:
         """Loads from under the fusion folders, and the members with it; returns when requests may use the fusion."""
         self._refuse_model_name(name, "fusion")
-        await self._fusions.load(name, path, pin=pin, replace=replace)
+        with self._loading.taking("", 1):
+            await self._fusions.load(name, path, pin=pin, replace=replace, digest=digest)
         return await self.get_fusion(name)
 
     async def unload_fusion(self, name: str, *, force: bool) -> FusionStatus:
@@ -214,51 +234,42 @@ class AsyncEngine:
         return await self._fusions.statuses(self.engine.scheduler.ledger.resident_uids)
 
     async def wait_failed(self) -> None:
-        """Returns when the engine thread has died, never otherwise."""
+        """Returns when the engine thread has died or hangs, never otherwise."""
         await self._failed.wait()
 
     async def drain(self, grace_s: float) -> None:
         """Takes no more requests, waits for the running ones, and ends those left after `grace_s`."""
         self._is_draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_s)
+            await asyncio.wait_for(self._open.wait_idle(), grace_s)
         except TimeoutError:
             self._thread.post(lambda engine: engine.abort_all(_shutting_down()))
             with suppress(
                 TimeoutError
             ):  # a client that does not read keeps its call open; the server ends that
-                await asyncio.wait_for(self._idle.wait(), _LAST_WORDS_S)
+                await asyncio.wait_for(self._open.wait_idle(), _LAST_WORDS_S)
 
     async def close(self) -> None:
         """Stops the engine thread; requests still open end with UnavailableError."""
         self._is_draining = True
-        await asyncio.to_thread(self._thread.stop)
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.to_thread(self._thread.stop, _LAST_WORDS_S if self._failed.is_set() else None)
         self._is_closed = True
         self._end_streams(_shutting_down())
         self._admission.close()
         await self._fusions.close(_LAST_WORDS_S)
         await self._store.close(_LAST_WORDS_S)
 
-    @contextmanager
-    def _opened(self, params: GenerateParams) -> Iterator[None]:
-        """Counts the request as open, so that limits, duplicate ids and draining see it."""
-        self._refuse_unless_open(params)
-        self._open_request_ids.add(params.request_id)
-        self._num_open_candidates += params.num_candidates
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._open_request_ids.remove(params.request_id)
-            self._num_open_candidates -= params.num_candidates
-            if not self._open_request_ids:
-                self._idle.set()
+    async def _admit(self, params: GenerateParams, held: ExitStack) -> Generation:
+        """Admits the request within its deadline; what it takes of the room for tokens is for `held` to give back."""
 
-    async def _admit(self, params: GenerateParams) -> Generation:
-        """Admits the request within its deadline."""
+        def take_tokens(num_tokens: int) -> None:
+            held.enter_context(self._open.holding_tokens(params.adaptation.flow, num_tokens))
+
         try:
             async with asyncio.timeout_at(params.deadline_s):
-                generation = await self._admission.admit(params)
+                generation = await self._admission.admit(params, take_tokens)
         except TimeoutError:
             raise DeadlineError("the deadline passed before the request was admitted") from None
         if self._failed.is_set() or self._is_closed:  # nobody is left to run it or to end its stream
@@ -271,21 +282,10 @@ class AsyncEngine:
             raise _engine_failed()
         if self._is_draining:
             raise _shutting_down()
-        if params.request_id in self._open_request_ids:
-            raise AlreadyExistsError(
-                "a request with this id is in flight",
-                reason="REQUEST_ID_IN_USE",
-                metadata={"request_id": params.request_id},
-            )
         for term in params.adaptation.terms:
             self._refuse_model_name(term.name, "adapter")
         if params.adaptation.fusion is not None:
             self._refuse_model_name(params.adaptation.fusion, "fusion")
-        limit = self._config.max_batch_requests + self._config.max_queued_requests
-        if self._num_open_candidates + params.num_candidates > limit:
-            raise CapacityError(
-                "too many requests are waiting", reason="QUEUE_FULL", retry_after_s=_QUEUE_RETRY_S
-            )
 
     @contextmanager
     def _failing_start(self, noun: str, name: str) -> Iterator[None]:
@@ -356,6 +356,15 @@ class AsyncEngine:
 
     def _die_soon(self) -> None:
         self._loop.call_soon_threadsafe(self._die)
+
+    async def _watch(self) -> None:
+        """Takes the engine for dead once a step or a command has taken longer than any may."""
+        limit_s = self._config.step_timeout_s
+        while self._thread.busy_for_s() < limit_s:
+            await asyncio.sleep(min(1.0, limit_s / 4))
+        _log.critical("the engine has been in one step for over %g s; every thread's stack follows", limit_s)
+        faulthandler.dump_traceback()
+        self._die()
 
     def _die(self) -> None:
         self._failed.set()

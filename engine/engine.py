@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
@@ -16,7 +16,8 @@ from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request, RequestStatus
 from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduler import ScheduledBatch, Scheduler
-from fusionserve.errors import ArtifactError, DeadlineError, FusionServeError, InternalError
+from fusionserve.engine.step_execution import Runner, StepExecution
+from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
 from fusionserve.generation import (
     Candidate,
     FinishReason,
@@ -34,12 +35,7 @@ from fusionserve.generation import (
 
 _log = logging.getLogger(__name__)
 
-
-class Runner(Protocol):
-    """Carries out a scheduled batch: the model runner, or a fake in tests."""
-
-    def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
-        """One result per chunk."""
+_MEMORY_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Engine:
         fusion_metrics: FusionMetrics,
     ) -> None:
         self.scheduler = scheduler
-        self._runner = runner
+        self._execution = StepExecution(runner, scheduler.ledger)
         self._eos_token_ids = eos_token_ids
         self._release_leases = release_leases
         self._token_text = token_text
@@ -120,14 +116,11 @@ class Engine:
         self._expire(started_s)
         batch = self.scheduler.schedule()
         self._note_scheduled(batch, started_s)
-        try:
-            results = self._runner.execute(batch)
-        except Exception:
-            _log.exception("a step failed; its %d requests end", len(batch.chunks))
-            self.scheduler.ledger.repeat_writes()  # nobody knows which of the copies were made
-            self._fail({chunk.request.generation for chunk in batch.chunks})
-        else:
-            self._update(results, time.monotonic())
+        step = self._execution.execute(batch)
+        self._fail(step.failed)
+        for generation in step.without_memory:
+            self._finish(generation, _out_of_memory())
+        self._update(step.results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)
         self._measure(batch, time.monotonic() - started_s)
         return self.take_outputs()
@@ -143,8 +136,18 @@ class Engine:
             if deadline_s is not None and now_s >= deadline_s:
                 self._finish(generation, DeadlineError("the deadline passed before the request finished"))
             elif time_limit_at_s is not None and now_s >= time_limit_at_s:
-                for request in [r for r in generation.requests if not r.is_finished]:
-                    self._end_candidate(request, FinishReason.TIME_LIMIT, now_s)
+                with self._ending_alone(generation):
+                    for request in [r for r in generation.requests if not r.is_finished]:
+                        self._end_candidate(request, FinishReason.TIME_LIMIT, now_s)
+
+    @contextmanager
+    def _ending_alone(self, generation: Generation) -> Iterator[None]:
+        """What raises in its block ends this generation and no other."""
+        try:
+            yield
+        except Exception:
+            _log.exception("request %s cannot be told of and ends", generation.request_id)
+            self._fail({generation} & self._generations)
 
     def _note_scheduled(self, batch: ScheduledBatch, now_s: float) -> None:
         for chunk in batch.chunks:
@@ -161,11 +164,8 @@ class Engine:
             generation = result.chunk.request.generation
             if result.chunk.request.status is not RequestStatus.RUNNING:
                 continue  # its generation was ended by an earlier result of this step
-            try:
+            with self._ending_alone(generation):
                 self._update_one(result, now_s)
-            except Exception:
-                _log.exception("a result cannot be told; its request ends")
-                self._fail({generation} & self._generations)
 
     def _update_one(self, result: ChunkResult, now_s: float) -> None:
         request = result.chunk.request
@@ -263,6 +263,7 @@ class Engine:
             if not request.is_finished:
                 self.scheduler.remove(request)
         self._release_leases(generation.adaptation)
+        generation.let_go()
         metrics.REQUEST_SECONDS.observe(time.monotonic() - generation.arrival_s)
         self._measure_holdings()
         if last is not None:
@@ -325,10 +326,19 @@ class Engine:
         metrics.REQUESTS_QUEUED.set(len(scheduler.waiting))
         metrics.KV_BLOCKS_USED.set(scheduler.blocks.num_used)
         metrics.ADAPTER_POOL_RANKS_USED.set(scheduler.ledger.num_used)
+        metrics.ADAPTER_POOL_RANKS_HELD.set(scheduler.ledger.num_held)
 
 
 def _not_finite() -> ArtifactError:
     return ArtifactError("the model's output under this adaptation is not finite", reason="OUTPUT_NOT_FINITE")
+
+
+def _out_of_memory() -> CapacityError:
+    return CapacityError(
+        "the server ran out of memory in this request's step",
+        reason="OUT_OF_MEMORY",
+        retry_after_s=_MEMORY_RETRY_S,
+    )
 
 
 def _finished(generation: Generation, now_s: float) -> GenerationFinished:

@@ -59,8 +59,17 @@ class Generation:
 
     @property
     def cache_seed(self) -> bytes:
-        """Everything besides the tokens that shapes the keys and values: the adaptation and the salt."""
-        return repr((self.params.cache_salt, self.adaptation.cache_key)).encode()
+        """Everything besides the tokens that shapes the keys and values: the adaptation, the tenant and the salt."""
+        return repr((self.params.cache_tenant, self.params.cache_salt, self.adaptation.cache_key)).encode()
+
+    def let_go(self) -> None:
+        """Drops what it no longer leases, and the cycle with its requests.
+
+        Weights must go when the registry has let them go: not when a slow client has read its last chunk, and not
+        when the garbage collector looks at its oldest generation.
+        """
+        self.adaptation = LeasedAdaptation(self.adaptation.kind)
+        self.requests = []
 
     @property
     def time_limit_at_s(self) -> float | None:
@@ -76,6 +85,7 @@ class Request:
         self.generation = generation
         self.index = index
         self.text = text
+        self.flow = generation.params.adaptation.flow  # whose share of the server it takes
         self.token_ids = list(generation.prompt_token_ids)
         self.logprobs: list[TokenLogprobs] = []
         self.status = RequestStatus.WAITING
@@ -128,6 +138,11 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """True if this candidate reports the prompt's log-probabilities, which needs every prompt position's logits."""
         return self.index == 0 and self.generation.params.output.prompt_logprobs is not None
+
+    @property
+    def priority(self) -> int:
+        """The greater is served first."""
+        return self.generation.params.priority
 
     @property
     def order(self) -> tuple[int, float, int]:

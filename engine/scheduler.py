@@ -6,16 +6,19 @@ tokens as fit, so chunked prefill, prefix caching, decoding and recomputing afte
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fusionserve import metrics
 from fusionserve.adapters.pool_ledger import PoolChange, PoolLedger
 from fusionserve.engine.block_pool import BlockPool, chain_hashes
+from fusionserve.engine.fair_queue import FairQueue, FlowService, Rank
 from fusionserve.engine.request import Request, RequestStatus
 
 _MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapter pool
+_MAX_FAIR_PREEMPTIONS = (
+    4  # per step, for flows that have less than their share: each costs a prompt's computation
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,22 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Bounds of one step: tokens, requests, and tokens of one prompt whose every position needs logits."""
+    """Bounds of one step: tokens, tokens of prompts while others decode, requests, and prompt tokens with logits."""
 
     max_batch_tokens: int
+    max_prompt_tokens: int
     max_batch_requests: int
     max_logit_tokens: int = 128
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step in the making."""
+
+    budget: int  # tokens that may still be added
+    num_tokens: dict[Request, int] = field(default_factory=dict)
+    num_preemptions: int = 0
+    num_fair_preemptions: int = 0  # of these
 
 
 class Scheduler:
@@ -70,29 +84,43 @@ class Scheduler:
         limits: SchedulerLimits,
         *,
         enable_prefix_cache: bool = True,
+        fair_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.blocks = blocks
         self.ledger = ledger
         self._limits = limits
         self._enable_prefix_cache = enable_prefix_cache
-        self.waiting: list[Request] = []  # sorted by `order`
+        self._service = FlowService(fair_weights)
+        self.waiting = FairQueue(self._service)
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
         self._num_overtakes: dict[Request, int] = {}
+        self._has_yielded = False  # somebody, in the last step
 
     def add(self, request: Request) -> None:
-        """Queues a request by priority and arrival."""
+        """Queues a request."""
         request.status = RequestStatus.WAITING
-        bisect.insort(self.waiting, request, key=lambda queued: queued.order)
+        self._service.enter(request.flow)
+        self.waiting.add(request)
 
     def schedule(self) -> ScheduledBatch:
-        """Chooses the tokens of the next step: running requests first, decoding ones before chunks of prompts."""
-        planned: dict[Request, int] = {}
-        num_preemptions = self.num_preemptions
-        budget = self._plan_running(planned)
-        if self.num_preemptions == num_preemptions:  # else the blocks just freed would go straight back
-            self._admit_waiting(budget, planned)
-        chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in planned.items())
+        """Chooses the tokens of the next step: decoding requests first, then prompts, running and waiting, in turn."""
+        plan = _Plan(self._limits.max_batch_tokens)
+        decoding, newcomer = self._in_turn(decoding=True), self._newcomer()
+        yielding = self._yielding(decoding, newcomer)
+        for request in decoding:
+            if request not in yielding:
+                self._continue(request, plan)
+        if decoding:  # every stream and every newcomer waits for the step to end
+            plan.budget = min(plan.budget, self._limits.max_prompt_tokens)
+        if yielding:
+            plan.budget = min(plan.budget, self._num_pending_besides({r.flow for r in yielding}))
+        self._plan_prompts(plan)
+        if newcomer not in plan.num_tokens:  # there was no room for it
+            plan.budget = self._limits.max_batch_tokens - sum(plan.num_tokens.values())
+            for request in yielding:
+                self._continue(request, plan)
+        chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
         return ScheduledBatch(chunks, self.ledger.take_changes())
 
     def advance(self, chunk: ScheduledChunk) -> None:
@@ -112,8 +140,9 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._give_back(request)
-        elif request in self.waiting:
+        elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
+        self._service.leave(request.flow)
         self._num_overtakes.pop(request, None)
         request.status = RequestStatus.FINISHED
 
@@ -130,62 +159,140 @@ class Scheduler:
         )
         assert all(not request.blocks for request in self.waiting), "a waiting request holds blocks"
 
-    def _plan_running(self, planned: dict[Request, int]) -> int:
-        """Plans tokens for the running requests; returns what is left of the budget."""
-        budget = self._limits.max_batch_tokens
-        for request in sorted(self.running, key=lambda running: running.num_pending_tokens):
-            if budget == 0:
-                break
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted by an earlier one in this loop
-            num_tokens = self._chunk_size(request, budget)
-            if self._grow(request, request.num_computed_tokens + num_tokens, planned):
-                planned[request] = num_tokens
-                budget -= num_tokens
-        return budget
+    def _in_turn(self, *, decoding: bool) -> list[Request]:
+        """The running requests with one pending token, or those with more, in the order of their turn."""
+        chosen = [request for request in self.running if (request.num_pending_tokens == 1) is decoding]
+        return sorted(chosen, key=lambda running: (self._service.rank(running), running.num_pending_tokens))
 
-    def _grow(self, request: Request, num_tokens: int, planned: dict[Request, int]) -> bool:
+    def _newcomer(self) -> Request | None:
+        """The prompt whose turn is next, if there is one."""
+        prompts = [*self._in_turn(decoding=False)[:1], *self.waiting.first()]
+        return min(prompts, key=self._service.rank, default=None)
+
+    def _yielding(self, decoding: Sequence[Request], newcomer: Request | None) -> list[Request]:
+        """Those that sit this step out, so that it is a short one for the newcomer.
+
+        Their flows have more than twice as much running as the newcomer's will have, and have asked for more still.
+        Never two steps in a row: a stream is held up by one short step at the most.
+        """
+        if self._has_yielded or newcomer is None:
+            self._has_yielded = False
+            return []
+        loads, weight = self._service.loads(self.running), self._service.weight
+        enough = 2 * (loads.get(newcomer.flow, 0.0) + 1 / weight(newcomer.flow))
+        crowding = {flow for flow in loads if loads[flow] > enough and self._service.num_waiting(flow)}
+        yielding = [r for r in decoding if r.flow in crowding and r.priority <= newcomer.priority]
+        self._has_yielded = bool(yielding)
+        return yielding
+
+    def _num_pending_besides(self, flows: Container[str]) -> int:
+        """Tokens of prompts of other flows than these."""
+        prompts = [*self._in_turn(decoding=False), *self.waiting]
+        return sum(request.num_pending_tokens for request in prompts if request.flow not in flows)
+
+    def _plan_prompts(self, plan: _Plan) -> None:
+        """Plans the next tokens of prompts, of running requests and of waiting ones that are admitted, in turn."""
+        may_admit = not plan.num_preemptions  # else the blocks just freed would go straight back
+        for request in self._in_turn(decoding=False):
+            if may_admit:
+                self._admit_waiting(plan, before=self._service.rank(request))
+            self._continue(request, plan)
+        if may_admit:
+            self._admit_waiting(plan)
+
+    def _continue(self, request: Request, plan: _Plan) -> None:
+        """Plans the next tokens of a running request; one that was preempted since gets none."""
+        if plan.budget == 0 or request.status is not RequestStatus.RUNNING:
+            return
+        num_tokens = self._chunk_size(request, plan.budget)
+        if self._grow(request, request.num_computed_tokens + num_tokens, plan):
+            self._plan(request, num_tokens, plan)
+
+    def _plan(self, request: Request, num_tokens: int, plan: _Plan) -> None:
+        plan.num_tokens[request] = num_tokens
+        plan.budget -= num_tokens
+        self._service.charge(request.flow, num_tokens)
+
+    def _grow(self, request: Request, num_tokens: int, plan: _Plan) -> bool:
         """Gets blocks for the first `num_tokens` tokens, preempting the last in order; False if that was `request`."""
         num_missing = self.blocks.num_blocks_for(num_tokens) - len(request.blocks)
         if num_missing <= 0:
             return True
         while (blocks := self.blocks.allocate(num_missing)) is None:
-            victim = max(self.running, key=lambda running: running.order)
-            self._preempt(victim)
-            planned.pop(victim, None)
+            victim = self._last_in_order()
+            self._preempt(victim, plan)
             if victim is request:
                 return False
         request.blocks += blocks
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _last_in_order(self) -> Request:
+        """The request that gives way: of the lowest priority, of the flow that has most running, the newest."""
+        loads = self._service.loads(self.running)
+        return max(self.running, key=lambda r: (-r.priority, loads[r.flow], r.generation.arrival_s, r.index))
+
+    def _preempt(self, request: Request, plan: _Plan) -> None:
         """Sends a running request back to the queue; its tokens stay, their keys and values are computed again."""
         self.running.remove(request)
+        plan.budget += plan.num_tokens.pop(request, 0)
         self._give_back(request)
+        plan.num_preemptions += 1
         self.num_preemptions += 1
         metrics.PREEMPTIONS.inc()
-        self.add(request)
+        request.status = RequestStatus.WAITING
+        self.waiting.add(request)
 
-    def _admit_waiting(self, budget: int, planned: dict[Request, int]) -> None:
-        """Admits requests in order. One that waits for room in the adapter pool lets others pass, but not for ever."""
+    def _admit_waiting(self, plan: _Plan, before: Rank | None = None) -> None:
+        """Admits requests in turn, as far as it comes `before`, if that is given.
+
+        One that waits for room in the adapter pool lets others pass, but not for ever.
+        """
         overtaken: list[Request] = []
-        for request in list(self.waiting):
-            if budget == 0 or len(self.running) >= self._limits.max_batch_requests:
+        stuck: set[str] = set()  # flows with no right to a place
+        for request in self.waiting.in_turn():
+            if plan.budget == 0 or (before is not None and self._service.rank(request) >= before):
                 return
             if any(self._num_overtakes.get(blocked, 0) >= _MAX_OVERTAKES for blocked in overtaken):
                 return
-            if self._waits_for_sibling(request):
+            if request.flow in stuck or self._waits_for_sibling(request):
+                continue
+            if self._is_full() and self._in_the_way_of(request, plan) is None:
+                stuck.add(request.flow)
                 continue
             if not self.ledger.hold(request.generation.adaptation.residents):
                 overtaken.append(request)
                 continue
-            if not self._start(request, budget):
+            if not self._admit(request, plan):
                 self.ledger.release(request.generation.adaptation.residents)
                 return
             for blocked in overtaken:
                 self._num_overtakes[blocked] = self._num_overtakes.get(blocked, 0) + 1
-            planned[request] = self._chunk_size(request, budget)
-            budget -= planned[request]
+
+    def _admit(self, request: Request, plan: _Plan) -> bool:
+        """Starts a request whose adapters are held, in place of one that is in its way if need be."""
+        while self._is_full() or not self._start(request, plan.budget):
+            victim = self._in_the_way_of(request, plan)
+            if victim is None:
+                return False
+            plan.num_fair_preemptions += 1
+            self._preempt(victim, plan)
+        self._service.admit(request.flow)
+        self._plan(request, self._chunk_size(request, plan.budget), plan)
+        return True
+
+    def _is_full(self) -> bool:
+        return len(self.running) >= self._limits.max_batch_requests
+
+    def _in_the_way_of(self, request: Request, plan: _Plan) -> Request | None:
+        """The newest request of the flow that has most running, if without it that still has as much as `request`'s."""
+        if plan.num_fair_preemptions >= _MAX_FAIR_PREEMPTIONS or not self.running:
+            return None
+        loads, weight = self._service.loads(self.running), self._service.weight
+        largest = max(loads, key=lambda flow: loads[flow])
+        if loads[largest] - 1 / weight(largest) < loads.get(request.flow, 0.0) + 1 / weight(request.flow):
+            return None
+        candidates = (r for r in self.running if r.flow == largest and r.priority <= request.priority)
+        return max(candidates, key=lambda running: running.order, default=None)
 
     def _start(self, request: Request, budget: int) -> bool:
         """Takes cached and fresh blocks for the first chunk; for lack of them changes nothing and returns False."""
