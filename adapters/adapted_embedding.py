@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
+from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.linear_product import PanelEmbedding
 from fusionserve.kernels.low_rank import shrink_embedding, weigh_, zeros_of
 
@@ -22,6 +23,7 @@ class AdaptedEmbedding(nn.Module):
         self._path = path
         self._rows = rows
         self._cell = cell
+        self._parts: GroupParts | None = None
         self._scale = getattr(base, "embed_scale", 1.0)  # Gemma 3 multiplies inside the module
 
     @property
@@ -45,6 +47,11 @@ class AdaptedEmbedding(nn.Module):
                 y[here] = functional.embedding(token_ids[here], saved) * self._scale
         if self._rows.is_empty:
             return
+        if plan.items is not None:
+            part = self._rows.part
+            if self._parts is None or not self._parts.are_of([part]):
+                self._parts = GroupParts([part], [plan.items.module_ids[self._path]])
+            plan.items.add_embedded_(token_ids, self._parts, y, self._scale)
         for span in plan.spans:
             tokens_here = slice(span.token_start, span.token_end)
             rows_here = slice(span.row_start, span.row_end)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,9 +19,13 @@ from torch.nn import functional
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
+from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.low_rank import weigh_
 from fusionserve.kernels.segments import Addition, Additions
+
+if TYPE_CHECKING:
+    from fusionserve.kernels.device.rank_items import RankItems
 
 
 class AdaptedLinear(nn.Module):
@@ -60,6 +65,7 @@ class Projections:
         self.modules = tuple(modules)
         self.cell = modules[0].cell
         self._additions = Additions([])
+        self._parts: GroupParts | None = None
         self.product = LinearProduct.of([module.base for module in modules])
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -93,11 +99,23 @@ class Projections:
             for module, y in zip(self.modules, outputs, strict=True):
                 if not module.rows.is_empty:
                     _add_spans_(module, x, y, plan)
+        if plan.items is not None:
+            self._add_items_(x, outputs, plan.items)
         if plan.segments is not None:
             plan.segments.together.add_(x, self.additions(plan.segments), outputs)
         if plan.whole_modules:
             for module, y in zip(self.modules, outputs, strict=True):
                 _scale_columns_(module, y, plan)
+
+    def _add_items_(self, x: Tensor, outputs: Sequence[Tensor], items: RankItems) -> None:
+        """Of all modules that have rank rows, at once."""
+        adapted = [(m, y) for m, y in zip(self.modules, outputs, strict=True) if not m.rows.is_empty]
+        if not adapted:
+            return
+        parts = [module.rows.part for module, _ in adapted]
+        if self._parts is None or not self._parts.are_of(parts):
+            self._parts = GroupParts(parts, [items.module_ids[module.path] for module, _ in adapted])
+        items.add_(x, self._parts, [y for _, y in adapted])
 
     def additions(self, segments: SegmentPlan) -> Additions:
         """What the segments add to the group; an attention comes before its module and those up to the next one's."""

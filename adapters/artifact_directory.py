@@ -11,6 +11,7 @@ from types import TracebackType
 
 from fusionserve.adapters.artifact_errors import quoted
 from fusionserve.errors import ArtifactError, FusionServeError, NotFoundError, UnavailableError
+from fusionserve.failpoints import reach_failpoint
 from fusionserve.limits import is_name
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -41,6 +42,7 @@ class ArtifactDirectory:
         NOT_A_REGULAR_FILE, PERMISSION_DENIED. Raises UnavailableError if the storage fails.
         """
         try:
+            reach_failpoint("artifact.open")
             descriptor = os.open(name, _FILE_FLAGS, dir_fd=self._descriptor)
         except FileNotFoundError:
             raise ArtifactError(f"the adapter has no {name}", reason=missing_reason) from None

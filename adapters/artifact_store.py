@@ -22,11 +22,22 @@ from fusionserve.adapters.artifact_directory import (
     open_directory,
 )
 from fusionserve.adapters.host_registry import C, HostRegistry, L, RegistryEntry
-from fusionserve.errors import CapacityError, FusionServeError, NotFoundError
+from fusionserve.errors import (
+    CapacityError,
+    ChecksumError,
+    FusionServeError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+)
+from fusionserve.kernels.torch_errors import is_out_of_memory
 from fusionserve.metrics import HostMetrics
 
+DEFAULT_LOAD_TIMEOUT_S = 120.0
 _MAX_CONCURRENT_LOADS = 2
 _MAX_LEASE_ATTEMPTS = 8
+_MEMORY_RETRY_S = 5.0
+_SLOW_RETRY_S = 5.0
 
 S = TypeVar("S")  # what is told of one name
 
@@ -41,14 +52,16 @@ class ArtifactSource:
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What a load was asked to do; no source means wherever the name is found."""
+    """What a load was asked to do: from a `path` under a root, a `directory`, or wherever the name is found."""
 
-    source: ArtifactSource | None
-    pin: bool
-    replace: bool
+    path: str | None = None
+    directory: Path | None = None
+    pin: bool = False
+    replace: bool = True
+    digest: str | None = None  # what the weights must have
 
 
-_ON_DEMAND = _Wish(source=None, pin=False, replace=True)
+_ON_DEMAND = _Wish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,9 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         registry: HostRegistry[C, L],
         roots: tuple[Path, ...],
         host_metrics: HostMetrics,
+        load_timeout_s: float,
     ) -> None:
+        self._load_timeout_s = load_timeout_s
         self.registry = registry
         self._noun = noun
         self._config_file = config_file
@@ -82,6 +97,10 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     @abstractmethod
     async def _read(self, name: str, source: ArtifactSource) -> C:
         """Reads and checks an artifact. What it holds on to goes with `_discard`, or with the version published."""
+
+    @abstractmethod
+    def _digest_of(self, content: C) -> str:
+        """The sha256 (hex) of the weights file."""
 
     @abstractmethod
     def _is_current(self, content: C) -> bool:
@@ -122,22 +141,24 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             self.registry.release(leased)
         raise self._unstable(", ".join(names))
 
-    async def load(self, name: str, path: str | None, *, pin: bool, replace: bool) -> L:
+    async def load(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+    ) -> L:
         """Loads `name` from the relative `path` (default: the name) under a root.
 
         Joins a load under way if it is the same first load, else waits for it: it may read another path, or files
         that have changed since.
-        Raises AlreadyExistsError if it is loaded and not `replace`; NotFoundError, ArtifactError, CapacityError.
+        Raises AlreadyExistsError if it is loaded and not `replace`; ChecksumError if the weights do not have the
+        `digest`; NotFoundError, ArtifactError, CapacityError; UnavailableError (LOAD_TIMED_OUT) if it takes too long.
         """
-        source = None if path is None else ArtifactSource(await self._find_root(name, path), path)
-        wish = _Wish(source, pin, replace)
+        wish = _Wish(path=path, pin=pin, replace=replace, digest=digest)
         while (flight := self._loads.get(name)) is not None and (flight.wish != wish or replace):
             await asyncio.wait([flight.task])
         return await self._load_once(name, wish)
 
     async def load_from(self, name: str, directory: Path) -> L:
         """Loads `name` from a directory the operator chose, which need not lie under a root."""
-        return await self._load_once(name, _Wish(ArtifactSource(directory, None), pin=False, replace=True))
+        return await self._load_once(name, _Wish(directory=directory))
 
     async def unload(self, name: str, on_retired: Callable[[L], None]) -> S:
         """Withdraws `name` at once and waits until the last lease on any version of it ends.
@@ -227,34 +248,75 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             self.registry.refuse_if_loaded(name)
         started_s = time.monotonic()
         try:
-            async with self._load_slots:
-                found = (
-                    wish.source
-                    or self._sources.get(name)
-                    or ArtifactSource(await self._find_root(name, name), name)
-                )
-                loaded = await self._read_and_publish(name, found, wish)
+            found, loaded = await self._read_and_publish(name, wish)
         except FusionServeError as error:
             self._metrics.load_failures.labels(error.reason).inc()
             raise
+        except Exception as error:
+            failure = _out_of_memory() if is_out_of_memory(error) else InternalError("a load failed")
+            self._metrics.load_failures.labels(failure.reason).inc()
+            raise failure from error
         self._sources[name] = found
         self._metrics.loads.inc()
         self._metrics.load_seconds.observe(time.monotonic() - started_s)
         return loaded
 
-    async def _read_and_publish(self, name: str, source: ArtifactSource, wish: _Wish) -> L:
+    async def _read_and_publish(self, name: str, wish: _Wish) -> tuple[ArtifactSource, L]:
         for _ in range(_MAX_LEASE_ATTEMPTS):
-            content = await self._read(name, source)
+            found, content = await self._read_in_time(name, wish)
             try:
+                self._check_digest(name, content, wish)
                 if self._is_current(content):
                     loaded = self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
                     self._on_published(loaded)
-                    return loaded
-            except FusionServeError:
+                    return found, loaded
+            except BaseException:
                 self._discard(content)
                 raise
             self._discard(content)
         raise self._unstable(name)
+
+    async def _read_in_time(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
+        """Reads in one of the slots; the time to wait for one counts.
+
+        A read cannot be called off: what hangs in it keeps its slot, so that a dead disk takes no more threads than
+        there are slots.
+        """
+        end_s = time.monotonic() + self._load_timeout_s
+        try:
+            await asyncio.wait_for(self._load_slots.acquire(), self._load_timeout_s)
+        except TimeoutError:
+            raise self._too_slow(name) from None
+        reading = asyncio.create_task(self._find_and_read(name, wish))
+        reading.add_done_callback(lambda _: self._load_slots.release())
+        await asyncio.wait([reading], timeout=max(0.0, end_s - time.monotonic()))
+        if not reading.done():
+            reading.add_done_callback(self._discard_late)
+            raise self._too_slow(name)
+        return reading.result()
+
+    async def _find_and_read(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
+        found = await self._find(name, wish)
+        return found, await self._read(name, found)
+
+    async def _find(self, name: str, wish: _Wish) -> ArtifactSource:
+        if wish.directory is not None:
+            return ArtifactSource(wish.directory, None)
+        if wish.path is None and name in self._sources:
+            return self._sources[name]
+        path = name if wish.path is None else wish.path
+        return ArtifactSource(await self._find_root(name, path), path)
+
+    def _discard_late(self, reading: asyncio.Task[tuple[ArtifactSource, C]]) -> None:
+        if not reading.cancelled() and reading.exception() is None:
+            self._discard(reading.result()[1])
+
+    def _check_digest(self, name: str, content: C, wish: _Wish) -> None:
+        if wish.digest is not None and wish.digest != self._digest_of(content):
+            raise ChecksumError(
+                f"the weights of {self._noun} {name} do not have the digest they should have",
+                metadata={self._noun: name, "expected": wish.digest, "found": self._digest_of(content)},
+            )
 
     async def _find_root(self, name: str, path: str) -> Path:
         return await asyncio.to_thread(self._root_of, name, path)
@@ -281,6 +343,13 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     def _on_disk(self, name: str) -> S:
         return self._to_unloaded_status(name, is_loading=name in self._loads)
 
+    def _too_slow(self, name: str) -> UnavailableError:
+        return UnavailableError(
+            f"{self._noun} {name} could not be read in {self._load_timeout_s:g} s",
+            reason="LOAD_TIMED_OUT",
+            retry_after_s=_SLOW_RETRY_S,
+        )
+
     def _unstable(self, names: str) -> CapacityError:
         return CapacityError(
             f"{self._noun} {names} is evicted or replaced as often as it is loaded",
@@ -302,6 +371,12 @@ def open_source(source: ArtifactSource) -> ArtifactDirectory:
     if source.relative is None:
         return open_directory(source.root)
     return open_artifact_directory(source.root, source.relative)
+
+
+def _out_of_memory() -> CapacityError:
+    return CapacityError(
+        "the server ran out of memory while loading", reason="OUT_OF_MEMORY", retry_after_s=_MEMORY_RETRY_S
+    )
 
 
 def _see_exception(task: asyncio.Task[L]) -> None:

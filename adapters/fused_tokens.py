@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,21 @@ class FusedTokens:
         self.weights[path] = self._rows.weights(u, scores, allowed)
         self._coefficients = self.weights[path].index_select(1, member_of_row)
         self._left_out = None if allowed is None else ~allowed.index_select(-1, member_of_row)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedRange:
+    """The same for the kernels of a GPU, where all fusions of a batch are in the same tables.
+
+    `weights` are by path of the attention, [tokens, members (+ 1)].
+    """
+
+    start: int
+    end: int
+    row_start: int
+    rows: FusionRows
+    allowed: Tensor
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FusedSegment:

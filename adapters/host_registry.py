@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 
 from fusionserve.adapter_status import AdapterState
 from fusionserve.errors import AlreadyExistsError, CapacityError
+from fusionserve.failpoints import reach_failpoint
 from fusionserve.metrics import HostMetrics
 
 
@@ -103,6 +104,7 @@ class HostRegistry(Generic[C, L]):
         Raises AlreadyExistsError if the name is taken and not `replace`, CapacityError if the budget cannot hold it.
         """
         gone: list[L] = []
+        reach_failpoint("host.publish")
         with self._lock:
             if not replace:
                 self._refuse_if_loaded(name)
@@ -130,6 +132,7 @@ class HostRegistry(Generic[C, L]):
             if entry is None:
                 return None
             entry.num_leases += 1
+            self._metrics.leases.set(self._num_leases())
             self._ready.move_to_end(name)
             return entry.loaded
 
@@ -152,6 +155,7 @@ class HostRegistry(Generic[C, L]):
                     self._draining.remove(entry)
                     gone.append(entry.loaded)
                     callbacks += entry.on_gone
+            self._metrics.leases.set(self._num_leases())
             if gone:
                 self._measure()
         self._let_go(gone)
@@ -204,7 +208,7 @@ class HostRegistry(Generic[C, L]):
     def num_leases(self) -> int:
         """Leases of all versions."""
         with self._lock:
-            return sum(entry.num_leases for entry in [*self._ready.values(), *self._draining])
+            return self._num_leases()
 
     def check_integrity(self, num_leases: int) -> None:
         """Asserts the number of leases, and that nothing drains without one."""
@@ -242,6 +246,8 @@ class HostRegistry(Generic[C, L]):
                 reason=f"{self._noun.upper()}_HOST_FULL",
                 retry_after_s=1.0,
             )
+        if victims:
+            reach_failpoint("host.evict")
         self._metrics.evictions.inc(len(victims))
         return [self._ready.pop(name).loaded for name in victims]
 
@@ -263,6 +269,9 @@ class HostRegistry(Generic[C, L]):
 
     def _used_bytes(self) -> int:
         return sum(entry.loaded.nbytes for entry in [*self._ready.values(), *self._draining])
+
+    def _num_leases(self) -> int:
+        return sum(entry.num_leases for entry in [*self._ready.values(), *self._draining])
 
     def _measure(self) -> None:
         self._metrics.used_bytes.set(self._used_bytes())

@@ -166,10 +166,20 @@ def parse_lora_config(data: bytes) -> LoRAConfig:
     _check_type(fields)
     _check_options(fields)
     _check_init(fields.get("init_lora_weights", True))
+    _check_choice_of_modules(fields)
     config = _to_config(fields)
     if config.use_dora and config.lora_bias:
         raise unsupported("DoRA with lora_bias")
     return config
+
+
+def _check_choice_of_modules(fields: Mapping[str, object]) -> None:
+    """Which modules are adapted is read off the tensors; what the file says of it must still make sense."""
+    for key, kind in (("target_modules", str), ("exclude_modules", str), ("layers_to_transform", int)):
+        value = fields.get(key)
+        items = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(item) is kind for item in items):
+            raise _malformed(f"{key} has the wrong type")
 
 
 def check_base_model(config: LoRAConfig, model_names: Iterable[str]) -> None:

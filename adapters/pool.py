@@ -14,6 +14,7 @@ from torch import Tensor
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
 from fusionserve.adapters.resident import Resident, RowPiece
+from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.low_rank import expand_, shrink
 from fusionserve.kernels.segments import PartRows
 
@@ -30,6 +31,7 @@ class ModuleRows:
         self.expand_rows = self._like  # [capacity, d_out]
         self._has_bias = False
         self._part: PartRows | None = None
+        self.layout = 0  # counts what changes the addresses that kernels are given
 
     @property
     def part(self) -> PartRows:
@@ -59,7 +61,6 @@ class ModuleRows:
             if not pieces:
                 return
             self._allocate()
-        self._part = None
         self._clear(start, num_rows, pieces)
         for piece in pieces:
             first = start + piece.offset
@@ -69,8 +70,13 @@ class ModuleRows:
                 self.expand_rows[rows] = piece.expand
             if piece.shrink_bias is not None:
                 self.shrink_bias[rows] = piece.shrink_bias
-                # From here on: adding zeros is right, and costs a quarter of a small product.
-                self._has_bias = True
+                self._use_bias()
+
+    def _use_bias(self) -> None:
+        """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""
+        if not self._has_bias:
+            self._has_bias, self._part = True, None
+            self.layout += 1
 
     def _clear(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
         """Zeroes what the pieces do not overwrite: nothing, if there is but one and it has all rows."""
@@ -94,6 +100,7 @@ class ModuleRows:
         return self.shrink_rows, self.shrink_bias, self.expand_rows
 
     def _allocate(self) -> None:
+        self.layout += 1
         self.shrink_rows = self._like.new_zeros(self._capacity, self._module.d_in)
         self.shrink_bias = self._like.new_zeros(self._capacity)
         self.expand_rows = self._like.new_zeros(self._capacity, self._module.d_out)
@@ -115,12 +122,19 @@ class AdapterPool:
 
     def apply(self, changes: tuple[PoolChange, ...]) -> None:
         """Carries out the ledger's changes in order."""
+        if changes:
+            reach_failpoint("pool.activate")
         for change in changes:
             if isinstance(change, MoveRows):
                 for rows in self._rows.values():
                     rows.move(change.source, change.target, change.num_rows)
             else:
                 self._write(change.resident, change.start)
+
+    @property
+    def layout(self) -> int:
+        """Another number whenever a module's rows lie elsewhere than before."""
+        return sum(rows.layout for rows in self._rows.values())
 
     @property
     def nbytes(self) -> int:

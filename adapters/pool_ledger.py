@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
+from fusionserve.failpoints import reach_failpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,11 @@ class PoolLedger:
     def num_used(self) -> int:
         """Rank rows that are taken, idle residents included."""
         return sum(place.resident.num_rows for place in self._places.values())
+
+    @property
+    def num_held(self) -> int:
+        """Rank rows that cannot be evicted at present."""
+        return self._num_rows_kept(set())
 
     @property
     def resident_uids(self) -> frozenset[int]:
@@ -154,6 +160,7 @@ class PoolLedger:
     def _evict_one(self) -> bool:
         for uid, place in self._places.items():
             if place.num_holds == 0:
+                reach_failpoint("pool.evict")
                 self._remove(uid)
                 metrics.ADAPTER_EVICTIONS.labels("device").inc()
                 return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.kernels.low_rank import zeros_of
 from fusionserve.kernels.segments import Segment, Segments, can_add
+
+if TYPE_CHECKING:
+    from fusionserve.kernels.device.rank_items import RankItems
 
 # Measured on two cores in units of one token by one rank row of a 2,048-wide pair of A and B (about 40 ns):
 # starting a span's two products costs as much as about 1,000 of them, reading a rank row from memory about 5.
@@ -94,24 +98,25 @@ class SegmentPlan:
 class RowPlan:
     """What the adapted layers need to know of a batch.
 
-    Segments, or spans and fused tokens where those are cheaper, and whole-module changes.
+    Segments, or spans and fused tokens where those are cheaper, or items on a GPU; and whole-module changes.
     """
 
     num_tokens: int
     spans: tuple[Span, ...] = ()
     fused: tuple[FusedTokens, ...] = ()
     segments: SegmentPlan | None = None
+    items: RankItems | None = None
     whole_modules: tuple[WholeModuleTokens, ...] = ()
 
     @property
     def is_empty(self) -> bool:
         """True if every token is the base's."""
-        return not (self.spans or self.fused or self.segments or self.whole_modules)
+        return not (self.spans or self.fused or self.segments or self.items or self.whole_modules)
 
     @property
     def is_segments_only(self) -> bool:
         """True if native kernels do all of it: base tokens and segments."""
-        return not (self.spans or self.fused or self.whole_modules)
+        return not (self.spans or self.fused or self.items or self.whole_modules)
 
 
 EMPTY_PLAN = RowPlan(num_tokens=0)
@@ -133,12 +138,12 @@ def plan_segments(
     adapted: Sequence[AdaptedTokens], fused: Sequence[FusedSegment], like: Tensor
 ) -> SegmentPlan | None:
     """Segments for the adapted tokens, given in ascending order, and for the fused ones; None if there are none."""
-    segments = tuple(segment for group in _alike(adapted) for segment in _segments(group))
+    segments = tuple(segment for group in alike(adapted) for segment in _segments(group))
     together = [*segments, *(tokens.segment for tokens in fused)]
     return SegmentPlan(segments, tuple(fused), Segments(together, like)) if together else None
 
 
-def _alike(adapted: Iterable[AdaptedTokens]) -> Iterator[list[AdaptedTokens]]:
+def alike(adapted: Iterable[AdaptedTokens]) -> Iterator[list[AdaptedTokens]]:
     """Neighbours on the same rank rows, which read them together."""
     group: list[AdaptedTokens] = []
     for tokens in adapted:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fusionserve.adapters.artifact_errors import bad_tensor
 from fusionserve.adapters.strict_json import StrictJsonError, parse_json_object
 from fusionserve.errors import ArtifactError, UnavailableError
+from fusionserve.failpoints import reach_failpoint
 
 # A LoRA of all seven projections of a 126-layer model with DoRA has 2,646 tensors and 0.4 MB of header.
 MAX_HEADER_BYTES = 1 << 20
@@ -60,6 +61,7 @@ class SafetensorsFile:
         header = self._read_header(os.fstat(file.fileno()).st_size)
         self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in header})
         self._num_unread = len(header)
+        reach_failpoint("artifact.header")
 
     def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
         """Yields every tensor once, in file order, each in a private writable buffer of its own.

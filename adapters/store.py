@@ -11,7 +11,12 @@ from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
-from fusionserve.adapters.artifact_store import ArtifactSource, ArtifactStore, open_source
+from fusionserve.adapters.artifact_store import (
+    DEFAULT_LOAD_TIMEOUT_S,
+    ArtifactSource,
+    ArtifactStore,
+    open_source,
+)
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.artifact_folders import ADAPTER_CONFIG
@@ -38,8 +43,9 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         roots: tuple[Path, ...],
         load_content: Callable[[ArtifactDirectory], AdapterContent],
         holds: Callable[[str], Sequence[FusionHold]] = lambda name: (),
+        load_timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> None:
-        super().__init__("adapter", ADAPTER_CONFIG, registry, roots, metrics.ADAPTER_HOST)
+        super().__init__("adapter", ADAPTER_CONFIG, registry, roots, metrics.ADAPTER_HOST, load_timeout_s)
         self._load_content = load_content
         self._holds = holds
 
@@ -49,6 +55,9 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
     def _read_now(self, source: ArtifactSource) -> AdapterContent:
         with open_source(source) as directory:
             return self._load_content(directory)
+
+    def _digest_of(self, content: AdapterContent) -> str:
+        return content.weights.digest
 
     def _is_current(self, content: AdapterContent) -> bool:
         return True

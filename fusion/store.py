@@ -12,7 +12,12 @@ from pathlib import Path
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, FusionMemberStatus, FusionStatus, Residency
 from fusionserve.adapters.adapter import Adapter
-from fusionserve.adapters.artifact_store import ArtifactSource, ArtifactStore, open_source
+from fusionserve.adapters.artifact_store import (
+    DEFAULT_LOAD_TIMEOUT_S,
+    ArtifactSource,
+    ArtifactStore,
+    open_source,
+)
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.store import AdapterStore, FusionHold
@@ -34,8 +39,9 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         adapters: AdapterStore,
         base: BaseModules,
         policy: FusionPolicy,
+        load_timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> None:
-        super().__init__("fusion", FUSION_CONFIG, registry, roots, metrics.FUSION_HOST)
+        super().__init__("fusion", FUSION_CONFIG, registry, roots, metrics.FUSION_HOST, load_timeout_s)
         self._adapters = adapters
         self._base = base
         self._policy = policy
@@ -82,6 +88,9 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
             raise ArtifactError(
                 f"a member cannot be loaded: {error.message}", reason=error.reason, metadata=error.metadata
             ) from None
+
+    def _digest_of(self, content: FusionContent) -> str:
+        return content.folded.digest
 
     def _is_current(self, content: FusionContent) -> bool:
         """A member that was unloaded or replaced meanwhile must not be kept from going."""
