@@ -14,6 +14,7 @@ from grpc import aio
 
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
+from fusionserve.client.authorized_channel import authorized
 from fusionserve.client.errors import UnavailableError, typed_errors
 from fusionserve.client.results import Generation, GenerationEvent, Model
 from fusionserve.v1 import inference_pb2
@@ -27,6 +28,7 @@ ResponseT = TypeVar("ResponseT")
 class AsyncClient:
     """Talks to the server at `target`; every failed call raises a subclass of ClientError.
 
+    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call.
     `timeout_s` is the default for calls that bring none; None waits as long as it takes. `max_attempts` above
     1 retries generations that were refused for load or found no server. Close the client, or use it in a
     `async with`, in the event loop that uses it.
@@ -37,6 +39,7 @@ class AsyncClient:
         target: str = channel.DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         timeout_s: float | None = None,
         max_attempts: int = 1,
     ) -> None:
@@ -44,9 +47,10 @@ class AsyncClient:
             aio.insecure_channel, aio.secure_channel, target, credentials, max_attempts
         )
         self._timeout_s = timeout_s
-        self._inference = InferenceServiceStub(self._channel)
-        self.adapters = AsyncArtifacts(self._channel, ADAPTERS, timeout_s)
-        self.fusions = AsyncArtifacts(self._channel, FUSIONS, timeout_s)
+        calls = authorized(self._channel, token)
+        self._inference = InferenceServiceStub(calls)
+        self.adapters = AsyncArtifacts(calls, ADAPTERS, timeout_s)
+        self.fusions = AsyncArtifacts(calls, FUSIONS, timeout_s)
 
     async def generate(
         self,
@@ -175,13 +179,20 @@ class AsyncArtifacts(Generic[ItemT]):
         self._kind = kind
         self._timeout_s = timeout_s
 
-    async def load(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
-        """Loads it from `path` under the server's folders for its kind; without a path, from its name."""
-        return await self._call("Load", name=name, path=path, pin=pin)
+    async def load(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT:
+        """Loads it from `path` under the server's folders for its kind; without a path, from its name.
 
-    async def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        With `sha256` (hex) only if the weights file has it; else that raises DataLossError.
+        """
+        return await self._call("Load", name=name, path=path, pin=pin, sha256=sha256)
+
+    async def reload(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT:
         """Publishes a new version; requests that run finish on the old one."""
-        return await self._call("Load", name=name, path=path, pin=pin, replace=True)
+        return await self._call("Load", name=name, path=path, pin=pin, sha256=sha256, replace=True)
 
     async def unload(self, name: str, *, force: bool = False) -> ItemT:
         """Withdraws it and waits for its requests; with `force` they end with AbortedError."""

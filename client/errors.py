@@ -12,7 +12,8 @@ ClientError
 +-- DataLossError           bytes on the server differ from their digest
 +-- CancelledError          cancelled by this side
 +-- UnimplementedError      the server does not know the call
-+-- AuthenticationError     missing or wrong credentials
++-- AuthenticationError     missing or unknown credentials
++-- PermissionDeniedError   known credentials that do not allow the call: see `reason`
 +-- InternalError           a bug of the server: quote `request_id` when you report it
 """
 
@@ -115,7 +116,11 @@ class UnimplementedError(ClientError):
 
 
 class AuthenticationError(ClientError):
-    """The server wants other credentials for this call."""
+    """The server does not know who is calling: the token is missing or wrong."""
+
+
+class PermissionDeniedError(ClientError):
+    """The token does not allow this call, or this adapter."""
 
 
 class InternalError(ClientError):
@@ -135,7 +140,7 @@ BY_STATUS: Mapping[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.CANCELLED: CancelledError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
     grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
-    grpc.StatusCode.PERMISSION_DENIED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.INTERNAL: InternalError,
 }
 

@@ -12,6 +12,7 @@ import grpc
 
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
+from fusionserve.client.authorized_channel import authorized
 from fusionserve.client.errors import CancelledError, UnavailableError, typed_errors
 from fusionserve.client.results import Generation, GenerationEvent, Model
 from fusionserve.v1 import inference_pb2
@@ -25,6 +26,7 @@ ResponseT = TypeVar("ResponseT")
 class Client:
     """Talks to the server at `target`; every failed call raises a subclass of ClientError.
 
+    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call.
     `timeout_s` is the default for calls that bring none; None waits as long as it takes. `max_attempts` above
     1 retries generations that were refused for load or found no server. Close the client, or use it in a
     `with`; threads may share it.
@@ -35,6 +37,7 @@ class Client:
         target: str = channel.DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         timeout_s: float | None = None,
         max_attempts: int = 1,
     ) -> None:
@@ -42,9 +45,10 @@ class Client:
             grpc.insecure_channel, grpc.secure_channel, target, credentials, max_attempts
         )
         self._timeout_s = timeout_s
-        self._inference = InferenceServiceStub(self._channel)
-        self.adapters = Artifacts(self._channel, ADAPTERS, timeout_s)
-        self.fusions = Artifacts(self._channel, FUSIONS, timeout_s)
+        calls = authorized(self._channel, token)
+        self._inference = InferenceServiceStub(calls)
+        self.adapters = Artifacts(calls, ADAPTERS, timeout_s)
+        self.fusions = Artifacts(calls, FUSIONS, timeout_s)
 
     def generate(
         self,
@@ -167,13 +171,20 @@ class Artifacts(Generic[ItemT]):
         self._kind = kind
         self._timeout_s = timeout_s
 
-    def load(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
-        """Loads it from `path` under the server's folders for its kind; without a path, from its name."""
-        return self._call("Load", name=name, path=path, pin=pin)
+    def load(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT:
+        """Loads it from `path` under the server's folders for its kind; without a path, from its name.
 
-    def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT:
+        With `sha256` (hex) only if the weights file has it; else that raises DataLossError.
+        """
+        return self._call("Load", name=name, path=path, pin=pin, sha256=sha256)
+
+    def reload(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT:
         """Publishes a new version; requests that run finish on the old one."""
-        return self._call("Load", name=name, path=path, pin=pin, replace=True)
+        return self._call("Load", name=name, path=path, pin=pin, sha256=sha256, replace=True)
 
     def unload(self, name: str, *, force: bool = False) -> ItemT:
         """Withdraws it and waits for its requests; with `force` they end with AbortedError."""

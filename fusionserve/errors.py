@@ -11,6 +11,8 @@ FusionServeError
 +-- UnavailableError         starting, draining or broken            UNAVAILABLE
 +-- AbortedError             ended by somebody else's command        ABORTED
 +-- DeadlineError            the caller's deadline passed            DEADLINE_EXCEEDED
++-- UnauthenticatedError     no token, or an unknown one             UNAUTHENTICATED
++-- PermissionDeniedError    the token does not allow it             PERMISSION_DENIED
 +-- UnimplementedError       a method the server does not have       UNIMPLEMENTED
 +-- InternalError            our bug; carries no detail              INTERNAL
 +-- StartupError             the server cannot start (command line only)
@@ -125,6 +127,18 @@ class DeadlineError(FusionServeError):
     """The caller's deadline passed before the request finished."""
 
     default_reason = "DEADLINE_EXCEEDED"
+
+
+class UnauthenticatedError(FusionServeError):
+    """The call brings no bearer token, or one that the server does not know."""
+
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(FusionServeError):
+    """The caller is known, and may not do this."""
+
+    default_reason = "PERMISSION_DENIED"
 
 
 class UnimplementedError(FusionServeError):

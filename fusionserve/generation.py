@@ -52,6 +52,14 @@ class Adaptation:
     fusion: str = ""
     excluded_members: tuple[str, ...] = ()
 
+    @property
+    def flow(self) -> str:
+        """Whose share of the server it takes: "base", an adapter's name, "fusion:NAME" or "blend:NAME+NAME"."""
+        if self.kind == "fusion":
+            return f"fusion:{self.fusion}"
+        names = "+".join(sorted(term.name for term in self.terms))
+        return f"blend:{names}" if self.kind == "blend" else names or "base"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -121,6 +129,8 @@ class GenerateParams:
     num_candidates: int = 1
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""  # who asks; tenants do not share request ids
+    cache_tenant: str = ""  # nor, unless that is configured, cached prompts
     deadline_s: float | None = None
 
 

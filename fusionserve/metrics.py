@@ -87,11 +87,19 @@ ADAPTER_POOL_RANKS_USED = Gauge(
 ADAPTER_POOL_RANKS = Gauge(
     "fusionserve_adapter_pool_ranks", "Rank rows of the device pool.", registry=REGISTRY
 )
+ADAPTER_POOL_RANKS_HELD = Gauge(
+    "fusionserve_adapter_pool_ranks_held",
+    "Rank rows of the device pool that running requests keep from eviction.",
+    registry=REGISTRY,
+)
 ADAPTER_HOST_BYTES = Gauge(
     "fusionserve_adapter_host_bytes", "Bytes of adapter weights on the host.", registry=REGISTRY
 )
 ADAPTER_HOST_LIMIT_BYTES = Gauge(
     "fusionserve_adapter_host_limit_bytes", "Budget for adapter weights on the host.", registry=REGISTRY
+)
+ADAPTER_LEASES = Gauge(
+    "fusionserve_adapter_leases", "Leases on loaded adapters, of requests and of fusions.", registry=REGISTRY
 )
 ADAPTER_LOADS = Counter("fusionserve_adapter_loads_total", "Adapters loaded from disk.", registry=REGISTRY)
 ADAPTER_LOAD_FAILURES = Counter(
@@ -138,6 +146,7 @@ FUSION_HOST_BYTES = Gauge(
 FUSION_HOST_LIMIT_BYTES = Gauge(
     "fusionserve_fusion_host_limit_bytes", "Budget for folded fusion weights on the host.", registry=REGISTRY
 )
+FUSION_LEASES = Gauge("fusionserve_fusion_leases", "Leases on loaded fusions.", registry=REGISTRY)
 FUSION_EVICTIONS = Counter(
     "fusionserve_fusion_evictions_total", "Fusions dropped from the host to make room.", registry=REGISTRY
 )
@@ -183,6 +192,15 @@ FUSION_ENTROPY = Counter(
     registry=REGISTRY,
 )
 
+EVENT_LOOP_LAG_SECONDS = Gauge(
+    "fusionserve_event_loop_lag_seconds",
+    "The most that the event loop was late in the last second.",
+    registry=REGISTRY,
+)
+EVENT_LOOP_TASKS = Gauge(
+    "fusionserve_event_loop_tasks", "Tasks of the event loop that have not ended.", registry=REGISTRY
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostMetrics:
@@ -191,6 +209,7 @@ class HostMetrics:
     used_bytes: Gauge
     limit_bytes: Gauge
     states: Gauge  # by state
+    leases: Gauge
     evictions: Counter
     loads: Counter
     load_failures: Counter  # by reason
@@ -201,6 +220,7 @@ ADAPTER_HOST = HostMetrics(
     used_bytes=ADAPTER_HOST_BYTES,
     limit_bytes=ADAPTER_HOST_LIMIT_BYTES,
     states=ADAPTERS,
+    leases=ADAPTER_LEASES,
     evictions=ADAPTER_EVICTIONS.labels("host"),
     loads=ADAPTER_LOADS,
     load_failures=ADAPTER_LOAD_FAILURES,
@@ -210,6 +230,7 @@ FUSION_HOST = HostMetrics(
     used_bytes=FUSION_HOST_BYTES,
     limit_bytes=FUSION_HOST_LIMIT_BYTES,
     states=FUSIONS,
+    leases=FUSION_LEASES,
     evictions=FUSION_EVICTIONS,
     loads=FUSION_LOADS,
     load_failures=FUSION_LOAD_FAILURES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grpc import aio
 
 from fusionserve.server import checks
+from fusionserve.server.access import caller
 from fusionserve.server.adapter_message import to_adapter
 from fusionserve.server.adapter_page import to_page
 from fusionserve.server.engine_gate import EngineGate
@@ -14,7 +15,10 @@ from fusionserve.v1 import adapter_pb2_grpc
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
-    """The life of adapters and fusions; only loading counts as new work, which a draining server refuses."""
+    """The life of adapters and fusions that the caller may use; a list has no others.
+
+    Only loading counts as new work, which a draining server refuses.
+    """
 
     def __init__(self, gate: EngineGate) -> None:
         self._gate = gate
@@ -27,7 +31,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """The adapter, ready."""
         engine = self._gate.admit()
         path = _checked_path(request, engine.model_info().name, "adapter")
-        status = await engine.load_adapter(request.name, path, pin=request.pin, replace=request.replace)
+        status = await engine.load_adapter(
+            request.name, path, pin=request.pin, replace=request.replace, digest=_checked_digest(request)
+        )
         return pb.LoadAdapterResponse(adapter=to_adapter(status))
 
     async def UnloadAdapter(
@@ -38,6 +44,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """The adapter as it was left."""
         engine = self._gate.engine()
         checks.check_name("name", request.name)
+        caller().check_name(request.name, "adapter")
         status = await engine.unload_adapter(request.name, force=request.force)
         return pb.UnloadAdapterResponse(adapter=to_adapter(status))
 
@@ -49,6 +56,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """One adapter."""
         engine = self._gate.engine()
         checks.check_name("name", request.name)
+        caller().check_name(request.name, "adapter")
         return pb.GetAdapterResponse(adapter=to_adapter(await engine.get_adapter(request.name)))
 
     async def ListAdapters(
@@ -57,7 +65,8 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         context: aio.ServicerContext[pb.ListAdaptersRequest, pb.ListAdaptersResponse],
     ) -> pb.ListAdaptersResponse:
         """One page of all adapters."""
-        page, token = to_page(request, await self._gate.engine().list_adapters())
+        statuses = await self._gate.engine().list_adapters()
+        page, token = to_page(request, [status for status in statuses if caller().may_use(status.name)])
         return pb.ListAdaptersResponse(adapters=map(to_adapter, page), next_page_token=token)
 
     async def LoadFusion(
@@ -68,7 +77,9 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """The fusion, ready."""
         engine = self._gate.admit()
         path = _checked_path(request, engine.model_info().name, "fusion")
-        status = await engine.load_fusion(request.name, path, pin=request.pin, replace=request.replace)
+        status = await engine.load_fusion(
+            request.name, path, pin=request.pin, replace=request.replace, digest=_checked_digest(request)
+        )
         return pb.LoadFusionResponse(fusion=to_fusion(status))
 
     async def UnloadFusion(
@@ -79,6 +90,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """The fusion as it was left."""
         engine = self._gate.engine()
         checks.check_name("name", request.name, "fusion")
+        caller().check_name(request.name, "fusion")
         status = await engine.unload_fusion(request.name, force=request.force)
         return pb.UnloadFusionResponse(fusion=to_fusion(status))
 
@@ -90,6 +102,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """One fusion."""
         engine = self._gate.engine()
         checks.check_name("name", request.name, "fusion")
+        caller().check_name(request.name, "fusion")
         return pb.GetFusionResponse(fusion=to_fusion(await engine.get_fusion(request.name)))
 
     async def ListFusions(
@@ -98,16 +111,29 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         context: aio.ServicerContext[pb.ListFusionsRequest, pb.ListFusionsResponse],
     ) -> pb.ListFusionsResponse:
         """One page of all fusions."""
-        page, token = to_page(request, await self._gate.engine().list_fusions())
+        statuses = await self._gate.engine().list_fusions()
+        page, token = to_page(request, [status for status in statuses if caller().may_use(status.name)])
         return pb.ListFusionsResponse(fusions=map(to_fusion, page), next_page_token=token)
 
 
 def _checked_path(
     request: pb.LoadAdapterRequest | pb.LoadFusionRequest, model_name: str, what: str
 ) -> str | None:
-    """The path of a request to load, if it brings one. Raises InvalidRequestError for the name or the path."""
+    """The path of a request to load, if it brings one.
+
+    Raises InvalidRequestError for the name or the path, PermissionDeniedError for the name.
+    """
     checks.check_new_name("name", request.name, model_name, what)
+    caller().check_name(request.name, what)
     if not request.HasField("path"):
         return None
     checks.check_path("path", request.path, what)
     return request.path
+
+
+def _checked_digest(request: pb.LoadAdapterRequest | pb.LoadFusionRequest) -> str | None:
+    """The digest of a request to load, if it brings one. Raises InvalidRequestError."""
+    if not request.HasField("sha256"):
+        return None
+    checks.check_digest("sha256", request.sha256)
+    return request.sha256

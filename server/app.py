@@ -16,9 +16,12 @@ from fusionserve.metrics import AdapterLabels
 from fusionserve.server.daemon_thread import in_daemon_thread, is_thread_alive
 from fusionserve.server.engine_facade import EngineFacade
 from fusionserve.server.grpc_server import GrpcServer
+from fusionserve.server.heap_trimming import heap_trimmed
 from fusionserve.server.listen_address import ListenAddress
+from fusionserve.server.loop_monitor import loop_measured
 from fusionserve.server.metrics_endpoint import MetricsEndpoint
 from fusionserve.server.stop_signals import StopSignals
+from fusionserve.server.watchdog import loop_watched
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ _WORKERS_GRACE_S = 0.5
 _SWITCH_S = 0.0005
 METRICS_OFF = "off"
 _LOADER = "load-engine"
+_ENGINE = "engine"
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
@@ -44,9 +48,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine:
 
 
 async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
-    code = await _serve(engine_config, server_config, load_engine)
-    if is_thread_alive(_LOADER) or not await _workers_end():
-        # Told to stop while loading: native code cannot be interrupted, and crashes if Python ends around it.
+    async with loop_watched(engine_config.step_timeout_s), loop_measured():
+        code = await _serve(engine_config, server_config, load_engine)
+        is_at_work = is_thread_alive(_LOADER) or is_thread_alive(_ENGINE) or not await _workers_end()
+    if is_at_work:
+        # Told to stop while loading, or hung: native code cannot be interrupted, and crashes if Python ends around it.
         sys.stdout.flush()
         logging.shutdown()
         os._exit(code)
@@ -64,9 +70,10 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_
             _spare_from_collection()
             sys.setswitchinterval(_SWITCH_S)
             print(f"ready grpc={app.grpc_address} metrics={app.metrics_address}", flush=True)
-            if await _finishes_before(app.wait_failed(), signals.asked):
-                return EXIT_ENGINE_FAILED
-            await _finishes_before(app.drain(), signals.asked_again)
+            async with loop_watched(engine_config.step_timeout_s), heap_trimmed():
+                if await _finishes_before(app.wait_failed(), signals.asked):
+                    return EXIT_ENGINE_FAILED
+                await _finishes_before(app.drain(), signals.asked_again)
             return EXIT_OK
         finally:
             await app.close(0 if signals.asked_again.is_set() else STOP_GRACE_S)
@@ -116,11 +123,12 @@ class App:
         self._grpc.health.drain()
 
     async def drain(self) -> None:
-        """Refuses new requests with DRAINING and returns when the running ones have ended."""
+        """Refuses new requests with DRAINING; returns when the running ones have ended, and the window has."""
         assert self._engine is not None, "load comes first"
         self._grpc.health.drain()
         self._grpc.gate.drain()
-        await self._engine.drain(self._config.drain_grace_s)
+        window = asyncio.sleep(self._config.drain_window_s)
+        await asyncio.gather(self._engine.drain(self._config.drain_grace_s), window)
 
     async def close(self, grace_s: float) -> None:
         """Closes the listeners, giving calls `grace_s` to end, and then the engine."""

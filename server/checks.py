@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sized
 
 from fusionserve.errors import InvalidRequestError
 from fusionserve.limits import is_name
 
 MAX_PATH_LENGTH = 1024
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_between(field: str, value: float, low: float, high: float) -> None:
@@ -88,6 +90,14 @@ def check_path(field: str, path: str, what: str = "adapter") -> None:
             '"." and ".."',
             field=field,
             reason=f"{what.upper()}_PATH_INVALID",
+        )
+
+
+def check_digest(field: str, digest: str) -> None:
+    """Raises DIGEST_INVALID unless it is a sha256 in lower-case hex."""
+    if not _SHA256.fullmatch(digest):
+        raise InvalidRequestError(
+            f"{field} must be 64 hex digits in lower case", field=field, reason="DIGEST_INVALID"
         )
 
 

@@ -28,8 +28,13 @@ class EngineFacade(Protocol):
     def model_info(self) -> ModelInfo:
         """The base model and the engine's limits."""
 
-    async def load_adapter(self, name: str, path: str | None, *, pin: bool, replace: bool) -> AdapterStatus:
-        """Loads from under the engine's adapter folders; returns when requests may use the adapter."""
+    async def load_adapter(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None
+    ) -> AdapterStatus:
+        """Loads from under the engine's adapter folders; returns when requests may use the adapter.
+
+        Raises ChecksumError if its weights do not have the `digest` (sha256 in hex), if one is given.
+        """
 
     async def unload_adapter(self, name: str, *, force: bool) -> AdapterStatus:
         """Withdraws the name at once; returns when its requests have ended, which `force` makes them do."""
@@ -40,7 +45,9 @@ class EngineFacade(Protocol):
     async def list_adapters(self) -> list[AdapterStatus]:
         """All adapters, loaded or on disk, by name."""
 
-    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+    async def load_fusion(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None
+    ) -> FusionStatus:
         """Loads from under the engine's fusion folders, the members with it; returns when it may be used."""
 
     async def unload_fusion(self, name: str, *, force: bool) -> FusionStatus:

@@ -9,12 +9,17 @@ from grpc_reflection.v1alpha import reflection
 
 from fusionserve.config import ServerConfig
 from fusionserve.errors import StartupError
+from fusionserve.server.access import Access
 from fusionserve.server.adapter_servicer import AdapterServicer
 from fusionserve.server.engine_gate import EngineGate
+from fusionserve.server.exposure import check_exposure
+from fusionserve.server.grpc_batches import mend_batches
 from fusionserve.server.health import HealthServicer
 from fusionserve.server.inference_servicer import InferenceServicer
 from fusionserve.server.interceptors import CallInterceptor
 from fusionserve.server.listen_address import ListenAddress
+from fusionserve.server.request_log import RequestLog
+from fusionserve.server.tls import to_credentials
 from fusionserve.v1 import adapter_pb2, adapter_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 SERVICES: tuple[str, ...] = (
@@ -26,14 +31,16 @@ HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _OPTIONS = (
     # Two servers on one port would each get a part of the calls.
     ("grpc.so_reuseport", 0),
-    # A client whose machine froze is noticed within 40 s; without the ping timeout, a minute later.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Clients may ping idle connections, but not often.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Of calls that come faster than they are looked at gRPC cancels some beyond 1,000 and all beyond 3,000, without a
+    # word. With more waiting they get our refusal, which says that and when to try again.
+    ("grpc.server.max_pending_requests", 16_384),
+    ("grpc.server.max_pending_requests_hard_limit", 32_768),
+    # Likewise of calls that wait for half a minute, as some of thousands do on a slow machine.
+    ("grpc.server_max_unrequested_time_in_server", 600),
 )
 # gRPC refuses with a bare status, before a body is read: up to this many times the limit it is ours that says why.
 _TAKEN_TO_REFUSE = 2
@@ -45,11 +52,17 @@ class GrpcServer:
     def __init__(self, config: ServerConfig) -> None:
         self.gate = EngineGate()
         self.health = HealthServicer(SERVICES)
-        interceptor = CallInterceptor(config.max_message_bytes)
+        self._access = Access(config.token_file)
+        self._tls = to_credentials(config)
+        interceptor = CallInterceptor(config.max_message_bytes, config.write_timeout_s, self._access)
         taken = ("grpc.max_receive_message_length", _TAKEN_TO_REFUSE * config.max_message_bytes)
-        self._server = aio.server(interceptors=(interceptor,), options=(*_OPTIONS, taken))
+        options = (*_OPTIONS, *_keepalive(config), taken)
+        mend_batches()
+        self._server = aio.server(interceptors=(interceptor,), options=options)
         self._add_services(config)
-        self.address = self._bind(ListenAddress.parse(config.listen))
+        address = ListenAddress.parse(config.listen)
+        check_exposure(address, config)
+        self.address = self._bind(address)
 
     async def start(self) -> None:
         """Starts to answer; generation is refused with STARTING."""
@@ -61,7 +74,13 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
     def _add_services(self, config: ServerConfig) -> None:
-        inference = InferenceServicer(self.gate, config.max_request_s)
+        inference = InferenceServicer(
+            self.gate,
+            self._access.limits,
+            max_request_s=config.max_request_s,
+            shares_prefix_cache=config.share_prefix_cache,
+            log=RequestLog(config.log_requests),
+        )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(self.gate), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
@@ -75,6 +94,18 @@ class GrpcServer:
         # gRPC reports a taken port in several lines of its own log; the system gives the reason alone.
         address.bind().close()
         try:
+            if self._tls is not None:
+                return ListenAddress(address.host, self._server.add_secure_port(str(address), self._tls))
             return ListenAddress(address.host, self._server.add_insecure_port(str(address)))
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address}", reason="LISTEN_FAILED") from error
+
+
+def _keepalive(config: ServerConfig) -> tuple[tuple[str, int], ...]:
+    """Ends the calls of a client whose machine froze; without the ping's timeout, a minute later."""
+    timeout_ms = round(config.keepalive_timeout_s * 1000)
+    return (
+        ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+    )

@@ -6,28 +6,46 @@ import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from grpc import aio
 
 from fusionserve.errors import DeadlineError, InternalError, InvalidRequestError
 from fusionserve.generation import GenerateParams, GenerationEvent, GenerationFinished, Prompt, TextPrompt
+from fusionserve.server.access import caller
 from fusionserve.server.engine_facade import EngineFacade
 from fusionserve.server.engine_gate import EngineGate
 from fusionserve.server.generate_params import to_chat_prompt, to_generate_params
 from fusionserve.server.generate_response import to_generate_response, to_stream_response
 from fusionserve.server.model_message import to_get_model_response
+from fusionserve.server.request_log import RequestLog
 from fusionserve.server.request_outcome import RequestOutcome
+from fusionserve.server.token_limits import TokenLimits
 from fusionserve.v1 import inference_pb2 as pb
 from fusionserve.v1 import inference_pb2_grpc
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    """Generation for clients whose deadline, if they have one, may be cut to `max_request_s`."""
+    """Generation for clients whose deadline, if they have one, may be cut to `max_request_s`.
 
-    def __init__(self, gate: EngineGate, max_request_s: float) -> None:
+    `limits` bounds what a token may have open; `shares_prefix_cache` lets tokens of other names find its prompts.
+    """
+
+    def __init__(
+        self,
+        gate: EngineGate,
+        limits: TokenLimits,
+        *,
+        max_request_s: float,
+        shares_prefix_cache: bool,
+        log: RequestLog,
+    ) -> None:
         self._gate = gate
+        self._limits = limits
         self._max_request_s = max_request_s
+        self._shares_prefix_cache = shares_prefix_cache
+        self._log = log
 
     async def Generate(
         self,
@@ -35,9 +53,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
     ) -> pb.GenerateResponse:
         """The finished result."""
-        with RequestOutcome(request, context) as outcome:
+        with RequestOutcome(request, context, self._log) as outcome, self._limits.open_generation(caller()):
             engine = self._gate.admit()
-            params = to_generate_params(request, self._deadline_s(context))
+            params = self._to_params(request, context)
             finished = await _last_event(engine, params)
             outcome.observe(finished)
             return to_generate_response(finished)
@@ -48,9 +66,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: aio.ServicerContext[pb.StreamGenerateRequest, pb.StreamGenerateResponse],
     ) -> AsyncGenerator[pb.StreamGenerateResponse, None]:
         """Started, chunks, finished; the engine's generator is closed however the stream ends."""
-        with RequestOutcome(request.request, context) as outcome:
+        generation = request.request
+        with (
+            RequestOutcome(generation, context, self._log) as outcome,
+            self._limits.open_generation(caller()),
+        ):
             engine = self._gate.admit()
-            params = to_generate_params(request.request, self._deadline_s(context))
+            params = self._to_params(generation, context)
             async with aclosing(engine.generate(params)) as events:
                 async for event in events:
                     outcome.observe(event)
@@ -85,6 +107,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.GetModelResponse:
         """The base model and the server's limits."""
         return to_get_model_response(self._gate.engine().model_info())
+
+    def _to_params(
+        self, request: pb.GenerateRequest, context: aio.ServicerContext[Any, Any]
+    ) -> GenerateParams:
+        """The request, checked, as its caller's. Raises InvalidRequestError, PermissionDeniedError, DeadlineError."""
+        params = to_generate_params(request, self._deadline_s(context))
+        caller().check_generation(params.adaptation, params.priority)
+        tenant = caller().name
+        return replace(params, tenant=tenant, cache_tenant="" if self._shares_prefix_cache else tenant)
 
     def _deadline_s(self, context: aio.ServicerContext[Any, Any]) -> float:
         remaining_s: float | None = context.time_remaining()

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -21,9 +20,12 @@ from fusionserve.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from fusionserve.server.access import Access, called_by
 from fusionserve.server.method_metrics import MethodCall
+from fusionserve.server.paced_writes import PacedWrites
 from fusionserve.server.request_ids import REQUEST_ID_KEY, mint_request_id, request_id_of
 from fusionserve.server.status import to_code, to_ended_code, to_status, to_trailers
+from fusionserve.server.tokens import Token
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,14 @@ class Refused:
 class CallInterceptor(aio.ServerInterceptor):
     """Gives every call a request id, exactly one status from the table, and its place in the metrics.
 
-    Requests of more than `max_message_bytes` are refused here, where the answer can say why.
+    Callers without the rights for a method, and requests of more than `max_message_bytes`, are refused here, before
+    anything of the request is read. A client that does not take a message for `write_timeout_s` gets no more of them.
     """
 
-    def __init__(self, max_message_bytes: int) -> None:
+    def __init__(self, max_message_bytes: int, write_timeout_s: float, access: Access) -> None:
         self._max_message_bytes = max_message_bytes
+        self._write_timeout_s = write_timeout_s
+        self._access = access
 
     async def intercept_service(
         self,
@@ -58,7 +63,13 @@ class CallInterceptor(aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(_refuse_method)
-        return _wrap(handler, handler_call_details.method, self._max_message_bytes)
+        method = handler_call_details.method
+        try:
+            token = self._access.admit(method, handler_call_details.invocation_metadata or ())
+        except FusionServeError as error:
+            return grpc.stream_stream_rpc_method_handler(_refusal(error, MethodCall(method, handler)))
+        behaviour = _guard(_to_behaviour(handler, self._write_timeout_s), handler, method, token)
+        return _wrap(behaviour, handler, self._max_message_bytes)
 
 
 async def _refuse_method(requests: AsyncIterator[bytes], context: Context) -> None:
@@ -66,8 +77,16 @@ async def _refuse_method(requests: AsyncIterator[bytes], context: Context) -> No
     await _answer(UnimplementedError("the server has no such method"), mint_request_id(), context)
 
 
-def _wrap(handler: Handler, method: str, max_message_bytes: int) -> Handler:
-    guarded = _guard(_to_behaviour(handler), handler, method)
+def _refusal(error: FusionServeError, call: MethodCall) -> Behaviour:
+    """A handler, of any method, that gives the error for an answer."""
+
+    async def refuse(requests: Any, context: Context) -> None:
+        await _abort(error, call, mint_request_id(), context)
+
+    return refuse
+
+
+def _wrap(behaviour: Behaviour, handler: Handler, max_message_bytes: int) -> Handler:
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -75,7 +94,7 @@ def _wrap(handler: Handler, method: str, max_message_bytes: int) -> Handler:
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[handler.request_streaming, handler.response_streaming]
     return make(
-        guarded,
+        behaviour,
         request_deserializer=_tolerant(handler.request_deserializer, max_message_bytes),
         response_serializer=handler.response_serializer,
     )
@@ -93,7 +112,7 @@ def _tolerant(deserialize: Callable[[bytes], Any], max_message_bytes: int) -> Ca
     return parse
 
 
-def _to_behaviour(handler: Handler) -> Behaviour:
+def _to_behaviour(handler: Handler, write_timeout_s: float) -> Behaviour:
     """The handler's method as an awaitable of (request, context), whichever of grpc.aio's shapes it has.
 
     A generator's messages are written from here, so that it is closed at once when the call ends while it is
@@ -107,36 +126,36 @@ def _to_behaviour(handler: Handler) -> Behaviour:
         return cast(Behaviour, behaviour)
 
     async def write_all(request: Any, context: Context) -> None:
-        async with aclosing(behaviour(request, context)) as responses:
-            async for response in responses:
-                await context.write(response)
+        await PacedWrites(behaviour(request, context), context, write_timeout_s).run()
 
     return write_all
 
 
-def _guard(behaviour: Behaviour, handler: Handler, method: str) -> Behaviour:
+def _guard(behaviour: Behaviour, handler: Handler, method: str, token: Token) -> Behaviour:
     async def guarded(request: Any, context: Context) -> Any:
         call = MethodCall(method, handler)
         request_id = request_id_of(request)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         try:
-            response = await behaviour(_checked(request, handler), context)
+            with called_by(token):
+                response = await behaviour(_checked(request, handler), context)
         except aio.AbortError:
             call.end(context.code())  # the handler has answered by itself
             raise
-        except aio.BaseError:
-            call.end(
-                grpc.StatusCode.CANCELLED
-            )  # nothing can be written: the client is gone or the server stopped
-            raise
+        except aio.InternalError:  # nothing can be written: the client is gone or the server stopped
+            call.end(grpc.StatusCode.CANCELLED)
+            # grpc.aio would log the stack, and a client could fill the log with it.
+            raise asyncio.CancelledError from None
         except asyncio.CancelledError as error:
             if _is_cancelled_from_outside():
                 call.end(to_ended_code(error, context))
                 raise
             # grpc.aio would leave the client without an answer.
             stopped = UnavailableError("the request was stopped by the server", reason="REQUEST_STOPPED")
+            request = None
             await _abort(stopped, call, request_id, context)
         except Exception as error:
+            request = None  # see `_let_go`
             await _abort(error, call, request_id, context)
         call.end(grpc.StatusCode.OK)
         return response
@@ -184,10 +203,26 @@ async def _abort(error: Exception, call: MethodCall, request_id: str, context: C
     if code is grpc.StatusCode.INTERNAL:
         logger.error("%s failed, request id %s", call.method, request_id, exc_info=error)
     call.end(code)  # before the client can know
+    _let_go(error)
     await _answer(error, request_id, context)
+
+
+def _let_go(error: BaseException) -> None:
+    """Drops the tracebacks of an error.
+
+    grpc.aio keeps the exception that its `abort` raises, and with it every frame on the way and whatever the request
+    took, in a cycle with the call: megabytes that stay until the collector looks at its oldest generation.
+    """
+    chain: BaseException | None = error
+    while chain is not None:
+        chain.__traceback__ = None
+        chain = chain.__cause__ or chain.__context__
 
 
 async def _answer(error: Exception, request_id: str, context: Context) -> NoReturn:
     status = to_status(error, request_id)
-    await context.abort(to_code(error), status.message, to_trailers(error, status, request_id))
+    try:
+        await context.abort(to_code(error), status.message, to_trailers(error, status, request_id))
+    except aio.InternalError:  # as above: the client has gone meanwhile
+        raise asyncio.CancelledError from None
     raise AssertionError("abort raises")

@@ -24,6 +24,7 @@ COMMANDS = {
     "fusions": "the same for fusions of adapters",
     "fusion": "show what a fusion on disk attends to (fusion inspect); needs no server",
     "loadtest": "put a server under load and report latencies, throughput and fairness",
+    "token": "make a bearer token and its entry for the server's token file",
     "train": "train an adapter, or a fusion of adapters",
     "version": "print the versions of fusionserve and of what it runs on",
 }
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_help())
         return 0 if arguments else EXIT_USAGE
+    # gRPC reads it when it is imported; else whoever speaks something other than TLS to the port fills the log.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         with stop_at_once() if name == "serve" else nullcontext():
             return _command("version" if name == "--version" else name)(arguments[1:])

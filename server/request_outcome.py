@@ -10,6 +10,7 @@ from grpc import aio
 from fusionserve import metrics
 from fusionserve.generation import GenerationEvent, GenerationFinished
 from fusionserve.server.generate_params import kind_of
+from fusionserve.server.request_log import RequestLog
 from fusionserve.server.status import to_ended_code
 from fusionserve.v1 import inference_pb2
 
@@ -17,13 +18,15 @@ NO_FINISH_REASON = "none"
 
 
 class RequestOutcome:
-    """Counts a request exactly once, when its block is left, whatever ends it."""
+    """Counts a request exactly once, and logs it if that is asked for,, when its block is left, whatever ends it."""
 
     def __init__(
         self,
         request: inference_pb2.GenerateRequest,
         context: aio.ServicerContext[Any, Any],
+        log: RequestLog,
     ) -> None:
+        self._entry = log.entry(request)
         self._kind = kind_of(request)
         self._context = context
         self._finish_reason = NO_FINISH_REASON
@@ -34,13 +37,14 @@ class RequestOutcome:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            metrics.REQUESTS.labels(self._kind, self._finish_reason, "OK").inc()
-            return
-        status = to_ended_code(error, self._context).name
-        metrics.REQUESTS.labels(self._kind, NO_FINISH_REASON, status).inc()
+        status, finish_reason = "OK", self._finish_reason
+        if error is not None:
+            status, finish_reason = to_ended_code(error, self._context).name, NO_FINISH_REASON
+        metrics.REQUESTS.labels(self._kind, finish_reason, status).inc()
+        self._entry.write(status, finish_reason)
 
     def observe(self, event: GenerationEvent) -> None:
         """Remembers why the first candidate finished, if this is the last event."""
         if isinstance(event, GenerationFinished):
             self._finish_reason = event.candidates[0].finish_reason.value
+            self._entry.finished = event

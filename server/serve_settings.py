@@ -35,6 +35,12 @@ def _server(field: str, name: str, kind: Kind, text: str) -> dict[str, Setting]:
 ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine("model", "model", kinds.MODEL, "base model: a folder or a hub id", "the embedded model"),
     **_engine("model_name", "model-name", kinds.TEXT, "name to serve it under", "its folder's name"),
+    **_engine(
+        "device",
+        "device",
+        choice("auto", "cpu", "cuda"),
+        "where to compute; auto takes a GPU if there is one",
+    ),
     **_engine("dtype", "dtype", choice("auto", "float32", "bfloat16", "float16"), "type of the base weights"),
     **_engine(
         "quantize",
@@ -74,9 +80,28 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         "the model's",
     ),
     **_engine("max_batch_tokens", "max-batch-tokens", integer(1), "tokens computed per step"),
+    **_engine(
+        "max_prompt_tokens",
+        "max-prompt-tokens",
+        integer(1),
+        "tokens of prompts computed per step while others decode: fewer keep streams even and newcomers quick",
+    ),
     **_engine("max_batch_requests", "max-batch-requests", integer(1), "requests running at once"),
     **_engine(
         "max_queued_requests", "max-queued-requests", integer(0), "requests that may wait; more are refused"
+    ),
+    **_engine(
+        "fair_weights",
+        "fair-weights",
+        kinds.SHARES,
+        "shares of the server under load: of an adapter, of base, of fusion:NAME",
+        "1 for each",
+    ),
+    **_engine(
+        "max_open_tokens",
+        "max-open-tokens",
+        integer(1),
+        "tokens that all requests, waiting and running, may come to have; more are refused",
     ),
     **_engine(
         "default_max_new_tokens",
@@ -104,18 +129,80 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine(
         "enable_prefix_cache", "prefix-cache", kinds.SWITCH, "reuse the KV cache of equal prompt beginnings"
     ),
+    **_engine("load_timeout_s", "load-timeout", kinds.TIME_LIMIT, "time for reading an adapter or a fusion"),
+    **_engine(
+        "step_timeout_s",
+        "step-timeout",
+        kinds.TIME_LIMIT,
+        "time after which a step hangs and the server stops",
+    ),
     **_engine("num_threads", "threads", integer(1, 4096), "threads for computing", "the cores at hand"),
 }
 
 SERVER_SETTINGS: Mapping[str, Setting] = {
     **_server("listen", "listen", kinds.ADDRESS, "where gRPC listens; port 0 picks a free one"),
     **_server("metrics_listen", "metrics-listen", kinds.ADDRESS_OR_OFF, "where Prometheus scrapes /metrics"),
+    **_server(
+        "tls_cert",
+        "tls-cert",
+        kinds.FILE,
+        "certificate chain (PEM) to serve TLS with; reread when it changes",
+    ),
+    **_server("tls_key", "tls-key", kinds.FILE, "its private key (PEM)"),
+    **_server(
+        "tls_client_ca",
+        "tls-client-ca",
+        kinds.FILE,
+        "clients must show a certificate of this authority (PEM)",
+    ),
+    **_server(
+        "token_file", "token-file", kinds.FILE, "who may call and do what (TOML; `fusionserve token`); reread"
+    ),
+    **_server(
+        "allow_insecure",
+        "allow-insecure",
+        kinds.SWITCH,
+        "listen beyond this machine without TLS and tokens",
+    ),
+    **_server(
+        "share_prefix_cache",
+        "share-prefix-cache",
+        kinds.SWITCH,
+        "reuse cached prompts across the names of the token file; timing then tells one what others have asked",
+    ),
+    **_server(
+        "log_requests",
+        "log-requests",
+        choice("off", "meta", "text"),
+        "log a line per generation; text has prompt and output in it",
+    ),
     **_server("enable_reflection", "reflection", kinds.SWITCH, "describe the API to clients that ask"),
     **_server(
         "enable_channelz", "channelz", kinds.SWITCH, "show the state of connections to clients that ask"
     ),
     **_server("max_message_bytes", "max-message-size", size(1 << 10, 512 << 20), "largest request taken"),
-    **_server("max_request_s", "max-request-time", kinds.SECONDS, "deadline of requests that bring none"),
+    **_server("max_request_s", "max-request-time", kinds.TIME_LIMIT, "deadline of requests that bring none"),
+    **_server(
+        "write_timeout_s",
+        "write-timeout",
+        kinds.TIME_LIMIT,
+        "time for a client to take a message; then its request is ended",
+    ),
+    **_server(
+        "keepalive_time_s", "keepalive-time", kinds.TIME_LIMIT, "silence after which a client is pinged"
+    ),
+    **_server(
+        "keepalive_timeout_s",
+        "keepalive-timeout",
+        kinds.TIME_LIMIT,
+        "time a ping's answer may take; then the client's requests are ended",
+    ),
+    **_server(
+        "drain_window_s",
+        "drain-window",
+        kinds.SECONDS,
+        "time after SIGTERM in which new requests still get a refusal that says so; longer behind a load balancer",
+    ),
     **_server("drain_grace_s", "drain-grace", kinds.SECONDS, "time for running requests after SIGTERM"),
     **_server(
         "adapter_label_limit", "adapter-label-limit", integer(0, 10000), "adapters with metrics of their own"

@@ -83,6 +83,14 @@ def parse_seconds(text: str) -> float:
     return float(match[1]) * unit
 
 
+def parse_time_limit(text: str) -> float:
+    """Seconds, more than none."""
+    seconds = parse_seconds(text)
+    if not seconds > 0:
+        raise ValueError(f"{text!r} is no time at all")
+    return seconds
+
+
 def parse_switch(text: str) -> bool:
     """True of on, false of off."""
     value = SWITCH_VALUES.get(text.strip().lower())
@@ -203,11 +211,21 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def parse_shares(text: str) -> dict[str, float]:
+    """NAME=WEIGHT pairs whose weights are above 0."""
+    shares = parse_weights(text)
+    for name, weight in shares.items():
+        if not weight > 0:
+            raise ValueError(f"the weight of {name!r} is not above 0")
+    return shares
+
+
 TEXT = Kind("TEXT", str)
 NAME = Kind("NAME", str)
 FILE = Kind("FILE", lambda text: Path(text).expanduser())
 NUMBER = Kind("X", parse_number, "{:g}".format)
 SECONDS = Kind("DURATION", parse_seconds, "{:g}s".format)
+TIME_LIMIT = Kind("DURATION", parse_time_limit, "{:g}s".format)
 SIZE = Kind("SIZE", parse_size, show_size)
 SWITCH = Kind("on|off", parse_switch, lambda value: "on" if value else "off")
 ADDRESS = Kind("HOST:PORT", parse_address)
@@ -218,3 +236,4 @@ TARGET = Kind("HOST:PORT", parse_target)
 ADAPTER = Kind("NAME=PATH", parse_adapter)
 FUSION = Kind("NAME=PATH", parse_fusion)
 WEIGHTS = Kind("NAME=WEIGHT,...", parse_weights)
+SHARES = Kind("NAME=WEIGHT,...", parse_shares)

@@ -21,10 +21,14 @@ ItemT_co = TypeVar("ItemT_co", covariant=True)
 class Life(Protocol[ItemT_co]):
     """The client's calls about one kind."""
 
-    def load(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT_co:
+    def load(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT_co:
         """Loads one."""
 
-    def reload(self, name: str, path: str | None = None, *, pin: bool = False) -> ItemT_co:
+    def reload(
+        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+    ) -> ItemT_co:
         """Publishes a new version."""
 
     def unload(self, name: str, *, force: bool = False) -> ItemT_co:
@@ -76,13 +80,19 @@ class ArtifactCommand(Generic[ItemT]):
             env_prefix=self._env_prefix,
         )
         pin = self._flag("pin", "never evict it to make room")
+        sha256 = Setting(
+            name="sha256",
+            kind=kinds.TEXT,
+            help="load it only if its weights file has this digest",
+            env_prefix=self._env_prefix,
+        )
         force = self._flag("force", "end its running requests instead of waiting for them")
         article = "an" if noun[0] in "aeiou" else "a"
         return {
             "list": (f"list all {noun}s, loaded or available on disk", ()),
             "get": (f"describe one {noun}", ()),
-            "load": (f"load {article} {noun} and wait until it can be used", (path, pin)),
-            "reload": (f"publish a new version of {article} {noun}", (path, pin)),
+            "load": (f"load {article} {noun} and wait until it can be used", (path, pin, sha256)),
+            "reload": (f"publish a new version of {article} {noun}", (path, pin, sha256)),
             "unload": (f"withdraw {article} {noun}", (force,)),
         }
 
@@ -120,9 +130,9 @@ def _act(life: Life[ItemT], arguments: argparse.Namespace, values: Values) -> li
         case "get":
             return [life.get(arguments.name)]
         case "load":
-            return [life.load(arguments.name, values["path"], pin=values["pin"])]
+            return [life.load(arguments.name, values["path"], pin=values["pin"], sha256=values["sha256"])]
         case "reload":
-            return [life.reload(arguments.name, values["path"], pin=values["pin"])]
+            return [life.reload(arguments.name, values["path"], pin=values["pin"], sha256=values["sha256"])]
         case "unload":
             return [life.unload(arguments.name, force=values["force"])]
     return list(life.list())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
 
 from fusionserve.client import Client, ClientError
 from fusionserve.server import setting_kinds as kinds
-from fusionserve.server.command_errors import FailedCallError
+from fusionserve.server.command_errors import FailedCallError, UsageError
 from fusionserve.server.settings import Setting, Values
 
 CONNECTION_SETTINGS = (
@@ -15,6 +18,14 @@ CONNECTION_SETTINGS = (
     Setting(
         name="timeout", kind=kinds.SECONDS, help="time for each call", default_text="as long as it takes"
     ),
+    Setting(
+        name="token",
+        kind=kinds.TEXT,
+        help="bearer token; better in the environment than here, where other users of the machine see it",
+    ),
+    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),
+    Setting(name="tls-cert", kind=kinds.FILE, help="certificate to show to a server that asks for one (PEM)"),
+    Setting(name="tls-key", kind=kinds.FILE, help="its private key (PEM)"),
     Setting(
         name="max-attempts",
         kind=kinds.integer(1, 5),
@@ -27,9 +38,32 @@ CONNECTION_SETTINGS = (
 @contextmanager
 def connected(values: Values) -> Iterator[Client]:
     """A client of the server that the settings name; its errors leave as FailedCallError."""
-    client = Client(values["server"], timeout_s=values["timeout"], max_attempts=values["max-attempts"])
+    client = Client(
+        values["server"],
+        credentials=_to_credentials(values),
+        token=values["token"],
+        timeout_s=values["timeout"],
+        max_attempts=values["max-attempts"],
+    )
     with client:
         try:
             yield client
         except ClientError as error:
             raise FailedCallError(str(error)) from error
+
+
+def _to_credentials(values: Values) -> grpc.ChannelCredentials | None:
+    """TLS as the settings say; None is none. Raises UsageError for a file that cannot be read."""
+    authority, certificate, key = (_read(values[name]) for name in ("tls-ca", "tls-cert", "tls-key"))
+    if (certificate is None) != (key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if authority is None and certificate is None:
+        return None
+    return grpc.ssl_channel_credentials(authority, key, certificate)
+
+
+def _read(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None

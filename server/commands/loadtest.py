@@ -7,7 +7,7 @@ import argparse
 from fusionserve.client import ClientError
 from fusionserve.server.command_errors import CommandError, FailedCallError
 from fusionserve.server.commands.extras import import_from_extra
-from fusionserve.server.commands.loadtest_settings import GROUPS, SETTINGS, to_load_config
+from fusionserve.server.commands.loadtest_settings import GROUPS, SETTINGS, to_load_config, to_server_access
 from fusionserve.server.settings import CommandParser, add_settings, resolve
 
 DESCRIPTION = """\
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     config = to_load_config(values)
     command = import_from_extra("loadtest", "command")
     try:
-        report = command.run(config, values["out"])
+        report = command.run(config, values["out"], to_server_access(values))
     except ClientError as error:
         raise FailedCallError(str(error)) from error
     failings = command.failings(report)

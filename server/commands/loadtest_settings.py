@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fusionserve.limits import MAX_BLEND_MEMBERS, is_name
-from fusionserve.loadtest_config import KINDS, LoadConfig, ServiceLevels, parse_lengths
+from fusionserve.loadtest_config import KINDS, LoadConfig, ServerAccess, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
 from fusionserve.server.setting_kinds import Kind, integer
@@ -147,6 +147,8 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     ),
     "server and output": (
         Setting(name="server", kind=kinds.TARGET, help="server to test", default="127.0.0.1:50051"),
+        _setting("token", kinds.TEXT, "bearer token; better in the environment, unseen by others"),
+        _setting("tls-ca", kinds.FILE, "use TLS, and trust the authorities in this file"),
         _setting("timeout", kinds.SECONDS, "time for each request", None, "as long as it takes"),
         _setting(
             "out", Kind("DIR", parse_report_folder), "folder for report.json, requests.jsonl and the plots"
@@ -163,6 +165,14 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     ),
 }
 SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
+
+
+def to_server_access(values: Values) -> ServerAccess:
+    """What the server wants to see. Raises UsageError for a file that cannot be read."""
+    tls_ca = values["tls-ca"]
+    if tls_ca is not None and not tls_ca.is_file():
+        raise UsageError(f"{tls_ca}: there is no such file")
+    return ServerAccess(token=values["token"], tls_ca=tls_ca)
 
 
 def to_load_config(values: Values) -> LoadConfig:

@@ -11,16 +11,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "pin", "replace")
+    __slots__ = ("name", "path", "pin", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     pin: bool
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pin: bool = ..., replace: bool = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pin: bool = ..., replace: bool = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class LoadAdapterResponse(_message.Message):
     __slots__ = ("adapter",)
@@ -71,16 +73,18 @@ class ListAdaptersResponse(_message.Message):
     def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class LoadFusionRequest(_message.Message):
-    __slots__ = ("name", "path", "pin", "replace")
+    __slots__ = ("name", "path", "pin", "replace", "sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     pin: bool
     replace: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pin: bool = ..., replace: bool = ...) -> None: ...
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pin: bool = ..., replace: bool = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class LoadFusionResponse(_message.Message):
     __slots__ = ("fusion",)

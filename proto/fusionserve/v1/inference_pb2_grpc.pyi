@@ -4,7 +4,8 @@ isort:skip_file
 Generation over one frozen base model, adapted per request.
 
 Every optional scalar tells unset from zero: unset takes the default named in its comment, and a zero that is outside
-the range is refused. Errors are statuses and carry google.rpc.ErrorInfo with domain `fusionserve`.
+the range is refused. Errors are statuses and carry google.rpc.ErrorInfo with domain `fusionserve`. A server with a token
+file wants `authorization: Bearer TOKEN` in the metadata of every call but health's (UNAUTHENTICATED, PERMISSION_DENIED).
 """
 
 from collections import abc as _abc
