@@ -11,17 +11,17 @@ from fusionserve.loadtest.load_report import Json, to_report, to_request_line
 from fusionserve.loadtest.outcome import Outcome
 from fusionserve.loadtest.plots import draw_plots
 from fusionserve.loadtest.text_report import to_text
-from fusionserve.loadtest_config import LoadConfig
+from fusionserve.loadtest_config import IN_THE_CLEAR, LoadConfig, ServerAccess
 
 REPORT, REQUESTS = "report.json", "requests.jsonl"
 
 
-def run(config: LoadConfig, out: Path | None) -> Json:
+def run(config: LoadConfig, out: Path | None, access: ServerAccess = IN_THE_CLEAR) -> Json:
     """Prints the outcome, writes it into the folder `out` if there is one, and returns the report.
 
     Raises as generate_load does.
     """
-    outcome = asyncio.run(generate_load(config))
+    outcome = asyncio.run(generate_load(config, access))
     report = to_report(outcome)
     print(to_text(outcome, report))
     if out is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "smollm2-135m": LlamaConfig(
@@ -33,6 +34,28 @@ SHAPES: dict[str, PreTrainedConfig] = {
         max_position_embeddings=32768,
         tie_word_embeddings=True,
     ),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+    ),
+    # So small that a benchmark can be tried out anywhere.
+    "tiny": LlamaConfig(
+        vocab_size=40960,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+    ),
 }
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,9 +72,17 @@ class FusionShape:
 
 def save_checkpoint(shape: str, directory: Path) -> None:
     """Writes a random bfloat16 checkpoint of `shape` (a key of SHAPES), without a tokenizer; seeded."""
+    make_model(shape, torch.device("cpu")).save_pretrained(directory)
+
+
+def make_model(shape: str, device: torch.device) -> PreTrainedModel:
+    """A random bfloat16 model of `shape`, made where it is to compute; seeded."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    model.save_pretrained(directory)
+    config = deepcopy(SHAPES[shape])  # the model keeps it, and marks it
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    made: PreTrainedModel = model.train(mode=False).requires_grad_(requires_grad=False)
+    return made
 
 
 def save_adapter(shape: str, directory: Path, *, rank: int, seed: int) -> None:

@@ -6,11 +6,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 Flags = Mapping[str, str | int | Path]  # of `fusionserve serve`, by name: {"--dtype": "bfloat16"}
 
 _STOP_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ServerProcess:
+    """A server that has said it is ready."""
+
+    process: subprocess.Popen[str]
+    grpc: str  # HOST:PORT
+    metrics: str  # HOST:PORT or "off"
 
 
 @contextmanager
@@ -21,16 +32,23 @@ def serving(flags: Flags) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
     Raises SystemExit if the server does not start; its own reason is on standard error.
     """
+    with server_process({"--metrics-listen": "off", **flags}) as server:
+        yield server.grpc, server.process
+
+
+@contextmanager
+def server_process(flags: Flags, log: TextIO | None = None) -> Iterator[ServerProcess]:
+    """The same with its metrics, on a free port unless `flags` say otherwise, and what it logs in `log`."""
+    flags = {"--listen": "127.0.0.1:0", "--metrics-listen": "127.0.0.1:0", **flags}
     command = [str(Path(sys.executable).with_name("fusionserve")), "serve"]
-    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "off"]
     command += [text for flag, value in flags.items() for text in (flag, str(value))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         ready = process.stdout.readline().split()
         if not ready:
             raise SystemExit("the server did not start")
-        yield ready[1].removeprefix("grpc="), process
+        yield ServerProcess(process, ready[1].removeprefix("grpc="), ready[2].removeprefix("metrics="))
     finally:
         process.terminate()
         process.wait(_STOP_TIMEOUT_S)

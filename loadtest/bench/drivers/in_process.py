@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
-from contextlib import aclosing
+from collections.abc import Coroutine
 from pathlib import Path
 
 from fusionserve import __version__
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
-from fusionserve.generation import (
-    Adaptation,
-    AdapterTerm,
-    GenerateParams,
-    GenerationChunk,
-    GenerationFinished,
-    SamplingParams,
-    StoppingCriteria,
-    TokenPrompt,
-)
+from fusionserve.generation import Adaptation, AdapterTerm
+from fusionserve.loadtest.bench.drivers.engine_stream import greedy_params, run_stream
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
 from fusionserve.loadtest.bench.drivers.streams import EndedStream, run_streams
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
@@ -49,24 +40,11 @@ class InProcess:
         self._loop.run(self._engine.close())
         self._loop.close()
 
-    async def _stream(self, job: Job, stream: int) -> EndedStream:
-        first_token_s = 0.0
-        async with aclosing(self._engine.generate(self._params(job, stream))) as events:
-            async for event in events:
-                if isinstance(event, GenerationChunk):
-                    first_token_s = first_token_s or time.monotonic()
-                elif isinstance(event, GenerationFinished):
-                    return EndedStream(first_token_s, list(event.candidates[0].token_ids))
-        raise RuntimeError("a stream ended without a result")
-
-    def _params(self, job: Job, stream: int) -> GenerateParams:
-        return GenerateParams(
-            request_id=str(next(self._request_ids)),
-            prompt=TokenPrompt(tuple(job.prompts[stream])),
-            adaptation=self._adaptation(job.kind, stream),
-            sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingCriteria(max_new_tokens=job.new_tokens, ignore_eos=True),
-        )
+    def _stream(self, job: Job, stream: int) -> Coroutine[None, None, EndedStream]:
+        adaptation = self._adaptation(job.kind, stream)
+        request_id = str(next(self._request_ids))
+        params = greedy_params(request_id, list(job.prompts[stream]), adaptation, job.new_tokens)
+        return run_stream(self._engine, params)
 
     def _adaptation(self, kind: str, stream: int) -> Adaptation:
         if kind == MIXED:

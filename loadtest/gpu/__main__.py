@@ -1,0 +1,154 @@
+"""Measures the GPU path: decoding steps beside the floor, adapters beside the base, peers, and many adapters.
+
+    python -P -m fusionserve.loadtest.gpu [--shape llama-3-8b] [--out build/gpu]
+
+Models and adapters are random ones of real shapes, made on the spot. Prints a table and writes it with every repeat to
+the folder. What there is no time for within --minutes is left out, peers first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fusionserve import __version__
+from fusionserve.engine.device import find_device
+from fusionserve.loadtest.gpu.churn import ChurnWorkload, measure_churn
+from fusionserve.loadtest.gpu.device_limit import measure_device_limit
+from fusionserve.loadtest.gpu.engine_rounds import EngineRounds
+from fusionserve.loadtest.gpu.peer_rounds import PeerRounds
+from fusionserve.loadtest.gpu.report import GpuFigures, peers, to_table
+from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
+from fusionserve.loadtest.model_shapes import SHAPES
+
+BASE = Case(name="base")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs it all."""
+    options = _parser().parse_args(arguments)
+    device = find_device(options.device)
+    workload = _workload(options)
+    figures = GpuFigures(workload, _device_name(device), _versions(), measure_device_limit(device))
+    end_s = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        _say("making adapters")
+        workload.make_files(Path(folder))
+        _measure_engine(figures, Path(folder), device, options.repeats)
+        if time.monotonic() < end_s:
+            _measure_churn(figures, Path(folder) / "churn", device, options)
+        if time.monotonic() < end_s:
+            _measure_peers(figures, Path(folder), device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table = to_table(figures, workload.cases())
+    (options.out / "gpu.md").write_text(table + "\n")
+    (options.out / "gpu.json").write_text(json.dumps(figures.to_json(workload.cases()), indent=1))
+    print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--churn-shape", choices=sorted(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cuda")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--long-prompt", type=int, default=8192)
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--churn-adapters", type=int, default=1000)
+    parser.add_argument("--churn-clients", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which no other part is begun")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    return parser
+
+
+def _workload(options: argparse.Namespace) -> GpuWorkload:
+    return GpuWorkload(
+        shape=options.shape,
+        num_streams=options.streams,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        long_prompt=options.long_prompt,
+        num_adapters=options.adapters,
+        fusion_sizes=tuple(n for n in (4, 8) if n <= options.adapters),
+    )
+
+
+def _measure_engine(figures: GpuFigures, folder: Path, device: torch.device, repeats: int) -> None:
+    _say("making the model")
+    rounds = EngineRounds(figures.workload, folder, device)
+    for repeat in range(-1, repeats):  # the first warms up
+        base, prompt_s = rounds.run(BASE, f"base {repeat}"), rounds.read_prompt(f"long {repeat}")
+        if repeat >= 0:
+            figures.base.append(base)
+            figures.prompts_s.append(prompt_s)
+    _say("base done")
+    for case in figures.workload.cases():
+        all_of = [rounds.run(case, f"{case.name} {repeat}") for repeat in range(-1, repeats)]
+        figures.cases[case.name] = all_of[1:]
+        _say(f"{case.name} done")
+    rounds.close()
+    del rounds
+    _free(device)
+
+
+def _measure_churn(
+    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
+) -> None:
+    _say("many adapters")
+    workload = ChurnWorkload(
+        shape=options.churn_shape,
+        num_adapters=options.churn_adapters,
+        num_in_pool=min(64, options.churn_adapters // 2),
+        num_clients=options.churn_clients,
+    )
+    figures.churn = measure_churn(workload, folder, device)
+    _free(device)
+
+
+def _measure_peers(figures: GpuFigures, folder: Path, device: torch.device) -> None:
+    workload = figures.workload
+    cases = {case.name: case for case in workload.cases()}
+    rounds = PeerRounds(workload.shape, device)
+    for name, (ours, _) in peers(workload).items():
+        if ours in cases:
+            rounds.put_adapters_on([folder / "adapters" / each for each in cases[ours].adapters])
+        rounds.run(workload.prompts("warm-up"), 4)
+        figures.peers_s[name] = [rounds.run(workload.prompts(name), workload.new_tokens)]
+        _say(f"{name} done")
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "triton", "transformers", "peft")
+    return {"fusionserve": __version__, **{name: version(name) for name in names}}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

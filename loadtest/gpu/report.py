@@ -1,0 +1,130 @@
+"""The tables of a run on a GPU, and the same as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusionserve.loadtest.bench.floor import MachineLimit, floor
+from fusionserve.loadtest.gpu.churn import ChurnRound
+from fusionserve.loadtest.gpu.engine_rounds import Round
+from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
+
+Line = tuple[str, str, str, str]  # what, how much, of what, aim
+
+
+@dataclass(slots=True)
+class GpuFigures:
+    """All that was measured."""
+
+    workload: GpuWorkload
+    device: str
+    versions: dict[str, str]
+    limit: MachineLimit
+    base: list[Round] = field(default_factory=list)
+    prompts_s: list[float] = field(default_factory=list)
+    cases: dict[str, list[Round]] = field(default_factory=dict)
+    peers_s: dict[str, list[float]] = field(default_factory=dict)
+    churn: tuple[ChurnRound, ChurnRound] | None = None
+
+    def lines(self, cases: Sequence[Case]) -> list[Line]:
+        """A line per figure."""
+        workload, lines = self.workload, []
+        base_s = step_s(self.base)
+        least = floor(workload.size, workload.load(), self.limit)
+        least_step_s = least.decode_s / (workload.new_tokens - 1)
+        lines.append(
+            ("base, decoding step", _ms(base_s), f"{least_step_s / base_s:.2f} of the floor", "0.75")
+        )
+        if self.prompts_s:
+            flops_share = self._prompt_floor_s() / statistics.median(self.prompts_s)
+            what = f"prompt of {workload.long_prompt} tokens"
+            lines.append(
+                (what, _ms(statistics.median(self.prompts_s)), f"{flops_share:.2f} of the rate", "0.5")
+            )
+        for case in cases:
+            if rounds := self.cases.get(case.name):
+                share = f"{base_s / step_s(rounds):.2f} of base"
+                lines.append(
+                    (case.name, _ms(step_s(rounds)), share, "" if case.aim is None else f"{case.aim}")
+                )
+        return [*lines, *self._peer_lines(), *self._churn_lines()]
+
+    def to_json(self, cases: Sequence[Case]) -> dict[str, Any]:
+        """Every repeat, and the lines of the table."""
+        rounds = {"base": self.base, **self.cases}
+        return {
+            "device": self.device,
+            "versions": self.versions,
+            "bytes_per_s": self.limit.bytes_per_s,
+            "flops_per_s": self.limit.flops_per_s,
+            "step_s": {name: [each.step_s for each in all_of] for name, all_of in rounds.items()},
+            "round_s": {name: [each.fresh.total_s for each in all_of] for name, all_of in rounds.items()},
+            "long_prompt_s": self.prompts_s,
+            "peers_round_s": self.peers_s,
+            "lines": self.lines(cases),
+        }
+
+    def _prompt_floor_s(self) -> float:
+        load = self.workload.load()
+        one = type(load)(num_streams=1, prompt_tokens=self.workload.long_prompt, new_tokens=1)
+        return floor(self.workload.size, one, self.limit).prompt_s
+
+    def _peer_lines(self) -> list[Line]:
+        lines = []
+        for peer, (ours, aim) in peers(self.workload).items():
+            rounds = self.base if ours == "base" else self.cases.get(ours, [])
+            if rounds and (peer_s := self.peers_s.get(peer)):
+                ratio = statistics.median(peer_s) / statistics.median(each.fresh.total_s for each in rounds)
+                lines.append(
+                    (f"{peer}, a round", _ms(statistics.median(peer_s)), f"we: {ratio:.1f} x as fast", aim)
+                )
+        return lines
+
+    def _churn_lines(self) -> list[Line]:
+        if self.churn is None:
+            return []
+        calm, churning = self.churn
+        rate = f"{churning.tokens_per_s:.0f} tokens/s"
+        share = f"{churning.tokens_per_s / calm.tokens_per_s:.2f} of those in the pool"
+        lines = [("all adapters, by Zipf's law", rate, share, "0.75")]
+        for what, one, other, aim in (
+            ("p99 gap of warm streams", churning.warm_itl_s, calm.warm_itl_s, "1.3"),
+            ("p99 time to first token, cold", churning.cold_ttft_s, churning.warm_ttft_s, "2"),
+        ):
+            if one is not None and other is not None:
+                lines.append((what, _ms(one.p99), f"{one.p99 / other.p99:.2f} x {_ms(other.p99)}", aim))
+        return lines
+
+
+def peers(workload: GpuWorkload) -> dict[str, tuple[str, str]]:
+    """With which case of ours a peer's round is compared, and how much faster ours should be."""
+    return {"transformers": ("base", "4"), "PEFT": (workload.equal_ranks, "15")}
+
+
+def step_s(rounds: Sequence[Round]) -> float:
+    """The median decoding step."""
+    return statistics.median(each.step_s for each in rounds)
+
+
+def to_table(figures: GpuFigures, cases: Sequence[Case]) -> str:
+    """In Markdown."""
+    workload, limit = figures.workload, figures.limit
+    rows = ["| what | median | | aim |", "| --- | ---: | ---: | ---: |"]
+    rows += [f"| {' | '.join(line)} |" for line in figures.lines(cases)]
+    return "\n".join(
+        (
+            f"{figures.device}: copies {limit.bytes_per_s / 1e9:.0f} GB/s, multiplies {limit.flops_per_s / 1e12:.1f} "
+            f"TFLOP/s; {', '.join(f'{name} {number}' for name, number in figures.versions.items())}",
+            f"{workload.shape}, bfloat16, {workload.num_streams} streams, {workload.prompt_tokens} in, "
+            f"{workload.new_tokens} out",
+            "",
+            *rows,
+        )
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms"
