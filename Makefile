@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-eval fusion-experiment serve bench bench-peers peers test check format-check lint types proto-lint verify-proto layers proto
+.PHONY: help setup demo demo-eval fusion-experiment serve bench bench-peers bench-gpu peers test-gpu fuzz kill-loop life-cycle fair-share soak test check format-check lint types proto-lint verify-proto layers proto
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,14 @@ bench: $(INSTALLED) ## Measure this server beside transformers and PEFT (docs/pe
 bench-peers: peers ## Measure this server beside vLLM and llama.cpp, too (half an hour; docs/peers.md)
 	@$(BIN)/python -P -m fusionserve.loadtest.bench.command $(BENCH)
 
+bench-gpu: $(INSTALLED) ## Measure a GPU beside its limits, transformers and PEFT (ten minutes; docs/benchmarks.md)
+	@$(BIN)/python -P -m fusionserve.loadtest.gpu $(BENCH)
+
 peers: $(INSTALLED) ## Install vLLM and llama.cpp into environments of their own under build/peers
 	@$(BIN)/python -P -m fusionserve.loadtest.bench.peers
+
+soak: $(INSTALLED) ## Traffic, churn and hostile clients on one server at once (5 minutes; SOAK="--minutes 60" for an hour)
+	@$(BIN)/python -P -m fusionserve.loadtest.soak $(SOAK)
 
 # First what serves where there is no compiler, then everything.
 WITHOUT_NATIVE := tests/engine
@@ -53,6 +59,26 @@ WITHOUT_NATIVE := tests/engine
 test: $(INSTALLED) ## Run the tests
 	@FUSIONSERVE_NATIVE=off $(BIN)/pytest -q -n auto --dist loadfile $(WITHOUT_NATIVE)
 	@$(BIN)/pytest -q -n auto --dist loadfile
+
+test-gpu: $(INSTALLED) ## Run the tests that a GPU may change: kernels, parity, batches
+	@$(BIN)/pytest -q -m gpu
+
+FUZZ_ARTIFACTS := 1000000
+FUZZ_REQUESTS := 500000
+
+fuzz: $(INSTALLED) ## Fuzz the loaders and the checks of requests (ten minutes; docs/reliability.md; FUZZ_REQUESTS=1000 for less)
+	@$(BIN)/pip install -qq --disable-pip-version-check 'atheris>=3.0'
+	@$(BIN)/python -P tools/fuzz.py requests --runs $(FUZZ_REQUESTS)
+	@$(BIN)/python -P tools/fuzz.py artifacts --runs $(FUZZ_ARTIFACTS)
+
+kill-loop: $(INSTALLED) ## Kill servers and compare what the next ones serve (half an hour; docs/reliability.md; ROUNDS=20 for less)
+	@$(BIN)/python -P -m fusionserve.loadtest.kill_loop --rounds $(or $(ROUNDS),200)
+
+life-cycle: $(INSTALLED) ## Live random lives of the engine (five minutes; docs/reliability.md; RUNS=100 for less)
+	@LIFE_CYCLE_RUNS=$(or $(RUNS),2000) $(BIN)/pytest -q --timeout 0 tests/hardening/test_life_cycle_machine.py
+
+fair-share: $(INSTALLED) ## Measure whether a flood under one adapter holds up the others (docs/reliability.md)
+	@$(BIN)/python -P -m fusionserve.loadtest.fair_share
 
 check: format-check lint types proto-lint verify-proto layers ## Format, lint, types, protos, layers
 

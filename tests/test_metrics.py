@@ -1,5 +1,6 @@
 """The metrics' names, the cap on adapter labels, and that the numbers move as requests do."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
@@ -242,6 +243,25 @@ async def test_numbers_of_adapters_move_as_requests_do(engine: AsyncEngine) -> N
     assert value("fusionserve_adapter_requests_total", adapter=FIRST) is None
     assert value("fusionserve_adapter_requests_total", adapter=SECOND) == 1
     assert value("fusionserve_adapters", state="ready") == 1
+
+
+async def test_leases_and_held_rows_are_those_of_the_requests_that_run(engine: AsyncEngine) -> None:
+    held = ("fusionserve_adapter_leases", "fusionserve_adapter_pool_ranks_held")
+    params = GenerateParams(
+        request_id="metrics-held",
+        prompt=TokenPrompt(tuple(range(50, 70))),
+        adaptation=Adaptation("blend", (AdapterTerm(FIRST), AdapterTerm(SECOND))),
+        stopping=StoppingCriteria(max_new_tokens=200, ignore_eos=True),
+    )
+    stream = engine.generate(params)
+    await anext(stream)
+    await anext(stream)
+    ranks = sum([(await engine.get_adapter(name)).max_rank for name in (FIRST, SECOND)])
+    assert [value(name) for name in held] == [2, ranks]
+    await stream.aclose()
+    async with asyncio.timeout(5):
+        while any(value(name) for name in held):
+            await asyncio.sleep(0.01)
 
 
 async def test_evicted_adapter_gives_its_label_back(engine: AsyncEngine) -> None:

@@ -1,11 +1,13 @@
 """`fusionserve` as a process: exit codes, one-line reasons, and how soon they come."""
 
+import hashlib
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,18 @@ def test_serve_says_ready_and_stops_on_sigterm(model: str) -> None:
         assert "alpha" in listed.stdout
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
+
+
+def test_token_is_shown_once_and_its_digest_goes_to_the_file() -> None:
+    done = fusionserve("token", "--name", "team-a", "--role", "read")
+    token = done.stderr.removeprefix("the token, shown this once: ").strip()
+    assert done.returncode == 0 and len(token) > 40 and token not in done.stdout
+    (entry,) = tomllib.loads(done.stdout)["token"]
+    assert entry == {"name": "team-a", "role": "read", "sha256": hashlib.sha256(token.encode()).hexdigest()}
+
+
+def test_address_beyond_loopback_is_refused_in_the_clear(model: str) -> None:
+    done = fusionserve("serve", "--model", model, "--listen", "0.0.0.0:0", "--metrics-listen", "off")
+    assert done.returncode == 1
+    assert "can be reached from other machines and has no TLS and tokens" in done.stderr
+    assert done.stderr.count("\n") == 1

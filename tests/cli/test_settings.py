@@ -200,3 +200,19 @@ def test_blend_weights() -> None:
     for wrong in ("a", "=1", "a=x", "a=1,a=2", "a=nan"):
         with pytest.raises(ValueError, match=r"is not|twice"):
             parse_weights(wrong)
+
+
+def test_shares_are_above_zero(tmp_path: Path) -> None:
+    given = values(
+        "--model", str(model_folder(tmp_path / "m")), "--fair-weights", "perl=2,fusion:domains=0.5"
+    )
+    assert to_engine_config(given).fair_weights == {"perl": 2.0, "fusion:domains": 0.5}
+    for wrong in ("perl=0", "perl=-1", "perl", "perl=x", "perl=1,perl=2"):
+        with pytest.raises(UsageError, match="--fair-weights"):
+            values("--fair-weights", wrong)
+
+
+def test_time_limits_are_some_time() -> None:
+    for flag in ("--step-timeout", "--load-timeout", "--max-request-time"):
+        with pytest.raises(UsageError, match="no time at all"):
+            values(flag, "0s")

@@ -1,18 +1,13 @@
 """The real thing: `fusionserve serve` in a process of its own, with the embedded model, used as its clients use it."""
 
 import os
-import re
-import signal
 import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from grpc_requests import Client as ReflectionClient
+from server_process import FUSIONSERVE, ServerProcess, server_process
 
 from fusionserve.client import (
     AbortedError,
@@ -24,47 +19,24 @@ from fusionserve.client import (
     NotFoundError,
 )
 
-FUSIONSERVE = str(Path(sys.executable).with_name("fusionserve"))
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.8, "seed": 5}
 LONG = {**GREEDY, "max_new_tokens": 300}
 
 
-@dataclass(frozen=True)
-class Server:
-    process: subprocess.Popen[str]
-    grpc: str
-    metrics: str
-
-
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server() -> Iterator[ServerProcess]:
     """One server for the whole file; its clean exit is part of what is tested."""
-    command = [FUSIONSERVE, "serve", "--dtype", "float32", "--listen", "127.0.0.1:0"]
-    command += ["--metrics-listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    match = re.fullmatch(r"ready grpc=(\S+) metrics=(\S+)\n", line)
-    assert match is not None, line
-    yield Server(process, match[1], match[2])
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
-    process.stdout.close()
+    with server_process() as server:
+        yield server
+        server.terminate()
+        assert server.wait() == 0
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[Client]:
+def client(server: ServerProcess) -> Iterator[Client]:
     with Client(server.grpc, timeout_s=60) as client:
         yield client
-
-
-def scrape(server: Server) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
-    return {
-        name: float(value) for name, value in (ln.rsplit(" ", 1) for ln in lines if not ln.startswith("#"))
-    }
 
 
 def test_adaptations_differ_and_are_the_same_in_company(client: Client) -> None:
@@ -124,11 +96,11 @@ def test_mistakes_get_their_status(client: Client) -> None:
         client.generate([{"role": "user", "content": "hi"}])
 
 
-def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
+def test_metrics_follow_the_requests(server: ServerProcess, client: Client) -> None:
     key = 'fusionserve_requests_total{finish_reason="length",kind="lora",status="OK"}'
-    before = scrape(server)
+    before = server.scrape()
     client.generate("The", adapter="perl", **GREEDY)
-    after = scrape(server)
+    after = server.scrape()
     assert after[key] == before.get(key, 0) + 1
     tokens = 'fusionserve_adapter_generated_tokens_total{adapter="perl"}'
     assert after[tokens] == before.get(tokens, 0) + GREEDY["max_new_tokens"]
@@ -136,7 +108,7 @@ def test_metrics_follow_the_requests(server: Server, client: Client) -> None:
     assert after["fusionserve_kv_blocks_used"] == 0
 
 
-def test_reflection_client_needs_no_proto(server: Server) -> None:
+def test_reflection_client_needs_no_proto(server: ServerProcess) -> None:
     client = ReflectionClient.get_by_endpoint(server.grpc)
     answer = client.request("fusionserve.v1.AdapterService", "ListAdapters", {})
     assert any(adapter["name"] == "perl" for adapter in answer["adapters"])
@@ -145,7 +117,7 @@ def test_reflection_client_needs_no_proto(server: Server) -> None:
     assert last["finished"]["usage"]["generated_tokens"] == 4
 
 
-def test_command_line_generates_and_lists(server: Server, client: Client) -> None:
+def test_command_line_generates_and_lists(server: ServerProcess, client: Client) -> None:
     environment = {**os.environ, "FUSIONSERVE_SERVER": server.grpc}
     generate = [FUSIONSERVE, "generate", "--prompt", "The", "--temperature", "0", "--max-new-tokens", "24"]
     shown = subprocess.run(

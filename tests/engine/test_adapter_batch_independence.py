@@ -24,6 +24,8 @@ from served_adapters import (
 from fusionserve import metrics
 from fusionserve.generation import Adaptation, GenerateParams, SamplingParams
 
+pytestmark = pytest.mark.gpu
+
 RANKS = {"a": 4, "b": 8, "c": 1, "d": 16}
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, repetition_penalty=1.2, seed=1234)
 CROWD = [

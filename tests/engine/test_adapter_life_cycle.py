@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ from fusionserve.errors import (
     AbortedError,
     AlreadyExistsError,
     ArtifactError,
+    ChecksumError,
     NotFoundError,
     UnavailableError,
 )
@@ -303,3 +306,53 @@ class TestUnload:
         await asyncio.wait_for(unload, 10)
         with pytest.raises(AbortedError):
             await stream.task
+
+
+class TestDigest:
+    async def test_promised_digest_is_checked_before_anything_is_published(
+        self, engine: TestedEngine
+    ) -> None:
+        right = (await engine.load_adapter("a", None, pin=False, replace=False)).digest
+        with pytest.raises(ChecksumError) as caught:
+            await engine.load_adapter("a", None, pin=False, replace=True, digest="0" * 64)
+        assert caught.value.metadata == {"adapter": "a", "expected": "0" * 64, "found": right}
+        assert (await engine.get_adapter("a")).version == 1, "the old version stays"
+        with pytest.raises(ChecksumError):
+            await engine.load_adapter("b", None, pin=False, replace=False, digest=right)
+        assert loaded(engine) == {"a"}
+        again = await engine.load_adapter("a", None, pin=False, replace=True, digest=right)
+        assert again.version == 2
+
+
+class TestSlowStorage:
+    async def test_load_that_hangs_fails_in_time_and_harms_nobody(self, model: Path, root: Path) -> None:
+        async with running_engine(model, root, load_timeout_s=0.2) as engine:
+            (stream,) = [OpenStream(engine, make_params("base", num_tokens=40))]
+            with engine.slow_loads():
+                for name in ("a", "b", "c"):  # more than there are slots
+                    with pytest.raises(UnavailableError) as caught:
+                        await engine.load_adapter(name, None, pin=False, replace=False)
+                    assert caught.value.reason == "LOAD_TIMED_OUT"
+                assert engine.num_reads <= 2, "what hangs keeps its slot"
+                assert len(await stream.tokens()) == 40
+            await until(lambda: engine._store._load_slots._value == 2)
+            assert loaded(engine) == set()
+            assert (await engine.load_adapter("c", None, pin=False, replace=False)).version == 1
+
+
+class TestMemory:
+    async def test_weights_go_with_their_last_lease(self, engine: TestedEngine) -> None:
+        """Not when the garbage collector comes round: that may be two hundred adapters later."""
+        gc.collect()
+        gc.disable()
+        try:
+            weights = []
+            for number in range(3):
+                await collect(engine, make_params(f"r{number}", lora("a")))
+                weights.append(weakref.ref(engine.registry.get("a").loaded.content.weights))
+                await engine.unload_adapter("a", force=False)
+            await engine.load_adapter("b", None, pin=False, replace=False)
+            await asyncio.sleep(0.05)
+            assert [reference() for reference in weights] == [None, None, None]
+        finally:
+            gc.enable()

@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from fusionserve.errors import NotFoundError, PreconditionError
 from fusionserve.generation import Adaptation, AdapterTerm, GenerateParams, OutputOptions, TokenLogprobs
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.gpu]
 
 TOLERANCE = 2e-4
 NUM_TOKENS = 10

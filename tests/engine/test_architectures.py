@@ -27,6 +27,8 @@ from fusionserve.generation import (
 )
 from fusionserve.metrics import AdapterLabels
 
+pytestmark = pytest.mark.gpu
+
 NUM_NEW_TOKENS = 24
 MAX_CONTEXT = 64
 MIN_MARGIN = 5e-4  # between the two best logits; float32 noise is a hundredth of it

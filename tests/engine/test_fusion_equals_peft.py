@@ -20,6 +20,8 @@ from fusionserve.fusion.params import FusionParams, layer_of
 from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.generation import Adaptation, OutputOptions
 
+pytestmark = pytest.mark.gpu
+
 PROMPT = (5, 9, 17, 4, 30, 22, 8)
 NUM_TOKENS = 12
 MAX_LOGPROB_ERROR = 2e-4

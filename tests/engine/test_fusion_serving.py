@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,11 @@ from served_adapters import (
     write_lora,
     write_model,
 )
+from served_fusions import read_members, write_fusion
 
 from fusionserve.adapter_status import AdapterState
 from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.adapters.base_modules import describe_base_modules
-from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
-from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.errors import (
     ArtifactError,
     InvalidRequestError,
@@ -35,60 +35,17 @@ from fusionserve.errors import (
     PreconditionError,
     StartupError,
 )
-from fusionserve.fusion.artifact import save_fusion
 from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
 from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
-from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.fusion.unfolded import UnfoldedFusion
 from fusionserve.generation import Adaptation, FusionWeightDetail, FusionWeights, OutputOptions
+
+pytestmark = pytest.mark.gpu
 
 MEMBERS = ("ada", "bea", "cid")
 PROMPT = (5, 9, 17, 4, 30, 22, 8)
 NUM_TOKENS = 12
 MAX_LOGPROB_ERROR = 2e-4
-
-
-def read_members(root: Path, names: tuple[str, ...]) -> list[LoRAWeights]:
-    """The members as the server's loader reads them."""
-    base = describe_base_modules(make_model("llama"), model_name="tiny")
-    policy = LoadPolicy(dtype=torch.float32, max_rank=64)
-    found = []
-    for name in names:
-        with open_directory(root / name) as directory:
-            found.append(
-                load_lora_weights(
-                    directory,
-                    base,
-                    policy=policy,
-                    budget_bytes=1 << 30,
-                    base_weight=lambda path: torch.empty(0),
-                )
-            )
-    return found
-
-
-def write_fusion(
-    root: Path, name: str, members: tuple[str, ...], adapters: Path, *, seed: int, **changes: object
-) -> FusionConfig:
-    """A fusion with lively random parameters over adapters on disk."""
-    base = describe_base_modules(make_model("llama"), model_name="tiny")
-    weights = read_members(adapters, members)
-    fields: dict[str, object] = {
-        "name": name,
-        "base_model": "tiny",
-        "base_fingerprint": base.fingerprint,
-        "members": tuple(FusionMember(n, w.digest) for n, w in zip(members, weights, strict=True)),
-        "modules": tuple(path for path in base.by_path if path in weights[0].modules),
-        "d_key": 6,
-        **changes,
-    }
-    config = FusionConfig(**fields)  # type: ignore[arg-type]
-    torch.manual_seed(seed)
-    params = make_fusion_params(config, base)
-    for _, parameter in params.named_tensors():
-        parameter.data += torch.randn_like(parameter) * 0.5
-    save_fusion(root / name, config, params)
-    return config
 
 
 @pytest.fixture
@@ -345,3 +302,15 @@ async def test_bad_requests_are_refused(engine: TestedEngine) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await greedy(engine, fusion("mix", *excluded))
         assert caught.value.reason == reason
+
+
+async def test_fusion_that_fails_to_be_published_lets_its_members_go(
+    engine: TestedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("a bug")
+
+    with monkeypatch.context() as patched, suppress(Exception):
+        patched.setattr(engine._fusions.registry, "publish", fail)
+        await engine.load_fusion("mix", None, pin=False, replace=False)
+    engine.registry.check_integrity(0)

@@ -35,7 +35,7 @@ from fusionserve.generation import (
 )
 from fusionserve.metrics import AdapterLabels
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.gpu]
 
 DEFAULT_MAX_NEW_TOKENS = 7
 BLOCK_SIZE = 8

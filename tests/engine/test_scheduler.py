@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules import (
     BLOCK_SIZE,
+    as_made,
     assert_idle,
     complete,
     make_adapter,
@@ -353,10 +354,25 @@ def test_all_requests_finish_with_their_own_tokens_when_everything_is_tight(
         num_known = len(harness.last(generation).prompt_logprobs)
         wanted = generation.params.output.prompt_logprobs is not None
         assert num_known == (len(generation.prompt_token_ids) - 1 if wanted else 0)
-        assert (
-            sum(adapter in generation.adapters for adapter in harness.released) > 0 or not generation.adapters
-        )
-    assert len(harness.released) == sum(len(generation.adapters) for _, generation in generations)
+        assert set(as_made(generation).adapters) <= set(harness.released)
+        assert not generation.adapters and not generation.requests, "it holds on to nothing"
+    assert len(harness.released) == sum(len(as_made(generation).adapters) for _, generation in generations)
     assert all(batch.num_tokens <= limits["max_batch_tokens"] for batch in harness.runner.batches)
     assert all(len(batch.chunks) <= limits["max_batch_requests"] for batch in harness.runner.batches)
     assert_idle(harness.engine.scheduler)
+
+
+def test_prompts_beside_decoding_requests_are_bounded() -> None:
+    scheduler = make_scheduler(max_batch_tokens=16, max_prompt_tokens=6)
+    first = make_request(prompt=range(12))
+    scheduler.add(first)
+    step = scheduler.schedule()
+    assert sizes(step) == {first: 12}, "alone a prompt has the whole step"
+    complete(scheduler, step)
+    second, third = make_request(prompt=range(20, 24)), make_request(prompt=range(30, 50))
+    scheduler.add(second)
+    scheduler.add(third)
+    step = scheduler.schedule()
+    assert sizes(step) == {first: 1, second: 4, third: 2}
+    complete(scheduler, step)
+    assert sizes(scheduler.schedule()) == {first: 1, second: 1, third: 6}

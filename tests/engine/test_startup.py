@@ -31,6 +31,7 @@ from transformers import (
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import load_base_model
+from fusionserve.engine.device import find_device
 from fusionserve.errors import PreconditionError, StartupError
 from fusionserve.generation import (
     GenerateParams,
@@ -261,6 +262,12 @@ def test_cache_smaller_than_a_context_is_refused(llama: Path) -> None:
     with pytest.raises(StartupError, match="one context of 96 tokens") as caught:
         AsyncEngine.load(config, AdapterLabels(8))
     assert caught.value.reason == "KV_CACHE_TOO_SMALL"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
+def test_gpu_that_is_not_there_is_refused(llama: Path) -> None:
+    assert refusal(replace(make_config(llama), device="cuda")).reason == "DEVICE_UNAVAILABLE"
+    assert find_device("auto").type == find_device("cpu").type == "cpu"
 
 
 def test_unreadable_tokenizer_is_refused(llama: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import grpc
 import pytest
@@ -13,6 +14,7 @@ from server_fixture import ADAPTERS, INFERENCE, Served, handled_total, requests_
 from fusionserve import metrics
 from fusionserve.config import ServerConfig
 from fusionserve.errors import PreconditionError
+from fusionserve.server import interceptors
 from fusionserve.v1 import inference_pb2 as pb
 
 MAX_MESSAGE_BYTES = ServerConfig().max_message_bytes
@@ -214,3 +216,30 @@ async def test_method_metrics_count_starts_and_seconds(served: Served) -> None:
     before = [value(name) for name in names]
     await served.inference.GetModel(pb.GetModelRequest())
     assert [value(name) for name in names] == [count + 1 for count in before]
+
+
+async def test_failed_call_holds_on_to_nothing_of_its_request(served: Served) -> None:
+    """grpc.aio keeps what `abort` raises in a cycle; the frames of the request must not hang on it."""
+    gc.collect()
+    gc.disable()
+    try:
+        served.engine.error = MarkedError()
+        with pytest.raises(aio.AioRpcError):
+            await served.inference.Generate(pb.GenerateRequest(text="a"))
+        kept = [error for error in gc.get_objects() if type(error) is MarkedError]
+        assert all(error.__traceback__ is None for error in kept)
+    finally:
+        gc.enable()
+
+
+class MarkedError(Exception):
+    """One that nobody else raises."""
+
+
+async def test_answer_to_a_client_that_has_gone_meanwhile_ends_the_call_quietly() -> None:
+    class Gone:
+        async def abort(self, *_: object) -> None:
+            raise aio.InternalError("Failed execute_batch")
+
+    with pytest.raises(asyncio.CancelledError):
+        await interceptors._answer(PreconditionError("no", reason="NO"), "id", Gone())

@@ -107,6 +107,17 @@ async def test_draining_finishes_running_streams_and_refuses_new_requests(served
     await asyncio.wait_for(draining, 5)
 
 
+async def test_idle_server_refuses_for_the_whole_window() -> None:
+    async with serving_server(drain_window_s=0.3) as served:
+        draining = asyncio.create_task(served.app.drain())
+        await asyncio.sleep(0.15)
+        failure = await refused(served)
+        assert (failure.code.name, failure.reason) == ("UNAVAILABLE", "DRAINING")
+        assert failure.trailers["grpc-retry-pushback-ms"] == "1000"
+        assert not draining.done()
+        await asyncio.wait_for(draining, 5)
+
+
 async def test_draining_ends_what_outlasts_the_grace() -> None:
     async with serving_server(drain_grace_s=0.1) as served:
         served.engine.gate = asyncio.Event()

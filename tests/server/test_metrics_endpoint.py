@@ -11,6 +11,7 @@ import pytest
 from server_fixture import Served
 
 from fusionserve import __version__
+from fusionserve.server import metrics_endpoint
 from fusionserve.v1 import inference_pb2 as pb
 
 
@@ -64,3 +65,32 @@ async def test_garbage_is_survived(served: Served, capfd: pytest.CaptureFixture[
         assert not (await asyncio.to_thread(send, served, data)).startswith(b"HTTP/1.0 200")
     assert "fusionserve_build_info" in await asyncio.to_thread(get, served, "/metrics?name=x")
     assert capfd.readouterr() == ("", "")
+
+
+async def test_connection_that_dawdles_is_cut_however_it_spreads_its_bytes(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_endpoint, "CONNECTION_LIMIT_S", 0.5)
+    address = served.app.metrics_address
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    reading = asyncio.create_task(reader.read())
+    for _ in range(30):
+        writer.write(b"G")  # each of them keeps the socket's own timeout away
+        done, _ = await asyncio.wait([reading], timeout=0.1)
+        if done:
+            break
+    assert done, "the connection is still there"
+    writer.close()
+
+
+async def test_scrape_gets_through_when_all_connections_are_taken(served: Served) -> None:
+    address = served.app.metrics_address
+    silent = [
+        await asyncio.open_connection(address.host, address.port)
+        for _ in range(metrics_endpoint.MAX_CONNECTIONS)
+    ]
+    assert "fusionserve_build_info" in await asyncio.to_thread(get, served, "/metrics")
+    assert await asyncio.wait_for(silent[0][0].read(), 2) == b""  # the oldest made way
+    assert not silent[-1][0].at_eof()
+    for _, writer in silent:
+        writer.close()

@@ -117,7 +117,9 @@ class FakeEngine:
             adapter_host_bytes=1 << 33,
         )
 
-    async def load_adapter(self, name: str, path: str | None, *, pin: bool, replace: bool) -> AdapterStatus:
+    async def load_adapter(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+    ) -> AdapterStatus:
         if self.load_error is not None:
             raise self.load_error
         old = self.adapters.get(name)
@@ -146,7 +148,9 @@ class FakeEngine:
         self._raise_error()
         return [self.adapters[name] for name in sorted(self.adapters)]
 
-    async def load_fusion(self, name: str, path: str | None, *, pin: bool, replace: bool) -> FusionStatus:
+    async def load_fusion(
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+    ) -> FusionStatus:
         if self.load_error is not None:
             raise self.load_error
         old = self.fusions.get(name)

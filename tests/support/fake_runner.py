@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from schedules import BLOCK_SIZE, make_scheduler
+from schedules import BLOCK_SIZE, as_made, make_scheduler
 
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
@@ -32,7 +32,8 @@ EOS = 0
 class FakeRunner:
     """`choose(request)` may stand in for the next token; None means logits that are not finite.
 
-    `error` is raised by the next step, with `loses_copies` before its copies into the pool.
+    `error` is raised by the next step, with `loses_copies` before its copies into the pool; `poison` by every step in
+    which one of its generations takes part; MemoryError by every step of more than `max_requests` requests.
     """
 
     def __init__(self, choose: Callable[[Request], int | None] | None = None) -> None:
@@ -41,6 +42,8 @@ class FakeRunner:
         self._rows: dict[int, int] = {}
         self.error: Exception | None = None
         self.loses_copies = False
+        self.poison: dict[Generation, Exception] = {}
+        self.max_requests = 1 << 30
         self.batches: list[ScheduledBatch] = []
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
@@ -50,8 +53,12 @@ class FakeRunner:
         if self.error is not None:
             error, self.error, self.loses_copies = self.error, None, False
             raise error
+        if len(batch.chunks) > self.max_requests:
+            raise MemoryError
         for chunk in batch.chunks:
             self._check(chunk)
+            if chunk.request.generation in self.poison:
+                raise self.poison[chunk.request.generation]
         return [self._result(chunk) for chunk in batch.chunks]
 
     @property
@@ -161,10 +168,10 @@ def next_token(request: Request) -> int:
 
 def expected_tokens(generation: Generation) -> list[tuple[int, ...]]:
     """What the fake runner must give each candidate that only its length ends, by the definition."""
-    expected = []
-    for request in generation.requests:
-        shadow = Request(generation, request.index, request.text)
-        for _ in range(generation.max_new_tokens):
+    made, expected = as_made(generation), []
+    for request in made.requests:
+        shadow = Request(made, request.index, request.text)
+        for _ in range(made.max_new_tokens):
             shadow.token_ids.append(next_token(shadow))
         expected.append(tuple(shadow.generated_ids))
     return expected

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -31,6 +31,7 @@ BLOCK_SIZE = 4
 
 _uids = count(1)
 _request_ids = count(1)
+_as_made: dict[Generation, Generation] = {}
 
 
 class LetterDecoder:
@@ -99,7 +100,13 @@ def make_generation(**spec_fields: Any) -> Generation:
     for index in range(spec.num_candidates):
         text = TextOutput(spec.decoder, spec.prompt, stopping.stop, include_stop=stopping.include_stop)
         generation.requests.append(Request(generation, index, text))
+    _as_made[generation] = replace(generation)
     return generation
+
+
+def as_made(generation: Generation) -> Generation:
+    """A generation as it was before it ended, and let go of its adapters and its requests."""
+    return replace(_as_made[generation])
 
 
 def make_request(**spec_fields: Any) -> Request:
@@ -113,13 +120,16 @@ def make_scheduler(
     num_blocks: int = 64,
     pool_ranks: int = 64,
     max_batch_tokens: int = 16,
+    max_prompt_tokens: int = 1 << 30,
     max_batch_requests: int = 8,
     max_logit_tokens: int = 128,
     enable_prefix_cache: bool = True,
+    fair_weights: Mapping[str, float] | None = None,
 ) -> Scheduler:
     """A scheduler over blocks of BLOCK_SIZE tokens."""
     limits = SchedulerLimits(
         max_batch_tokens=max_batch_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         max_batch_requests=max_batch_requests,
         max_logit_tokens=max_logit_tokens,
     )
@@ -128,6 +138,7 @@ def make_scheduler(
         PoolLedger(pool_ranks),
         limits,
         enable_prefix_cache=enable_prefix_cache,
+        fair_weights=fair_weights,
     )
 
 

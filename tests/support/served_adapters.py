@@ -145,12 +145,12 @@ class PacedRunner:
     """The engine's runner behind a gate: while paused, only as many steps are computed as the test allows."""
 
     def __init__(self, engine: Engine) -> None:
-        self._runner = engine._runner
+        self._runner = engine._execution._runner
         self._may_step = threading.Condition()
         self._num_allowed: int | None = None
         self.is_waiting = threading.Event()
         self.num_steps = 0
-        engine._runner = self
+        engine._execution._runner = self
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
         """One step, as soon as it is allowed."""
@@ -257,7 +257,7 @@ async def check_at_rest(engine: TestedEngine) -> None:
     assert engine.engine.scheduler.blocks.num_used == 0
     engine.engine.scheduler.check_integrity()
     engine.registry.check_integrity(0)
-    assert not engine._open_request_ids
+    assert engine._open.is_empty
 
 
 def loaded(engine: TestedEngine) -> set[str]:
