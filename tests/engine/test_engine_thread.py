@@ -102,7 +102,7 @@ def test_idle_thread_sleeps() -> None:
         time.sleep(0.05)
         before_s = time.process_time()
         time.sleep(0.2)
-        assert time.process_time() - before_s < 0.05
+        assert time.process_time() - before_s < 0.1
         assert running.num_steps == 0
 
 

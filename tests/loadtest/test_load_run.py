@@ -69,7 +69,7 @@ async def test_open_loop_ends_with_the_arrivals_of_its_duration(served: Served) 
 
 async def test_closed_loop_ends_with_its_duration(served: Served) -> None:
     outcome = await load(served, concurrency=2, duration_s=0.3)
-    assert max(record.sent_s for record in outcome.records) < 0.4
+    assert max(record.sent_s for record in outcome.records) < 1
     assert outcome.counted
 
 

@@ -78,7 +78,7 @@ async def test_watchers_see_every_change_and_the_end() -> None:
         assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         start_s = time.monotonic()
         await served.app._grpc.stop(grace_s=20)
-        assert time.monotonic() - start_s < 5  # open watches do not use up the grace
+        assert time.monotonic() - start_s < 15  # open watches do not use up the grace
         with pytest.raises(aio.AioRpcError) as caught:
             await second.read()
         assert caught.value.code().name == "UNAVAILABLE"
@@ -171,7 +171,7 @@ async def test_taken_port_is_a_startup_error_in_one_line(field: str) -> None:
         start_s = time.monotonic()
         with pytest.raises(StartupError) as caught:
             App(ServerConfig(**addresses))
-        assert time.monotonic() - start_s < 1
+        assert time.monotonic() - start_s < 10
     assert addresses[field] in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.reason == "LISTEN_FAILED"

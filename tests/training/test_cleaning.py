@@ -11,9 +11,9 @@ def test_normalise_uses_plain_characters_and_few_empty_lines() -> None:
 
 
 def test_normalise_is_quick_on_long_runs_of_blanks() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     cleaning.normalise(("x" + " " * 20_000) * 20)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_python_header_is_dropped() -> None:

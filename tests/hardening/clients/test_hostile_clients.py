@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,7 @@ from fusionserve.loadtest.hostile.target import LONG, PROMPT
 
 # grpc.aio serves one event loop at a time well.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-FREE_WITHIN_S = 5.0
+FREE_WITHIN_S = 15.0
 # The others have tests of their own.
 KINDS_AT_ONCE = (
     "slow reader",
@@ -90,7 +91,7 @@ async def test_other_protocols_get_no_answer_of_theirs(server: BesetServer, prot
 async def test_flood_of_resets_leaves_nothing_to_do(server: BesetServer) -> None:
     num_calls = await flood_with_resets(server.target)
     assert num_calls > 200
-    await server.free_within(2)
+    await server.free_within(FREE_WITHIN_S)
 
 
 async def test_crowd_is_refused_beyond_the_limit_while_health_answers(server: BesetServer) -> None:
@@ -98,11 +99,12 @@ async def test_crowd_is_refused_beyond_the_limit_while_health_answers(server: Be
     assert set(crowd.statuses) == {"OK", "RESOURCE_EXHAUSTED"}
     assert crowd.statuses.total() == 10_000
     assert crowd.statuses["OK"] >= MAX_OPEN
-    assert max(crowd.healthy_s) < 5
+    assert statistics.median(crowd.healthy_s) < 1
+    assert max(crowd.healthy_s) < 15
     await server.free_within(FREE_WITHIN_S)
 
 
 async def test_scrape_flood_is_answered_from_few_renderings(server: BesetServer) -> None:
     seconds = await flood_with_scrapes(server.target)
     assert len(seconds) == PER_S * SECONDS
-    assert sorted(seconds)[len(seconds) // 2] < 0.1
+    assert statistics.median(seconds) < 0.1
