@@ -9,7 +9,6 @@
 #include <algorithm>
 
 constexpr Index PANEL = 16;         // outputs
-constexpr Index TILE_PANELS = 3;    // panels in a tile
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096;
 
@@ -30,7 +29,6 @@ struct LinearPart {
     Index add;
 };
 
-// `Product` has: MOST_TOKENS, num_tokens and tile<TOKENS, PANELS>(part, token, panel).
 template <int PANELS, typename Product>
 static void all_tokens(const Product& product, const LinearPart& part, Index panel) {
     constexpr int MOST = Product::MOST_TOKENS;
@@ -41,17 +39,16 @@ static void all_tokens(const Product& product, const LinearPart& part, Index pan
     for (; token < product.num_tokens; ++token) product.template tile<1, PANELS>(part, token, panel);
 }
 
-// Panels [first, first + TILE_PANELS) of the part, or what is left of them.
+// A product that meets a few tokens at a time with a few panels; `Product` has MOST_TOKENS, num_tokens and
+// tile<TOKENS, PANELS>(part, token, panel).
 template <typename Product>
-static void some_panels(const Product& product, const LinearPart& part, Index first) {
-    const Index left = part.d_out / PANEL - first;
+static void few_by_few(const Product& product, const LinearPart& part, Index first, Index count) {
     if (!HAS_MANY_REGISTERS && product.num_tokens > 1) {
-        for (Index panel = first; panel < first + std::min(left, TILE_PANELS); ++panel)
-            all_tokens<1>(product, part, panel);
+        for (Index panel = first; panel < first + count; ++panel) all_tokens<1>(product, part, panel);
         return;
     }
-    if (left >= 3) return all_tokens<3>(product, part, first);
-    if (left == 2) return all_tokens<2>(product, part, first);
+    if (count == 3) return all_tokens<3>(product, part, first);
+    if (count == 2) return all_tokens<2>(product, part, first);
     all_tokens<1>(product, part, first);
 }
 
@@ -64,18 +61,19 @@ static inline void finish(Lanes sums, const LinearPart& part, Index token, Index
     store_lanes(sums, y);
 }
 
-static inline Index num_tiles(const LinearPart& part) {
-    return (part.d_out / PANEL + TILE_PANELS - 1) / TILE_PANELS;
-}
-
+// Computes the parts in tiles of Product::TILE_PANELS panels, or what is left of them, with
+// product.panels(part, first, count).
 template <typename Product>
 static void multiply(const Product& product, const LinearPart* parts, Index num_parts) {
+    constexpr Index WIDTH = Product::TILE_PANELS;
+    const auto num_tiles = [](const LinearPart& part) { return (part.d_out / PANEL + WIDTH - 1) / WIDTH; };
     Index total = 0;
     for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
     const auto one_tile = [&](Index index) {
         const LinearPart* part = parts;
         while (index >= num_tiles(*part)) index -= num_tiles(*part++);
-        some_panels(product, *part, index * TILE_PANELS);
+        const Index first = index * WIDTH;
+        product.panels(*part, first, std::min(part->d_out / PANEL - first, WIDTH));
     };
     // Neighbouring tiles in a row, because their weights lie in a row.
     const Index in_a_row = std::clamp<Index>(total / (4 * num_threads()), 1, MOST_IN_A_ROW);

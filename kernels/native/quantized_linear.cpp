@@ -71,11 +71,14 @@ static void quantize(const Tokens& tokens, QuantizedTokens& result) {
 
 template <int BITS, typename Number>
 struct ByteProduct {
+    static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 4;
     static constexpr Index STEPS = BITS;  // loads of 64 bytes per group and panel
     static constexpr Index GROUP_BYTES = GROUP * PANEL * BITS / 8;
     const QuantizedTokens& tokens;
     Index num_tokens, d_in;
+
+    void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
     template <int TOKENS, int PANELS>
     void tile(const LinearPart& part, Index token, Index panel) const {

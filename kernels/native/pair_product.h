@@ -1,0 +1,55 @@
+// The product with the processor's pairwise one: 16 outputs take a pair of inputs each. A tile of 8 tokens by 3 panels keeps
+// 24 sums in registers.
+#pragma once
+
+#include "panels.h"
+#include "tokens.h"
+
+#ifdef __AVX512BF16__
+#define HAS_PAIR_PRODUCT 1
+
+struct PairProduct {
+    static constexpr Index TILE_PANELS = 3;
+    static constexpr int MOST_TOKENS = 8;
+    const uint16_t* x;
+    Index num_tokens, d_in, x_stride;
+
+    explicit PairProduct(const Tokens& tokens)
+        : x(static_cast<const uint16_t*>(tokens.x)),
+          num_tokens(tokens.num_tokens),
+          d_in(tokens.d_in),
+          x_stride(tokens.x_stride) {}
+
+    void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
+
+    template <int TOKENS, int PANELS>
+    void tile(const LinearPart& part, Index token, Index panel) const {
+        const Index num_pairs = d_in / 2, panel_bytes = d_in * PANEL * static_cast<Index>(sizeof(uint16_t));
+        const uint16_t* inputs = x + token * x_stride;
+        const uint16_t* weights = static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
+        __m512 sums[TOKENS][PANELS] = {};
+        for (Index pair = 0; pair < num_pairs; ++pair) {
+            __m512bh panels[PANELS];
+#pragma GCC unroll 3
+            for (int p = 0; p < PANELS; ++p) {
+                const uint16_t* here = weights + (p * num_pairs + pair) * 2 * PANEL;
+                panels[p] = (__m512bh)_mm512_loadu_si512(here);
+                if (token == 0) prefetch_panel(here, panel_bytes - (pair + 1) * 64, panel_bytes, PANELS);
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < TOKENS; ++t) {
+                int both;
+                std::memcpy(&both, inputs + t * x_stride + 2 * pair, sizeof both);
+                const __m512bh pairs = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 3
+                for (int p = 0; p < PANELS; ++p) sums[t][p] = _mm512_dpbf16_ps(sums[t][p], pairs, panels[p]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < TOKENS; ++t)
+#pragma GCC unroll 3
+            for (int p = 0; p < PANELS; ++p) finish<BFloat16>((Lanes)sums[t][p], part, token + t, (panel + p) * PANEL);
+    }
+};
+
+#endif

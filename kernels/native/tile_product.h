@@ -1,0 +1,140 @@
+// The product for processors with tile registers, which multiply 16 tokens by 16 outputs over 32 inputs at once.
+//
+// A panel is, 16 pairs of inputs at a time, just what a register takes. Up to 16 tokens meet four panels, because reading
+// weights is what takes long; more meet two at a time, 32 tokens to each, because multiplying is. Either way an output
+// is summed in the same order.
+#pragma once
+
+#include "panels.h"
+#include "tile_registers.h"
+#include "tokens.h"
+
+#ifdef HAS_TILE_REGISTERS
+
+struct TileProduct {
+    static constexpr Index TILE_PANELS = 4;
+    static constexpr Index DEPTH = 32;         // inputs in a tile
+    static constexpr Index WEIGHTS_STRIDE = 2 * PANEL * sizeof(uint16_t);
+    const uint16_t* x;
+    Index num_tokens, d_in, x_stride;
+
+    static bool takes(const Tokens& tokens) { return tokens.d_in % DEPTH == 0 && may_use_tiles(); }
+
+    explicit TileProduct(const Tokens& tokens)
+        : x(static_cast<const uint16_t*>(tokens.x)),
+          num_tokens(tokens.num_tokens),
+          d_in(tokens.d_in),
+          x_stride(tokens.x_stride) {}
+
+    void panels(const LinearPart& part, Index first, Index count) const {
+        if (num_tokens <= TILE_ROWS) {
+            if (count == 4) few_tokens<4>(part, first);
+            if (count == 3) few_tokens<3>(part, first);
+            if (count == 2) few_tokens<2>(part, first);
+            if (count == 1) few_tokens<1>(part, first);
+        } else {
+            for (Index panel = first; panel < first + count; panel += 2)
+                panel + 2 <= first + count ? many_tokens<2>(part, panel) : many_tokens<1>(part, panel);
+        }
+        release_tiles();
+    }
+
+private:
+    const uint16_t* weights_of(const LinearPart& part, Index panel) const {
+        return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
+    }
+
+    // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
+    template <int PANELS>
+    void few_tokens(const LinearPart& part, Index first) const {
+        TileShapes shapes;
+        for (int tile = 0; tile < 5; ++tile) shapes.set(tile, num_tokens);
+        for (int tile = 5; tile < 8; ++tile) shapes.set(tile, TILE_ROWS);
+        shape_tiles(shapes);
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        const uint16_t* weights = weights_of(part, first);
+        for (Index input = 0; input < d_in; input += DEPTH) {
+            load_tile<4>(x + input, x_stride * sizeof(uint16_t));
+            next<0, 5, PANELS>(weights, input);
+            next<1, 6, PANELS>(weights, input);
+            next<2, 7, PANELS>(weights, input);
+            next<3, 5, PANELS>(weights, input);
+        }
+        store<0, PANELS>(part, 0, num_tokens, first);
+        store<1, PANELS>(part, 0, num_tokens, first + 1);
+        store<2, PANELS>(part, 0, num_tokens, first + 2);
+        store<3, PANELS>(part, 0, num_tokens, first + 3);
+    }
+
+    template <int P, int TILE, int PANELS>
+    void next(const uint16_t* weights, Index input) const {
+        if constexpr (P < PANELS) {
+            const uint16_t* here = weights + (P * d_in + input) * PANEL;
+            for (int row = 0; row < TILE_ROWS; ++row)
+                prefetch_panel(here + row * 2 * PANEL, (d_in - input) * PANEL * 2 - (row + 1) * 64, d_in * PANEL * 2, PANELS);
+            load_tile<TILE>(here, WEIGHTS_STRIDE);
+            add_pair_products<P, 4, TILE>();
+        }
+    }
+
+    // Registers: sums 0 to 3, tokens 4 and 5, weights 6 and 7.
+    template <int PANELS>
+    void many_tokens(const LinearPart& part, Index first) const {
+        const uint16_t* weights = weights_of(part, first);
+        Index shaped = -1;
+        for (Index token = 0; token < num_tokens; token += 2 * TILE_ROWS) {
+            const Index left = std::min<Index>(num_tokens - token, 2 * TILE_ROWS);
+            if (left != shaped) shape_for(left);
+            shaped = left;
+            left > TILE_ROWS ? block<2, PANELS>(part, weights, token, left, first)
+                             : block<1, PANELS>(part, weights, token, left, first);
+        }
+    }
+
+    static void shape_for(Index num) {
+        TileShapes shapes;
+        const Index upper = std::min<Index>(num, TILE_ROWS), lower = std::max<Index>(num - TILE_ROWS, 1);
+        for (int tile : {0, 1, 4}) shapes.set(tile, upper);
+        for (int tile : {2, 3, 5}) shapes.set(tile, lower);
+        for (int tile : {6, 7}) shapes.set(tile, TILE_ROWS);
+        shape_tiles(shapes);
+    }
+
+    template <int BLOCKS, int PANELS>
+    void block(const LinearPart& part, const uint16_t* weights, Index token, Index num, Index first) const {
+        const uint16_t* upper = x + token * x_stride;
+        const uint16_t* lower = upper + TILE_ROWS * x_stride;
+        const Index stride = x_stride * sizeof(uint16_t);
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        for (Index input = 0; input < d_in; input += DEPTH) {
+            load_tile<6>(weights + input * PANEL, WEIGHTS_STRIDE);
+            load_tile<4>(upper + input, stride);
+            add_pair_products<0, 4, 6>();
+            if constexpr (PANELS == 2) {
+                load_tile<7>(weights + (d_in + input) * PANEL, WEIGHTS_STRIDE);
+                add_pair_products<1, 4, 7>();
+            }
+            if constexpr (BLOCKS == 2) {
+                load_tile<5>(lower + input, stride);
+                add_pair_products<2, 5, 6>();
+                if constexpr (PANELS == 2) add_pair_products<3, 5, 7>();
+            }
+        }
+        const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
+        store<0, 2>(part, token, num_upper, first);
+        if constexpr (PANELS == 2) store<1, 2>(part, token, num_upper, first + 1);
+        if constexpr (BLOCKS == 2) store<2, 4>(part, token + TILE_ROWS, num_lower, first);
+        if constexpr (BLOCKS == 2 && PANELS == 2) store<3, 4>(part, token + TILE_ROWS, num_lower, first + 1);
+    }
+
+    template <int TILE, int TILES>
+    static void store(const LinearPart& part, Index token, Index num, Index panel) {
+        if constexpr (TILE < TILES) {
+            alignas(64) float sums[TILE_ROWS][PANEL];
+            store_tile<TILE>(sums, sizeof sums[0]);
+            for (Index t = 0; t < num; ++t) finish<BFloat16>(load_lanes(sums[t]), part, token + t, panel * PANEL);
+        }
+    }
+};
+
+#endif

@@ -1,0 +1,62 @@
+// The processor's tile registers (AMX): eight, each of up to 16 rows of 64 bytes, and products of whole tiles.
+//
+// The compiler does not know these registers, so the instructions are written out. A thread gives the registers their
+// shapes before it uses them and releases them after, so that the system has nothing to save when it puts another
+// thread in its place. Format and instructions: Intel 64 Software Developer's Manual, volume 1, chapter 18.
+#pragma once
+
+#include "number.h"
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILE_REGISTERS 1
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_BYTES = 64;  // in a row
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1;
+    uint8_t reserved[15] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int tile, Index num_rows) {
+        row_bytes[tile] = TILE_BYTES;
+        rows[tile] = static_cast<uint8_t>(num_rows);
+    }
+};
+
+// Asks the system once for leave to use the registers, which it gives to the whole process.
+static inline bool may_use_tiles() {
+    constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
+    return granted;
+}
+
+static inline void shape_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
+static inline void release_tiles() { asm volatile("tilerelease"); }
+
+template <int TILE>
+static inline void clear_tile() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+
+template <int TILE>
+static inline void load_tile(const void* rows, Index stride_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride_bytes), "i"(TILE) : "memory");
+}
+
+template <int TILE>
+static inline void store_tile(void* rows, Index stride_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride_bytes), "i"(TILE) : "memory");
+}
+
+// SUMS [m][16] += A [m][16][2] B [16][16][2], pairs of bfloat16 to a float32.
+template <int SUMS, int A, int B>
+static inline void add_pair_products() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(A), "i"(B));
+}
+
+#endif
