@@ -3,6 +3,7 @@
 
 #include "dot.h"
 #include "lanes.h"
+#include "words.h"
 
 #include <algorithm>
 
@@ -93,42 +94,6 @@ struct ValueTiles : PlainTiles<Number> {
 
 #ifdef __AVX512BF16__
 
-constexpr Index HALF = 32;  // numbers of a row in one load
-
-// `count` numbers of a row, zeros behind them.
-static inline __m512i load_row(const BFloat16* row, Index count) {
-    if (count >= HALF) return _mm512_loadu_si512(row);
-    return count > 0 ? _mm512_maskz_loadu_epi16((__mmask32(1) << count) - 1, row) : _mm512_setzero_si512();
-}
-
-// Rows of 16 words become columns.
-static inline void transpose(__m512i* rows) {
-    __m512i pairs[TILE], fours[TILE];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        pairs[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        fours[4 * i] = _mm512_unpacklo_epi64(pairs[4 * i], pairs[4 * i + 2]);
-        fours[4 * i + 1] = _mm512_unpackhi_epi64(pairs[4 * i], pairs[4 * i + 2]);
-        fours[4 * i + 2] = _mm512_unpacklo_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
-        fours[4 * i + 3] = _mm512_unpackhi_epi64(pairs[4 * i + 1], pairs[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512i low = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88);
-        const __m512i high = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88);
-        const __m512i low_odd = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
-        const __m512i high_odd = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
-        rows[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
-        rows[i + 4] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
-        rows[i + 12] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
-    }
-}
-
 // Pairs of dims of 16 slots side by side, so that a query's pair meets them all at once.
 template <>
 struct KeyTiles<BFloat16> {
@@ -192,18 +157,14 @@ struct ValueTiles<BFloat16> {
 
     // Slots behind num_rows become zeros.
     void load(Index k, const BFloat16* first, Index stride, Index num_rows, Index width) {
-        alignas(64) static constexpr uint16_t LOW[HALF] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                           8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-        const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
         dim = width;
         for (Index i = 0; i < width; i += HALF)
             for (Index pair = 0; pair < PAIRS; ++pair) {
                 const auto row = [&](Index slot) {
                     return load_row(first + slot * stride + i, slot < num_rows ? width - i : 0);
                 };
-                const __m512i even = row(2 * pair), odd = row(2 * pair + 1);
-                pairs[i / LANES][k * PAIRS + pair] = _mm512_permutex2var_epi16(even, low, odd);
-                pairs[i / LANES + 1][k * PAIRS + pair] = _mm512_permutex2var_epi16(even, high, odd);
+                interleave(row(2 * pair), row(2 * pair + 1), &pairs[i / LANES][k * PAIRS + pair],
+                           &pairs[i / LANES + 1][k * PAIRS + pair]);
             }
     }
 

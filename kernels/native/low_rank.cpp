@@ -5,126 +5,74 @@
 
 #include "low_rank.h"
 
-#include "dot.h"
-#include "lanes.h"
+#include "rank_rows.h"
+#include "rank_tiles.h"
 #include "threads.h"
 
 #include <algorithm>
 #include <vector>
 
-constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
-constexpr Index COLUMN_BLOCK = 128;  // outputs that are one piece of work
+// Some tokens by some rank rows, both counted from the first of a segment.
+struct Rectangle {
+    Index token, num_tokens, row, num_rows;
+};
 
-constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
-
-static Index num_row_blocks(const Segment& segment) { return (segment.num_rows + ROW_BLOCK - 1) / ROW_BLOCK; }
-
-// u[r] = A_r x + a_r for `count` (at most ROW_BLOCK) rank rows from `row`.
-template <typename Number>
-static inline void shrink_block(const Tokens& tokens, const void* all_rows, const void* all_bias, Index token, Index row,
-                                Index count, float* u) {
-    const Number* x = static_cast<const Number*>(tokens.x) + token * tokens.x_stride;
-    const Number* rows = static_cast<const Number*>(all_rows) + row * tokens.d_in;
-    const Number* bias = static_cast<const Number*>(all_bias);
-    if (count == ROW_BLOCK)
-        dot_rows<ROW_BLOCK>(x, rows, tokens.d_in, tokens.d_in, u);
-    else
-        for (Index r = 0; r < count; ++r) dot_rows<1>(x, rows + r * tokens.d_in, tokens.d_in, tokens.d_in, u + r);
-    if (bias)
-        for (Index r = 0; r < count; ++r) u[r] += to_float(bias[row + r]);
+// Rectangles of a block of tokens by all rank rows; of a block of rank rows for a token alone, so that threads can share it.
+static Index num_rectangles(Index num_tokens, Index num_rows) {
+    return num_tokens == 1 ? (num_rows + ROW_BLOCK - 1) / ROW_BLOCK : (num_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
 }
 
-// weighted [num_tokens, num_rows] of the segment: c (A x + a), and exactly 0 where c is 0, whatever x is.
-template <typename Number>
-static void shrink_segment(const Tokens& tokens, const LowRankPart& part, const Segment& segment, Index block,
-                           float* weighted) {
-    const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, segment.num_rows - first);
-    for (Index token = 0; token < segment.num_tokens; ++token) {
-        float u[ROW_BLOCK];
-        shrink_block<Number>(tokens, part.shrink_rows, part.shrink_bias, segment.token_start + token,
-                             segment.row_start + first, count, u);
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + first;
-        float* result = weighted + token * segment.num_rows + first;
-        for (Index r = 0; r < count; ++r) result[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
-    }
+static Rectangle rectangle(Index num_tokens, Index num_rows, Index number) {
+    if (num_tokens == 1) return {0, 1, number * ROW_BLOCK, std::min(ROW_BLOCK, num_rows - number * ROW_BLOCK)};
+    return {number * TOKEN_BLOCK, std::min(TOKEN_BLOCK, num_tokens - number * TOKEN_BLOCK), 0, num_rows};
 }
 
-// y[token, columns] += sum_r weighted[token, r] B[r, columns] for TOKENS tokens and NUM_LANES * LANES columns.
-template <int TOKENS, int NUM_LANES, typename Number>
-static inline void expand_block(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
-                                Index y_stride) {
-    Lanes sums[TOKENS][NUM_LANES];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t)
-#pragma GCC unroll 8
-        for (int i = 0; i < NUM_LANES; ++i) sums[t][i] = load_lanes(y + t * y_stride + i * LANES);
-    for (Index r = 0; r < num_rows; ++r)
-#pragma GCC unroll 8
-        for (int i = 0; i < NUM_LANES; ++i) {
-            if (i % 2 == 0) __builtin_prefetch(rows + (r + ROWS_AHEAD) * d_out + i * LANES);
-            const Lanes row = load_lanes(rows + r * d_out + i * LANES);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; ++t) sums[t][i] += row * weighted[t * num_rows + r];
+// A module's rank rows from `row_start`, and the tokens from `token_start` that meet them.
+struct Shrink {
+    const void* rows;
+    const void* bias;  // or null
+    Index token_start, row_start;
+};
+
+// take(token, row, count, u): A x + a of a token of the rectangle with a block of its rank rows.
+template <typename Number, typename Rows, typename Take>
+static void shrink_rectangle(const Rows& rank_rows, const Shrink& shrink, const Rectangle& part, const Take& take) {
+    const auto turned = rank_rows.turn(shrink.token_start + part.token, part.num_tokens);
+    for (Index row = part.row; row < part.row + part.num_rows; row += ROW_BLOCK) {
+        const Index count = std::min(ROW_BLOCK, part.row + part.num_rows - row), first = shrink.row_start + row;
+        BlockProducts u;
+        rank_rows.shrink(turned, shrink.rows, part.num_tokens, first, count, u);
+        for (Index t = 0; t < part.num_tokens; ++t) {
+            if (shrink.bias)
+                for (Index r = 0; r < count; ++r) u[t][r] += to_float(static_cast<const Number*>(shrink.bias)[first + r]);
+            take(part.token + t, row, count, u[t]);
         }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; ++t)
-#pragma GCC unroll 8
-        for (int i = 0; i < NUM_LANES; ++i) store_lanes(sums[t][i], y + t * y_stride + i * LANES);
-}
-
-// The columns [column, + count) of one token, where they do not fill registers.
-template <typename Number>
-static inline void expand_rest(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
-                               Index count) {
-    for (Index i = 0; i < count; ++i) {
-        float sum = to_float(y[i]);
-        for (Index r = 0; r < num_rows; ++r) sum += weighted[r] * to_float(rows[r * d_out + i]);
-        y[i] = from_float<Number>(sum);
     }
 }
 
-template <int TOKENS, typename Number>
-static inline void expand_tokens(const float* weighted, Index num_rows, const Number* rows, Index d_out, Number* y,
-                                 Index y_stride, Index count) {
-    constexpr int NUM_LANES = TOKENS == 1 ? 8 : 4;
-    Index column = 0;
-    for (; column + NUM_LANES * LANES <= count; column += NUM_LANES * LANES)
-        expand_block<TOKENS, NUM_LANES>(weighted, num_rows, rows + column, d_out, y + column, y_stride);
-    for (; column + LANES <= count; column += LANES)
-        expand_block<TOKENS, 1>(weighted, num_rows, rows + column, d_out, y + column, y_stride);
-    for (int t = 0; t < TOKENS; ++t)
-        expand_rest(weighted + t * num_rows, num_rows, rows + column, d_out, y + t * y_stride + column, count - column);
-}
-
-// Columns [column, + COLUMN_BLOCK) of the part, or what is left of them, for a segment's tokens.
-template <typename Number>
-static void expand_columns(const LowRankPart& part, void* output, const Segment& segment, Index column,
-                           const float* weighted) {
-    const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
-    const Index count = std::min(COLUMN_BLOCK, part.d_out - column), num_rows = segment.num_rows;
-    Number* y = static_cast<Number*>(output) + segment.token_start * part.d_out + column;
-    Index token = 0;
-    for (; token + 4 <= segment.num_tokens; token += 4)
-        expand_tokens<4>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
-                         part.d_out, count);
-    for (; token + 2 <= segment.num_tokens; token += 2)
-        expand_tokens<2>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
-                         part.d_out, count);
-    for (; token < segment.num_tokens; ++token)
-        expand_tokens<1>(weighted + token * num_rows, num_rows, rows, part.d_out, y + token * part.d_out,
-                         part.d_out, count);
+// Keeps c (A x + a) of a part of the segment, and exactly 0 where c is 0, whatever x is.
+template <typename Number, typename Rows>
+static void shrink_segment(const Rows& rank_rows, const LowRankPart& part, const Segment& segment, Index number,
+                           float* weighted) {
+    const auto weigh = [&](Index token, Index row, Index count, float* u) {
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
+        for (Index r = 0; r < count; ++r) u[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+        Rows::keep(segment, token, row, count, u, weighted);
+    };
+    shrink_rectangle<Number>(rank_rows, {part.shrink_rows, part.shrink_bias, segment.token_start, segment.row_start},
+                             rectangle(segment.num_tokens, segment.num_rows, number), weigh);
 }
 
 static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }
 
-template <typename Number>
-static void add_parts(const Tokens& tokens, void* const* outputs, const Addition& addition, const Segment* segments,
+template <typename Number, typename Rows>
+static void add_parts(const Rows& rank_rows, void* const* outputs, const Addition& addition, const Segment* segments,
                       Index num_segments) {
     const LowRankPart* parts = addition.parts;
     Index num_weighted = 0, shrinks = 0, expands = 0;
     for (Index s = 0; s < num_segments; ++s) {
-        num_weighted += segments[s].num_tokens * segments[s].num_rows;
-        shrinks += num_row_blocks(segments[s]);
+        num_weighted += Rows::weighted_size(segments[s]);
+        shrinks += num_rectangles(segments[s].num_tokens, segments[s].num_rows);
     }
     for (Index p = 0; p < addition.num_parts; ++p) expands += num_column_blocks(parts[p]);
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
@@ -132,22 +80,22 @@ static void add_parts(const Tokens& tokens, void* const* outputs, const Addition
     float* const all_weighted = workspace.data();
     parallel(shrinks * addition.num_parts, [&](Index item) {
         const Index p = item / shrinks;
-        Index block = item % shrinks;
+        Index number = item % shrinks;
         float* weighted = all_weighted + p * num_weighted;
         const Segment* segment = segments;
-        for (; block >= num_row_blocks(*segment); ++segment) {
-            block -= num_row_blocks(*segment);
-            weighted += segment->num_tokens * segment->num_rows;
+        for (Index count; number >= (count = num_rectangles(segment->num_tokens, segment->num_rows)); ++segment) {
+            number -= count;
+            weighted += Rows::weighted_size(*segment);
         }
-        shrink_segment<Number>(tokens, parts[p], *segment, block, weighted);
+        shrink_segment<Number>(rank_rows, parts[p], *segment, number, weighted);
     });
     parallel(expands, [&](Index block) {
         Index p = 0;
         while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
         const float* weighted = all_weighted + p * num_weighted;
         for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
-            expand_columns<Number>(parts[p], outputs[parts[p].place], *segment, block * COLUMN_BLOCK, weighted);
-            weighted += segment->num_tokens * segment->num_rows;
+            Rows::expand(parts[p], outputs[parts[p].place], *segment, block * COLUMN_BLOCK, weighted);
+            weighted += Rows::weighted_size(*segment);
         }
     });
 }
@@ -181,35 +129,46 @@ static void weigh_members(const FusionAttention& fusion, Index token, const floa
         fusion.coefficients[token * fusion.num_rows + r] = weights[fusion.member_of_row[r]];
 }
 
-template <typename Number>
-static void attend_members(const Tokens& tokens, const FusionAttention& fusion) {
+template <typename Number, typename Rows>
+static void attend_members(const Rows& rank_rows, const FusionAttention& fusion) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
-    const Index num_blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
     workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows));
     float* const u = workspace.data();
-    parallel(num_blocks, [&](Index block) {
-        const Index first = block * ROW_BLOCK, count = std::min(ROW_BLOCK, num_rows - first);
-        for (Index token = 0; token < fusion.num_tokens; ++token)
-            shrink_block<Number>(tokens, fusion.shrink_rows, fusion.shrink_bias, fusion.token_start + token,
-                                 fusion.row_start + first, count, u + token * num_rows + first);
+    const Shrink shrink{fusion.shrink_rows, fusion.shrink_bias, fusion.token_start, fusion.row_start};
+    parallel(num_rectangles(fusion.num_tokens, num_rows), [&](Index number) {
+        shrink_rectangle<Number>(rank_rows, shrink, rectangle(fusion.num_tokens, num_rows, number),
+                                 [&](Index token, Index row, Index count, const float* products) {
+                                     std::copy(products, products + count, u + token * num_rows + row);
+                                 });
     });
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
         for (Index token = begin; token < end; ++token) weigh_members(fusion, token, u + token * num_rows);
     });
 }
 
-template <typename Number>
-void add_low_rank(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+template <typename Number, typename Rows>
+static void add_all(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+    const Rows rank_rows(tokens);
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
-        for (Index f = 0; f < addition.num_attentions; ++f) attend_members<Number>(tokens, addition.attentions[f]);
-        add_parts<Number>(tokens, outputs, addition, additions.segments, additions.num_segments);
+        for (Index f = 0; f < addition.num_attentions; ++f) attend_members<Number>(rank_rows, addition.attentions[f]);
+        add_parts<Number>(rank_rows, outputs, addition, additions.segments, additions.num_segments);
     }
 }
 
-template void add_low_rank<float>(const Tokens&, void* const*, const Additions&);
-template void add_low_rank<BFloat16>(const Tokens&, void* const*, const Additions&);
+template <>
+void add_low_rank<float>(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+    add_all<float, RankRows<float>>(tokens, outputs, additions);
+}
+
+template <>
+void add_low_rank<BFloat16>(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+#ifdef HAS_TILE_REGISTERS
+    if (RankTiles::takes(tokens)) return add_all<BFloat16, RankTiles>(tokens, outputs, additions);
+#endif
+    add_all<BFloat16, RankRows<BFloat16>>(tokens, outputs, additions);
+}
 
 extern "C" {
 void add_low_rank_f32(const Tokens* tokens, void* const* outputs, const Additions* additions) {

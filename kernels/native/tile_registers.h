@@ -22,8 +22,8 @@ struct alignas(64) TileShapes {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
 
-    void set(int tile, Index num_rows) {
-        row_bytes[tile] = TILE_BYTES;
+    void set(int tile, Index num_rows, Index bytes = TILE_BYTES) {
+        row_bytes[tile] = static_cast<uint16_t>(bytes);
         rows[tile] = static_cast<uint8_t>(num_rows);
     }
 };

@@ -16,7 +16,7 @@ from fusionserve.kernels.packed_linear import (
     unpack,
 )
 
-SIZES = [(2, 16), (64, 16), (66, 48), (128, 64), (130, 80), (576, 192)]  # (d_in, d_out)
+SIZES = [(2, 16), (64, 16), (66, 48), (128, 80), (130, 80), (576, 192), (96, 208)]  # (d_in, d_out)
 
 library = native_library()
 needs_product = pytest.mark.skipif(
@@ -43,7 +43,7 @@ def test_unpack_undoes_pack(d_in: int, d_out: int) -> None:
 @needs_product
 @pytest.mark.parametrize(("d_in", "d_out"), SIZES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 3, 4, 7, 8, 13, 40])
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 7, 8, 13, 16, 17, 32, 40, 65])
 def test_product_equals_the_definition(d_in: int, d_out: int, bias: bool, num_tokens: int) -> None:
     linear, weight = make_linear(d_in, d_out, bias=bias)
     x = torch.randn(num_tokens, d_in).bfloat16()
@@ -71,12 +71,14 @@ def test_residual_is_added_before_rounding() -> None:
 
 
 @needs_product
-def test_token_gets_the_same_bits_in_any_company() -> None:
-    linear, _ = make_linear(576, 192)
-    x = torch.randn(45, 576).bfloat16()
-    together = linear(x)
+@pytest.mark.parametrize("d_in", [576, 578])
+def test_token_gets_the_same_bits_in_any_company(d_in: int) -> None:
+    linear, _ = make_linear(d_in, 208)
+    x = torch.randn(45, d_in).bfloat16()
     alone = torch.cat([linear(x[index : index + 1]) for index in range(len(x))])
-    assert torch.equal(together, alone)
+    for size in (5, 16, 30, 45):
+        together = torch.cat([linear(some) for some in x.split(size)])
+        assert torch.equal(together, alone), size
 
 
 @needs_product

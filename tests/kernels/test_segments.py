@@ -19,8 +19,10 @@ from fusionserve.kernels.segments import (
     can_add,
 )
 
-D_IN, CAPACITY = 70, 60
+CAPACITY = 60
+D_INS = [70, 608]  # the second is one that tile registers take
 DTYPES = [torch.float32, torch.bfloat16]
+with_d_in = pytest.mark.parametrize("d_in", D_INS)
 with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -28,8 +30,8 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def make_rows(d_out: int, dtype: torch.dtype, *, bias: bool) -> PartRows:
-    shrink = make((CAPACITY, D_IN), dtype, 1) * D_IN**-0.5
+def make_rows(d_in: int, d_out: int, dtype: torch.dtype, *, bias: bool) -> PartRows:
+    shrink = make((CAPACITY, d_in), dtype, 1) * d_in**-0.5
     return PartRows(shrink, make((CAPACITY,), dtype, 2) if bias else None, make((CAPACITY, d_out), dtype, 3))
 
 
@@ -68,10 +70,11 @@ def test_segments_are_native_here() -> None:
 
 
 @with_dtype
+@with_d_in
 @pytest.mark.parametrize("bias", [True, False])
-def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, bias: bool) -> None:
-    x = make((10, D_IN), dtype, 0)
-    parts = [make_rows(d_out, dtype, bias=bias) for d_out in (7, 128, 300)]
+def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, d_in: int, bias: bool) -> None:
+    x = make((10, d_in), dtype, 0)
+    parts = [make_rows(d_in, d_out, dtype, bias=bias) for d_out in (7, 128, 300)]
     outputs = [make((10, rows.expand.shape[1]), dtype, 5) for rows in parts]
     segments = make_segments()
     expected = [expected_output(x, rows, y, segments) for rows, y in zip(parts, outputs, strict=True)]
@@ -84,9 +87,36 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, bi
         assert torch.equal(y[[0, 5, 9]], untouched[[0, 5, 9]])
 
 
-def test_zero_coefficient_means_zero_whatever_the_input() -> None:
-    rows = make_rows(20, torch.float32, bias=False)
-    x, y = torch.full((2, D_IN), float("inf")), torch.zeros(2, 20)
+@with_dtype
+@with_d_in
+@pytest.mark.parametrize("num_rows", [1, 16, 21, 60])
+def test_token_gets_the_same_bits_in_any_company(dtype: torch.dtype, d_in: int, num_rows: int) -> None:
+    num_tokens = 41
+    x, before = make((num_tokens, d_in), dtype, 0), make((num_tokens, 200), dtype, 5)
+    additions = Additions([Addition({0: make_rows(d_in, 200, dtype, bias=True)})])
+
+    def added(size: int) -> Tensor:
+        ends = [min(start + size, num_tokens) for start in range(0, num_tokens, size)]
+        starts = range(0, num_tokens, size)
+        segments = [
+            Segment(start, end, 0, num_rows, torch.full((1, num_rows), 0.3))
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        y = before.clone()
+        Segments(segments, x).add_(x, additions, [y])
+        return y
+
+    alone = added(1)
+    assert not torch.equal(alone, before)
+    for size in (2, 3, 7, 16, 24, num_tokens):
+        assert torch.equal(added(size), alone), size
+
+
+@with_dtype
+@with_d_in
+def test_zero_coefficient_means_zero_whatever_the_input(dtype: torch.dtype, d_in: int) -> None:
+    rows = make_rows(d_in, 20, dtype, bias=False)
+    x, y = torch.full((2, d_in), float("inf"), dtype=dtype), torch.zeros(2, 20, dtype=dtype)
     Segments([Segment(0, 1, 0, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, torch.ones(1, 4))], x).add_(
         x, Additions([Addition({0: rows})]), [y]
     )
@@ -104,14 +134,15 @@ ALLOWED = {
 
 
 @with_dtype
+@with_d_in
 @pytest.mark.parametrize("allowed", ALLOWED.values(), ids=ALLOWED.keys())
 @pytest.mark.parametrize("member_keys", [True, False])
 @pytest.mark.parametrize("base_member", [True, False])
 def test_attention_over_members_equals_the_definition(
-    dtype: torch.dtype, allowed: Tensor | None, member_keys: bool, base_member: bool
+    dtype: torch.dtype, d_in: int, allowed: Tensor | None, member_keys: bool, base_member: bool
 ) -> None:
     member_of_row, start, num_tokens = torch.tensor([0, 0, 0, 1, 2, 2]), 5, 4
-    x, rows = make((7, D_IN), dtype, 0), make_rows(8, dtype, bias=True)
+    x, rows = make((7, d_in), dtype, 0), make_rows(d_in, 8, dtype, bias=True)
     assert rows.bias is not None
     fusion = FusionAttention(
         token_start=2,
