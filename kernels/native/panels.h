@@ -65,6 +65,7 @@ static inline void finish(Lanes sums, const LinearPart& part, Index token, Index
 // product.panels(part, first, count).
 template <typename Product>
 static void multiply(const Product& product, const LinearPart* parts, Index num_parts) {
+    if (product.num_tokens == 0) return;
     constexpr Index WIDTH = Product::TILE_PANELS;
     const auto num_tiles = [](const LinearPart& part) { return (part.d_out / PANEL + WIDTH - 1) / WIDTH; };
     Index total = 0;

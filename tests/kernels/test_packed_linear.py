@@ -43,7 +43,7 @@ def test_unpack_undoes_pack(d_in: int, d_out: int) -> None:
 @needs_product
 @pytest.mark.parametrize(("d_in", "d_out"), SIZES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 3, 4, 7, 8, 13, 16, 17, 32, 40, 65])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 4, 7, 8, 13, 16, 17, 32, 40, 65])
 def test_product_equals_the_definition(d_in: int, d_out: int, bias: bool, num_tokens: int) -> None:
     linear, weight = make_linear(d_in, d_out, bias=bias)
     x = torch.randn(num_tokens, d_in).bfloat16()
