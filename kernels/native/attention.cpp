@@ -10,6 +10,8 @@
 
 #include "attention.h"
 
+#include "attention_registers.h"
+#include "attention_stretch.h"
 #include "attention_tiles.h"
 #include "threads.h"
 
@@ -18,26 +20,6 @@
 #include <vector>
 
 constexpr Index TOKENS_TOGETHER = 16;
-
-// What a query head has gathered so far: sum_j e^(s_j - maximum) v_j and those weights' own sum.
-struct Head {
-    float maximum, total;
-    float* sums;  // [value_dim]
-};
-
-// A query head of a token; it attends to the positions [begin, end).
-template <typename Number>
-struct Query {
-    const Number* numbers;
-    Index begin, end;
-    Head* head;
-};
-
-// Where the tiles of a stretch begin, and how many slots each has: fewer than 16 at the end of a block.
-struct Stretch {
-    Index num_tiles;
-    Index positions[STRETCH_TILES], slots[STRETCH_TILES], num_rows[STRETCH_TILES];
-};
 
 static inline Index tiles_per_block(const Attention& a) { return (a.block_size + TILE - 1) / TILE; }
 
@@ -77,37 +59,6 @@ static RowsAhead rows_ahead(const void* cache, const Stretch& stretch, const Att
         ahead.rows[k] = reinterpret_cast<const char*>(
             rows_of<Number>(cache, stretch.slots[std::min(k, stretch.num_tiles - 1)], a, kv_head, dim));
     return ahead;
-}
-
-// Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
-template <typename Number>
-static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
-    if (a.softcap > 0)
-        for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
-            scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
-    Head& head = *query.head;
-    Lanes largest = Lanes{} - INFINITY;
-    for (Index k = 0; k < stretch.num_tiles; ++k) {
-        const Index begin = query.begin - stretch.positions[k];
-        const Index end = std::min(query.end - stretch.positions[k], stretch.num_rows[k]);
-        Lanes lanes = load_lanes(scores + k * TILE) * a.scale;
-        if (begin > 0 || end < TILE) lanes = keep_lanes(lanes, begin, end, -INFINITY);
-        store_lanes(lanes, scores + k * TILE);
-        largest = lanes > largest ? lanes : largest;
-    }
-    const float maximum = std::max(head.maximum, largest_of(largest));
-    Lanes total = {};
-    for (Index k = 0; k < stretch.num_tiles; ++k) {
-        float* tile = scores + k * TILE;
-#pragma omp simd
-        for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
-        ValueTiles<Number>::round(tile);
-        total += load_lanes(tile);
-    }
-    const float shrink = fast_exp(head.maximum - maximum);
-    head.maximum = maximum;
-    head.total = head.total * shrink + sum_of(total);
-    return shrink;
 }
 
 // Some queries over a stretch. One after the other in each part: within a query, each part waits for the one before.
@@ -169,10 +120,20 @@ static void attend_head(const Attention& a, const Item& item, Index kv_head, con
         space.values.load(k, rows_of<Number>(a.values, stretch.slots[k], a, kv_head, a.value_dim),
                           a.num_kv_heads * a.value_dim, num_rows, a.value_dim);
     }
+    if constexpr (std::is_same_v<Number, BFloat16>)  // registers take values of two tiles
+        if (stretch.num_tiles % 2 && have_attention_registers())
+            space.values.load(stretch.num_tiles, static_cast<const Number*>(a.values), 0, 0, a.value_dim);
     const Index count = gather_queries(a, item, kv_head, stretch, space.heads.data(), space.queries.data());
     const Query<Number>* queries = space.queries.data();
     const RowsAhead keys_ahead = rows_ahead<Number>(a.keys, next, a, kv_head, a.dim);
     const RowsAhead values_ahead = rows_ahead<Number>(a.values, next, a, kv_head, a.value_dim);
+    if constexpr (std::is_same_v<Number, BFloat16>)
+        if (have_attention_registers()) {
+            for (Index q = 0; q < count; q += QUERIES_TOGETHER)
+                attend_in_registers(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
+                                    std::min(QUERIES_TOGETHER, count - q));
+            return;
+        }
     const auto attend_some = [&](auto some, Index q) {
         attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q);
     };

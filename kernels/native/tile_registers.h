@@ -7,7 +7,7 @@
 
 #include "number.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILE_REGISTERS 1
 
 #include <sys/syscall.h>

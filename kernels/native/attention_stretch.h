@@ -1,0 +1,58 @@
+// What queries gather from a stretch of neighbouring positions.
+#pragma once
+
+#include "attention.h"
+#include "attention_tiles.h"
+
+#include <algorithm>
+
+// What a query head has gathered so far: sum_j e^(s_j - maximum) v_j and those weights' own sum.
+struct Head {
+    float maximum, total;
+    float* sums;  // [value_dim]
+};
+
+// A query head of a token; it attends to the positions [begin, end).
+template <typename Number>
+struct Query {
+    const Number* numbers;
+    Index begin, end;
+    Head* head;
+};
+
+// Where the tiles of a stretch begin, and how many slots each has: fewer than 16 at the end of a block.
+struct Stretch {
+    Index num_tiles;
+    Index positions[STRETCH_TILES], slots[STRETCH_TILES], num_rows[STRETCH_TILES];
+};
+
+// Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
+template <typename Number>
+static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
+    if (a.softcap > 0)
+        for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
+            scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
+    Head& head = *query.head;
+    Lanes largest = Lanes{} - INFINITY;
+    for (Index k = 0; k < stretch.num_tiles; ++k) {
+        const Index begin = query.begin - stretch.positions[k];
+        const Index end = std::min(query.end - stretch.positions[k], stretch.num_rows[k]);
+        Lanes lanes = load_lanes(scores + k * TILE) * a.scale;
+        if (begin > 0 || end < TILE) lanes = keep_lanes(lanes, begin, end, -INFINITY);
+        store_lanes(lanes, scores + k * TILE);
+        largest = lanes > largest ? lanes : largest;
+    }
+    const float maximum = std::max(head.maximum, largest_of(largest));
+    Lanes total = {};
+    for (Index k = 0; k < stretch.num_tiles; ++k) {
+        float* tile = scores + k * TILE;
+#pragma omp simd
+        for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
+        ValueTiles<Number>::round(tile);
+        total += load_lanes(tile);
+    }
+    const float shrink = fast_exp(head.maximum - maximum);
+    head.maximum = maximum;
+    head.total = head.total * shrink + sum_of(total);
+    return shrink;
+}
