@@ -29,6 +29,7 @@ _FLAGS = (
     "-std=c++20",
     "-O3",
     "-march=native",
+    "-mprefer-vector-width=512",
     "-fPIC",
     "-fopenmp-simd",
     "-pthread",

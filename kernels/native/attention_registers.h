@@ -16,10 +16,11 @@ constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
 
 // Registers: sums 0 to 3, queries or weights 4, keys or values 6 and 7.
 static inline void shape_for_attention(Index num_queries) {
-    TileShapes shapes;
-    for (int tile : {0, 1, 2, 3, 4}) shapes.set(tile, num_queries);
-    for (int tile : {6, 7}) shapes.set(tile, TILE_ROWS);
-    shape_tiles(shapes);
+    static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
+        for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
+        for (int tile : {6, 7}) some.set(tile, TILE_ROWS);
+    });
+    shape_tiles(shapes[num_queries]);
 }
 
 // scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM], zeros behind the keys' dims.

@@ -211,11 +211,12 @@ private:
     }
 
     static void shape_for_expanding(Index num_tokens) {
-        TileShapes shapes;
-        for (int tile : {0, 1, 2, 3}) shapes.set(tile, num_tokens);
-        shapes.set(4, num_tokens, ROW_BLOCK * sizeof(BFloat16));
-        for (int tile : {6, 7}) shapes.set(tile, PAIRS);
-        shape_tiles(shapes);
+        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
+            for (int tile : {0, 1, 2, 3}) some.set(tile, num_rows);
+            some.set(4, num_rows, ROW_BLOCK * sizeof(BFloat16));
+            for (int tile : {6, 7}) some.set(tile, PAIRS);
+        });
+        shape_tiles(shapes[num_tokens]);
     }
 
     // pairs[panel][i] = rows 2 i and 2 i + 1 of a block, in turn; zeros where there is no row.

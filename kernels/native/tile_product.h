@@ -47,10 +47,7 @@ private:
     // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
     template <int PANELS>
     void few_tokens(const LinearPart& part, Index first) const {
-        TileShapes shapes;
-        for (int tile = 0; tile < 5; ++tile) shapes.set(tile, num_tokens);
-        for (int tile = 5; tile < 8; ++tile) shapes.set(tile, TILE_ROWS);
-        shape_tiles(shapes);
+        shape_for_few(num_tokens);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
         for (Index input = 0; input < d_in; input += DEPTH) {
@@ -84,20 +81,29 @@ private:
         Index shaped = -1;
         for (Index token = 0; token < num_tokens; token += 2 * TILE_ROWS) {
             const Index left = std::min<Index>(num_tokens - token, 2 * TILE_ROWS);
-            if (left != shaped) shape_for(left);
+            if (left != shaped) shape_for_many(left);
             shaped = left;
             left > TILE_ROWS ? block<2, PANELS>(part, weights, token, left, first)
                              : block<1, PANELS>(part, weights, token, left, first);
         }
     }
 
-    static void shape_for(Index num) {
-        TileShapes shapes;
-        const Index upper = std::min<Index>(num, TILE_ROWS), lower = std::max<Index>(num - TILE_ROWS, 1);
-        for (int tile : {0, 1, 4}) shapes.set(tile, upper);
-        for (int tile : {2, 3, 5}) shapes.set(tile, lower);
-        for (int tile : {6, 7}) shapes.set(tile, TILE_ROWS);
-        shape_tiles(shapes);
+    static void shape_for_few(Index num) {
+        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
+            for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
+            for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
+        });
+        shape_tiles(shapes[num]);
+    }
+
+    static void shape_for_many(Index num) {
+        static const auto shapes = shapes_by_rows(2 * TILE_ROWS, [](TileShapes& some, int num_rows) {
+            const int upper = std::min(num_rows, TILE_ROWS), lower = std::max(num_rows - TILE_ROWS, 1);
+            for (int tile : {0, 1, 4}) some.set(tile, upper);
+            for (int tile : {2, 3, 5}) some.set(tile, lower);
+            for (int tile : {6, 7}) some.set(tile, TILE_ROWS);
+        });
+        shape_tiles(shapes[num]);
     }
 
     template <int BLOCKS, int PANELS>

@@ -13,6 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <vector>
+
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_BYTES = 64;  // in a row
 
@@ -33,6 +35,14 @@ static inline bool may_use_tiles() {
     constexpr long REQUEST_STATE = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = syscall(SYS_arch_prctl, REQUEST_STATE, TILE_DATA) == 0;
     return granted;
+}
+
+// Shapes for each number of rows from 1 to `most`, made once: the processor waits for shapes that were just written.
+template <typename Make>
+static std::vector<TileShapes> shapes_by_rows(int most, const Make& make) {
+    std::vector<TileShapes> all(most + 1);
+    for (int num_rows = 1; num_rows <= most; ++num_rows) make(all[num_rows], num_rows);
+    return all;
 }
 
 static inline void shape_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
