@@ -3,9 +3,9 @@
     h = x + O attention(rotate(Q n1), rotate(K n1), V n1)      n1 = rms_norm(x)
     y = h + down(silu(gate n2) * up n2)                        n2 = rms_norm(h)
 
-Where all of a layer has native kernels, it is one of them. Else queries, keys and values are one product, gate and up
-another, and a residual is added by the product before it; that is also how the tokens of adapters are served that say
-more than rank rows in segments. Layers of other architectures stay as transformers computes them.
+Where native kernels do all of it, all layers are one call (`layer_stack.py`). Else queries, keys and values are one
+product, gate and up another, and a residual is added by the product before it; that is also how the tokens of adapters
+are served that say more than rank rows in segments. Layers of other architectures stay as transformers computes them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.activations import SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.layer_stack import LayerStack
 from fusionserve.kernels.native_layer import LayerNorm, LayerParts, NativeLayer
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import rms_norm, silu_product
@@ -41,9 +42,14 @@ def install_decoder_layers(model: PreTrainedModel) -> int:
     if not isinstance(layers, nn.ModuleList):
         return 0
     fitting = [index for index, layer in enumerate(layers) if _fits(layer)]
-    for index in fitting:
-        layers[index] = DecoderLayer(layers[index])
-    return len(fitting)
+    own = [DecoderLayer(layers[index]) for index in fitting]
+    for index, layer in zip(fitting, own, strict=True):
+        layers[index] = layer
+    if len(own) == len(layers):
+        stack = LayerStack(own)
+        for layer in own:
+            layer.stack = stack
+    return len(own)
 
 
 class DecoderLayer(nn.Module):
@@ -61,15 +67,14 @@ class DecoderLayer(nn.Module):
         self._attention_output = Projections([attention.o_proj])
         self._gate_and_up = Projections([mlp.gate_proj, mlp.up_proj])
         self._down = Projections([mlp.down_proj])
-        self._groups = (self._queries_keys_values, self._attention_output, self._gate_and_up, self._down)
-        self._cell = attention.q_proj.cell
+        self.groups = (self._queries_keys_values, self._attention_output, self._gate_and_up, self._down)
+        self.cell = attention.q_proj.cell
         self._options = AttentionOptions(attention.scaling, _WINDOWS[type(layer).__name__](attention))
         self._input_norm, self._inner_norm = _norm(self.input_layernorm), _norm(self.post_attention_layernorm)
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._query_norm = None if query_norm is None else _norm(query_norm)
         self._key_norm = None if key_norm is None else _norm(key_norm)
-        self._native: NativeLayer | None = None
-        self._cache: LayerCache | None = None
+        self.stack = LayerStack([self])
 
     def forward(
         self,
@@ -79,39 +84,33 @@ class DecoderLayer(nn.Module):
         attention_batch: AttentionBatch,
         **_: object,
     ) -> Tensor:
-        """hidden_states [1, num_tokens, hidden] -> that shape, maybe that memory; cos, sin [1, num_tokens, dim]."""
-        x = hidden_states[0]
-        cos, sin = position_embeddings
-        native = self._native_layer(attention_batch)
-        if native is not None and self._cell.plan.is_segments_only:
-            self._compute_natively_(native, x, (cos[0], sin[0]), attention_batch)
+        """hidden_states [1, num_tokens, hidden] -> that shape, maybe that memory; cos, sin [1, num_tokens, dim].
+
+        The first layer may have computed the others.
+        """
+        if self.stack.has_computed(attention_batch):
             return hidden_states
-        attended = self._attend(_normalized(self._input_norm, x), (cos[0], sin[0]), attention_batch)
+        x = hidden_states[0]
+        angles = position_embeddings[0][0], position_embeddings[1][0]
+        if self.stack.compute_(x, angles, attention_batch):
+            return hidden_states
+        attended = self._attend(_normalized(self._input_norm, x), angles, attention_batch)
         x = self._attention_output.add_(attended, x)
         gate, up = self._gate_and_up(_normalized(self._inner_norm, x))
         return self._down.add_(silu_product(gate, up), x)[None]
 
-    def _compute_natively_(
-        self, native: NativeLayer, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch
-    ) -> None:
-        plan = self._cell.plan
-        if plan.segments is None:
-            native.compute_(x, batch.native_step(angles, None))
-        else:
-            step = batch.native_step(angles, plan.segments.together)
-            native.compute_(x, step, [group.additions(plan.segments) for group in self._groups])
+    def cache_in(self, batch: AttentionBatch) -> LayerCache:
+        """The layer's keys and values."""
+        return batch.cache_of(self.self_attn)
 
-    def _native_layer(self, batch: AttentionBatch) -> NativeLayer | None:
-        """The layer over its cache in one kernel, or None where there is none for all of it."""
-        cache = batch.cache_of(self.self_attn)
-        if cache is not self._cache:
-            self._cache, parts = cache, self._parts()
-            can_compute = parts is not None and NativeLayer.can_compute(parts, cache.keys)
-            self._native = NativeLayer(parts, cache.keys, cache.values) if parts and can_compute else None
-        return self._native
+    def native_layer(self, cache: LayerCache) -> NativeLayer | None:
+        """The layer over a cache in one kernel, or None where there is none for all of it."""
+        parts = self._parts()
+        can_compute = parts is not None and NativeLayer.can_compute(parts, cache.keys)
+        return NativeLayer(parts, cache.keys, cache.values) if parts and can_compute else None
 
     def _parts(self) -> LayerParts | None:
-        qkv, output, gate_and_up, down = (group.product for group in self._groups)
+        qkv, output, gate_and_up, down = (group.product for group in self.groups)
         if qkv is None or output is None or gate_and_up is None or down is None:
             return None
         return LayerParts(

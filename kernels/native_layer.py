@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama family in one call of a native kernel; see `native/decoder_layer.cpp`.
+"""Decoder layers of the Llama family in one call of a native kernel; see `native/decoder_layer.cpp`.
 
 What it computes, and to the same bits, is what its kernels compute one by one; what it saves is everything in between.
 """
@@ -112,12 +112,10 @@ class NativeLayer:
         for tensor in (*weights, keys, values):
             assert tensor.dtype == dtype and tensor.is_contiguous()
         assert keys.shape == values.shape and keys.shape[2] == parts.head_dim
-        native = native_function("decoder_layer", keys)
-        assert native is not None, "a native layer needs the native kernel"
-        self._native = native
         self._kept = parts, keys, values  # the kernel has their addresses
-        self._dtype, self._hidden = dtype, len(parts.input_norm.weight)
-        self._layer = _Layer(
+        self._additions: tuple[Additions, ...] = ()
+        self.dtype, self.hidden = dtype, len(parts.input_norm.weight)
+        self.arguments = _Layer(
             (_Projections * 4)(*(_to_projections(product, keys) for product in parts.products)),
             (_Norm * 4)(*map(_to_norm, norms)),
             keys.data_ptr(),
@@ -130,18 +128,38 @@ class NativeLayer:
     @staticmethod
     def can_compute(parts: LayerParts, like: Tensor) -> bool:
         """True if there are native kernels for all of it, in the type and on the device of `like`."""
-        has_layer = native_function("decoder_layer", like) is not None and parts.head_dim <= MAX_NATIVE_DIM
+        has_layer = native_function("decoder_layers", like) is not None and parts.head_dim <= MAX_NATIVE_DIM
         return has_layer and all(product.native(like) is not None for product in parts.products)
 
-    def compute_(self, x: Tensor, step: NativeStep, additions: Sequence[Additions] = ()) -> None:
-        """x [num_tokens, hidden] becomes the layer's output; `additions` is one for each product, or empty."""
-        assert x.dtype == step.rotation.cos.dtype == self._dtype and x.is_contiguous()
-        assert x.shape == (step.arguments.num_tokens, self._hidden)
+    def set_additions(self, additions: Sequence[Additions]) -> None:
+        """What adapters add to the products from now on: one for each, or none at all."""
+        self._additions = tuple(additions)  # the kernel has their addresses
         for index in range(4):
             array = (additions[index] if additions else _NO_ADDITIONS).array
-            projections = self._layer.projections[index]
+            projections = self.arguments.projections[index]
             projections.additions, projections.num_additions = array, len(array)
-        self._native(ctypes.byref(self._layer), ctypes.byref(step.arguments), c_void_p(x.data_ptr()))
+
+
+class NativeLayers:
+    """Layers that follow one another."""
+
+    def __init__(self, layers: Sequence[NativeLayer], like: Tensor) -> None:
+        native = native_function("decoder_layers", like)
+        assert native is not None, "native layers need the native kernel"
+        assert len({(layer.dtype, layer.hidden) for layer in layers}) == 1
+        self._native = native
+        self.layers = tuple(layers)
+        self._dtype, self._hidden = layers[0].dtype, layers[0].hidden
+        self._pointers = (ctypes.POINTER(_Layer) * len(layers))(
+            *(ctypes.pointer(layer.arguments) for layer in layers)
+        )
+
+    def compute_(self, x: Tensor, step: NativeStep) -> None:
+        """x [num_tokens, hidden] becomes the output of the last layer."""
+        assert x.dtype == step.rotation.cos.dtype == self._dtype and x.is_contiguous()
+        assert x.shape == (step.arguments.num_tokens, self._hidden)
+        count, arguments = c_int64(len(self.layers)), ctypes.byref(step.arguments)
+        self._native(self._pointers, count, arguments, c_void_p(x.data_ptr()))
 
 
 def _to_projections(product: LinearProduct, like: Tensor) -> _Projections:

@@ -1,4 +1,4 @@
-// A decoder layer of the Llama family in one call: what its kernels compute one by one, without anything in between.
+// Decoder layers of the Llama family in one call: what their kernels compute one by one, without anything in between.
 //
 //     h = x + O attention(rotate(Q n), rotate(K n), V n)      n = rms_norm(x)
 //     y = h + down(silu(gate m) * up m)                       m = rms_norm(h)
@@ -121,6 +121,10 @@ static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x
 }
 
 extern "C" {
-void decoder_layer_f32(const DecoderLayer* layer, const Step* step, float* x) { decoder_layer(*layer, *step, x); }
-void decoder_layer_bf16(const DecoderLayer* layer, const Step* step, BFloat16* x) { decoder_layer(*layer, *step, x); }
+void decoder_layers_f32(const DecoderLayer* const* layers, Index num_layers, const Step* step, float* x) {
+    for (Index i = 0; i < num_layers; ++i) decoder_layer(*layers[i], *step, x);
+}
+void decoder_layers_bf16(const DecoderLayer* const* layers, Index num_layers, const Step* step, BFloat16* x) {
+    for (Index i = 0; i < num_layers; ++i) decoder_layer(*layers[i], *step, x);
+}
 }

@@ -149,6 +149,7 @@ static void attend_members(const Rows& rank_rows, const FusionAttention& fusion)
 
 template <typename Number, typename Rows>
 static void add_all(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+    if (additions.num_segments == 0) return;
     const Rows rank_rows(tokens);
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];

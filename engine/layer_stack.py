@@ -1,0 +1,87 @@
+"""Decoder layers that follow one another, computed in one native call: the first of them does it for all.
+
+Between two layers there is then no Python, which is a twentieth of a decoding step of a small model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fusionserve.adapters.adapted_linear import Projections
+from fusionserve.adapters.row_plan import PlanCell, RowPlan
+from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.kernels.native_layer import NativeLayer, NativeLayers
+
+
+class StackedLayer(Protocol):
+    """What a stack asks of a layer."""
+
+    groups: tuple[Projections, Projections, Projections, Projections]
+    cell: PlanCell
+
+    def cache_in(self, batch: AttentionBatch) -> LayerCache:
+        """The layer's keys and values."""
+
+    def native_layer(self, cache: LayerCache) -> NativeLayer | None:
+        """The layer over a cache in one kernel, or None where there is none for all of it."""
+
+
+class LayerStack:
+    """Some layers, in order. They share a plan, and the angles of positions."""
+
+    def __init__(self, layers: Sequence[StackedLayer]) -> None:
+        self._layers = tuple(layers)
+        self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
+        self._native: NativeLayers | None = None
+        self._layout: int | None = None  # the pool's, which the native layers' additions follow from
+
+    def has_computed(self, batch: AttentionBatch) -> bool:
+        """True if all layers have been computed for this batch."""
+        return batch.computed_stack is self
+
+    def compute_(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> bool:
+        """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False.
+
+        `angles` are cos and sin [num_tokens, dim].
+        """
+        plan = self._layers[0].cell.plan
+        native = self._native_layers(batch) if plan.is_segments_only else None
+        if native is None:
+            return False
+        self._set_additions(native, plan)
+        segments = None if plan.segments is None else plan.segments.together
+        native.compute_(x, batch.native_step(angles, segments))
+        batch.computed_stack = self
+        return True
+
+    def _native_layers(self, batch: AttentionBatch) -> NativeLayers | None:
+        first = self._layers[0].cache_in(batch)
+        if first is not self._cache:
+            layers = [layer.native_layer(layer.cache_in(batch)) for layer in self._layers]
+            all_native = [layer for layer in layers if layer is not None]
+            is_whole = len(all_native) == len(layers)
+            self._native = NativeLayers(all_native, first.keys) if is_whole else None
+            self._cache, self._layout = first, None
+        return self._native
+
+    def _set_additions(self, native: NativeLayers, plan: RowPlan) -> None:
+        """Without segments they stay as they are: nothing is added to no tokens."""
+        segments = plan.segments
+        if segments is None:
+            return
+        # An attention writes to tensors of its step; all else changes only when the pool has other tensors.
+        layout = None if segments.fused else self._pool_layout()
+        if layout is not None and layout == self._layout:
+            return
+        for layer, native_layer in zip(self._layers, native.layers, strict=True):
+            native_layer.set_additions([group.additions(segments) for group in layer.groups])
+        self._layout = layout
+
+    def _pool_layout(self) -> int:
+        """Grows when a module's rows get other addresses."""
+        return sum(
+            module.rows.layout for layer in self._layers for group in layer.groups for module in group.modules
+        )
