@@ -49,7 +49,22 @@ def install_decoder_layers(model: PreTrainedModel) -> int:
         stack = LayerStack(own)
         for layer in own:
             layer.stack = stack
+        model.base_model.norm = FinalNorm(model.base_model.norm)
     return len(own)
+
+
+class FinalNorm(nn.Module):
+    """The RMSNorm behind the last layer."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        source: Any = norm
+        self.weight = source.weight
+        self.variance_epsilon = source.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [1, num_tokens, hidden] -> that shape."""
+        return rms_norm(x[0], self.weight, self.variance_epsilon)[None]
 
 
 class DecoderLayer(nn.Module):

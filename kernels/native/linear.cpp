@@ -34,7 +34,8 @@ extern "C" void packed_linear_bf16(const Tokens*, const LinearPart*, Index) {}
 
 // Copies whole rows out of a packed weight: rows [num_rows, d_in] of the outputs `ids`.
 extern "C" void unpack_rows(const uint16_t* packed, const Index* ids, Index num_rows, Index d_in, uint16_t* rows) {
-    parallel_ranges(num_rows, num_rows * d_in, [&](Index begin, Index end) {
+    constexpr Index LINE = 32;  // numbers that are read for each pair
+    parallel_ranges(num_rows, num_rows * d_in / 2 * LINE, [&](Index begin, Index end) {
         for (Index row = begin; row < end; ++row) {
             const Index panel = ids[row] / PANEL, output = ids[row] % PANEL;
             const uint16_t* from = packed + panel * d_in * PANEL + output * 2;
