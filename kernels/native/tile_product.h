@@ -114,17 +114,13 @@ private:
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         for (Index input = 0; input < d_in; input += DEPTH) {
             load_tile<6>(weights + input * PANEL, WEIGHTS_STRIDE);
+            if constexpr (PANELS == 2) load_tile<7>(weights + (d_in + input) * PANEL, WEIGHTS_STRIDE);
             load_tile<4>(upper + input, stride);
+            if constexpr (BLOCKS == 2) load_tile<5>(lower + input, stride);
             add_pair_products<0, 4, 6>();
-            if constexpr (PANELS == 2) {
-                load_tile<7>(weights + (d_in + input) * PANEL, WEIGHTS_STRIDE);
-                add_pair_products<1, 4, 7>();
-            }
-            if constexpr (BLOCKS == 2) {
-                load_tile<5>(lower + input, stride);
-                add_pair_products<2, 5, 6>();
-                if constexpr (PANELS == 2) add_pair_products<3, 5, 7>();
-            }
+            if constexpr (PANELS == 2) add_pair_products<1, 4, 7>();
+            if constexpr (BLOCKS == 2) add_pair_products<2, 5, 6>();
+            if constexpr (BLOCKS == 2 && PANELS == 2) add_pair_products<3, 5, 7>();
         }
         const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
         store<0, 2>(part, token, num_upper, first);
