@@ -38,7 +38,8 @@ def install_decoder_layers(model: PreTrainedModel) -> int:
 
     Call it once the linear modules are adapted ones.
     """
-    layers = getattr(model.base_model, "layers", None)
+    base: Any = model.base_model
+    layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return 0
     fitting = [index for index, layer in enumerate(layers) if _fits(layer)]
@@ -49,7 +50,7 @@ def install_decoder_layers(model: PreTrainedModel) -> int:
         stack = LayerStack(own)
         for layer in own:
             layer.stack = stack
-        model.base_model.norm = FinalNorm(model.base_model.norm)
+        base.norm = FinalNorm(base.norm)
     return len(own)
 
 

@@ -18,7 +18,7 @@ NO_FINISH_REASON = "none"
 
 
 class RequestOutcome:
-    """Counts a request exactly once, and logs it if that is asked for,, when its block is left, whatever ends it."""
+    """Counts a request exactly once, and logs it if that is asked for, when its block is left, whatever ends it."""
 
     def __init__(
         self,

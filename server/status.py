@@ -58,6 +58,9 @@ CODES: Mapping[type[FusionServeError], grpc.StatusCode] = {
 
 Trailers = tuple[tuple[str, str | bytes], ...]
 
+# A client whose deadline passes cancels, and what is left of it here is what gRPC rounded up and the way took.
+_LATE_S = 0.1
+
 _DETAILS_KEY = "grpc-status-details-bin"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # Both texts travel twice in trailers, which gRPC bounds at 8 KiB in all.
@@ -77,7 +80,8 @@ def to_ended_code(error: BaseException, context: aio.ServicerContext[Any, Any]) 
     """As `to_code`, for an error or for a call that was ended from outside: by its client or its deadline."""
     if not isinstance(error, asyncio.CancelledError | GeneratorExit):
         return to_code(error)
-    is_late = context.time_remaining() == 0
+    remaining_s = context.time_remaining()
+    is_late = remaining_s is not None and remaining_s < _LATE_S
     return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
 
 

@@ -53,19 +53,14 @@ public:
         shape_tiles(shapes);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const BFloat16* a = static_cast<const BFloat16*>(rows) + row * tokens_.d_in;
-        const char* b = static_cast<const char*>(turned.pairs);
-        const Index num_steps = tokens_.d_in / DEPTH, size = DEPTH / 2 * turned.stride;
+        const Index num_steps = tokens_.d_in / DEPTH;
         // In turn to four sums, because each addition waits for the one before.
-        Index step = 0;
-        for (; step + 4 <= num_steps; step += 4) {
-            add_step<0, 4, 6>(a + step * DEPTH, b + step * size, turned.stride);
-            add_step<1, 5, 7>(a + (step + 1) * DEPTH, b + (step + 1) * size, turned.stride);
-            add_step<2, 4, 6>(a + (step + 2) * DEPTH, b + (step + 2) * size, turned.stride);
-            add_step<3, 5, 7>(a + (step + 3) * DEPTH, b + (step + 3) * size, turned.stride);
+        for (Index step = 0; step < num_steps; step += 4) {
+            add_step<0, 4, 6>(a, turned, step);
+            if (step + 1 < num_steps) add_step<1, 5, 7>(a, turned, step + 1);
+            if (step + 2 < num_steps) add_step<2, 4, 6>(a, turned, step + 2);
+            if (step + 3 < num_steps) add_step<3, 5, 7>(a, turned, step + 3);
         }
-        if (step < num_steps) add_step<0, 4, 6>(a + step * DEPTH, b + step * size, turned.stride);
-        if (step + 1 < num_steps) add_step<1, 5, 7>(a + (step + 1) * DEPTH, b + (step + 1) * size, turned.stride);
-        if (step + 2 < num_steps) add_step<2, 4, 6>(a + (step + 2) * DEPTH, b + (step + 2) * size, turned.stride);
         collect(num_tokens, num_rows, u);
         release_tiles();
     }
@@ -82,11 +77,14 @@ public:
     static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, const float* products) {
         const auto* weighted = reinterpret_cast<const BFloat16*>(products);
         const Index end = std::min(column + COLUMN_BLOCK, part.d_out), rest = column + (end - column) / PANEL * PANEL;
-        Index at = column;
-        if (segment.num_tokens <= FEW_TOKENS) expand_few(part, output, segment, at, rest, weighted), at = rest;
-        for (; at + 4 * PANEL <= rest; at += 4 * PANEL) expand_panels<4>(part, output, segment, at, weighted);
-        for (; at < rest; at += PANEL) expand_panels<1>(part, output, segment, at, weighted);
-        release_tiles();
+        if (segment.num_tokens <= FEW_TOKENS) {
+            expand_few(part, output, segment, column, rest, weighted);
+        } else {
+            Index at = column;
+            for (; at + 4 * PANEL <= rest; at += 4 * PANEL) expand_panels<4>(part, output, segment, at, weighted);
+            for (; at < rest; at += PANEL) expand_panels<1>(part, output, segment, at, weighted);
+            release_tiles();
+        }
         if (rest < end) expand_rest(part, output, segment, rest, end, weighted);
     }
 
@@ -103,9 +101,9 @@ private:
     static Index padded(Index num_rows) { return (num_rows + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK; }
 
     template <int SUMS, int A, int B>
-    void add_step(const BFloat16* a, const char* b, Index b_stride) const {
-        load_tile<A>(a, stride_);
-        load_tile<B>(b, b_stride);
+    void add_step(const BFloat16* rows, const Turned& turned, Index step) const {
+        load_tile<A>(rows + step * DEPTH, stride_);
+        load_tile<B>(static_cast<const char*>(turned.pairs) + step * (DEPTH / 2) * turned.stride, turned.stride);
         add_pair_products<SUMS, A, B>();
     }
 
