@@ -14,15 +14,6 @@ static inline bool have_attention_registers() { return may_use_tiles(); }
 
 constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
 
-// Registers: sums 0 to 3, queries or weights 4, keys or values 6 and 7.
-static inline void shape_for_attention(Index num_queries) {
-    static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
-        for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
-        for (int tile : {6, 7}) some.set(tile, TILE_ROWS);
-    });
-    shape_tiles(shapes[num_queries]);
-}
-
 // scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM], zeros behind the keys' dims.
 static inline void score_in_registers(const KeyTiles<BFloat16>& keys, const BFloat16* queries, Index num_tiles,
                                       const RowsAhead& ahead, float (*scores)[SLOTS]) {
@@ -94,7 +85,7 @@ static inline void attend_in_registers(const Attention& a, const Stretch& stretc
     for (Index q = 0; q < count; ++q)
         for (Index i = 0; i < a.dim; i += HALF)
             _mm512_store_si512(&numbers[q][i], load_row(queries[q].numbers + i, a.dim - i));
-    shape_for_attention(count);
+    shape_for_rows(count);  // queries or weights are the rows, keys and values the tiles 6 and 7
     score_in_registers(keys, numbers[0], stretch.num_tiles, keys_ahead, scores);
     for (Index q = 0; q < count; ++q) {
         shrinks[q] = weigh(a, stretch, queries[q], scores[q]);

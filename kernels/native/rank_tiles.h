@@ -6,6 +6,7 @@
 // the registers.
 #pragma once
 
+#include "panels.h"
 #include "rank_rows.h"
 #include "tile_registers.h"
 #include "words.h"
@@ -21,7 +22,7 @@ public:
         Index stride;  // in bytes, from one pair to the next
     };
 
-    static bool takes(const Tokens& tokens) { return tokens.d_in % DEPTH == 0 && may_use_tiles(); }
+    static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
 
     explicit RankTiles(const Tokens& tokens) : tokens_(tokens), stride_(tokens.d_in * sizeof(BFloat16)) {}
 
@@ -32,7 +33,7 @@ public:
         static thread_local std::vector<uint32_t> workspace;
         workspace.resize(std::max<size_t>(workspace.size(), tokens_.d_in / 2 * TOKEN_BLOCK));
         uint32_t* pairs = workspace.data();
-        for (Index input = 0; input < tokens_.d_in; input += DEPTH, pairs += WORDS * TOKEN_BLOCK) {
+        for (Index input = 0; input < tokens_.d_in; input += TILE_DEPTH, pairs += WORDS * TOKEN_BLOCK) {
             __m512i words[WORDS];
 #pragma GCC unroll 16
             for (Index t = 0; t < WORDS; ++t)
@@ -53,7 +54,7 @@ public:
         shape_tiles(shapes);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const BFloat16* a = static_cast<const BFloat16*>(rows) + row * tokens_.d_in;
-        const Index num_steps = tokens_.d_in / DEPTH;
+        const Index num_steps = tokens_.d_in / TILE_DEPTH;
         // In turn to four sums, because each addition waits for the one before.
         for (Index step = 0; step < num_steps; step += 4) {
             add_step<0, 4, 6>(a, turned, step);
@@ -93,8 +94,6 @@ private:
         uint32_t words[WORDS];
     };
 
-    static constexpr Index DEPTH = 32;  // inputs in a tile
-    static constexpr Index PANEL = 16;  // outputs in a tile
     static constexpr Index PAIRS = ROW_BLOCK / 2;
     static constexpr Index FEW_TOKENS = 2;  // that are expanded faster without
 
@@ -102,8 +101,8 @@ private:
 
     template <int SUMS, int A, int B>
     void add_step(const BFloat16* rows, const Turned& turned, Index step) const {
-        load_tile<A>(rows + step * DEPTH, stride_);
-        load_tile<B>(static_cast<const char*>(turned.pairs) + step * (DEPTH / 2) * turned.stride, turned.stride);
+        load_tile<A>(rows + step * TILE_DEPTH, stride_);
+        load_tile<B>(static_cast<const char*>(turned.pairs) + step * (TILE_DEPTH / 2) * turned.stride, turned.stride);
         add_pair_products<SUMS, A, B>();
     }
 

@@ -13,12 +13,11 @@
 
 struct TileProduct {
     static constexpr Index TILE_PANELS = 4;
-    static constexpr Index DEPTH = 32;         // inputs in a tile
     static constexpr Index WEIGHTS_STRIDE = 2 * PANEL * sizeof(uint16_t);
     const uint16_t* x;
     Index num_tokens, d_in, x_stride;
 
-    static bool takes(const Tokens& tokens) { return tokens.d_in % DEPTH == 0 && may_use_tiles(); }
+    static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
 
     explicit TileProduct(const Tokens& tokens)
         : x(static_cast<const uint16_t*>(tokens.x)),
@@ -47,10 +46,10 @@ private:
     // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
     template <int PANELS>
     void few_tokens(const LinearPart& part, Index first) const {
-        shape_for_few(num_tokens);
+        shape_for_rows(num_tokens);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
-        for (Index input = 0; input < d_in; input += DEPTH) {
+        for (Index input = 0; input < d_in; input += TILE_DEPTH) {
             load_tile<4>(x + input, x_stride * sizeof(uint16_t));
             next<0, 5, PANELS>(weights, input);
             next<1, 6, PANELS>(weights, input);
@@ -88,14 +87,6 @@ private:
         }
     }
 
-    static void shape_for_few(Index num) {
-        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
-            for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
-            for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
-        });
-        shape_tiles(shapes[num]);
-    }
-
     static void shape_for_many(Index num) {
         static const auto shapes = shapes_by_rows(2 * TILE_ROWS, [](TileShapes& some, int num_rows) {
             const int upper = std::min(num_rows, TILE_ROWS), lower = std::max(num_rows - TILE_ROWS, 1);
@@ -112,7 +103,7 @@ private:
         const uint16_t* lower = upper + TILE_ROWS * x_stride;
         const Index stride = x_stride * sizeof(uint16_t);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-        for (Index input = 0; input < d_in; input += DEPTH) {
+        for (Index input = 0; input < d_in; input += TILE_DEPTH) {
             load_tile<6>(weights + input * PANEL, WEIGHTS_STRIDE);
             if constexpr (PANELS == 2) load_tile<7>(weights + (d_in + input) * PANEL, WEIGHTS_STRIDE);
             load_tile<4>(upper + input, stride);
