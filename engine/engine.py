@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
 from fusionserve.engine.fusion_metrics import FusionMetrics
+from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request, RequestStatus
@@ -18,6 +19,7 @@ from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduler import ScheduledBatch, Scheduler
 from fusionserve.engine.step_execution import Runner, StepExecution
 from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
+from fusionserve.fusion.fusion import Fusion
 from fusionserve.generation import (
     Candidate,
     FinishReason,
@@ -160,12 +162,18 @@ class Engine:
                 metrics.PREFIX_HIT_TOKENS.inc(chunk.start)
 
     def _update(self, results: Iterable[ChunkResult], now_s: float) -> None:
+        fused: dict[Fusion, list[ChunkWeights]] = {}
         for result in results:
             generation = result.chunk.request.generation
             if result.chunk.request.status is not RequestStatus.RUNNING:
                 continue  # its generation was ended by an earlier result of this step
+            fusion, weights = generation.adaptation.fusion, result.fusion_weights
+            if fusion is not None and weights is not None:
+                fused.setdefault(fusion, []).append(weights)
             with self._ending_alone(generation):
                 self._update_one(result, now_s)
+        for fusion, chunks in fused.items():
+            self._fusion_metrics.count_tokens(fusion, chunks)
 
     def _update_one(self, result: ChunkResult, now_s: float) -> None:
         request = result.chunk.request
@@ -200,11 +208,7 @@ class Engine:
 
     def _record_fusion_weights(self, result: ChunkResult) -> None:
         request, weights = result.chunk.request, result.fusion_weights
-        fusion = request.generation.adaptation.fusion
-        if fusion is None or weights is None:
-            return
-        self._fusion_metrics.count_tokens(fusion, weights)
-        if request.reports_fusion_weights:
+        if weights is not None and request.reports_fusion_weights:
             request.fusion_report.add(weights, result.chunk.start)
 
     def _accept_token(self, request: Request, token_id: int, logprobs: Logprobs | None, now_s: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -27,13 +27,38 @@ class FusedChunks:
     ranges: tuple[ChunkRange, ...]
 
 
-def plan_fused(ranges: Sequence[ChunkRange], like: Tensor) -> list[FusedChunks]:
-    """One group for each fusion in the batch, in which chunks of a fusion stand side by side.
+class FusedPlanner:
+    """Groups fused chunks step by step. What stays as it was, as in decoding, keeps what was made for it.
 
     `like` is of the type and device that the model computes in.
     """
-    fused = [r for r in ranges if r[0].request.generation.adaptation.fusion is not None]
-    return [_group(tuple(group), like) for _, group in groupby(fused, key=lambda r: r[0].row_starts)]
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._segments: dict[Hashable, FusedSegment] = {}  # of the last step, by all that they were made from
+
+    def plan(self, ranges: Sequence[ChunkRange]) -> list[FusedChunks]:
+        """One group for each fusion in the batch, in which chunks of a fusion stand side by side."""
+        known, self._segments = self._segments, {}
+        fused = [r for r in ranges if r[0].request.generation.adaptation.fusion is not None]
+        return [
+            self._group(tuple(group), known) for _, group in groupby(fused, key=lambda r: r[0].row_starts)
+        ]
+
+    def _group(self, ranges: tuple[ChunkRange, ...], known: Mapping[Hashable, FusedSegment]) -> FusedChunks:
+        chunk, start, _ = ranges[0]
+        end, row_start = ranges[-1][2], chunk.row_starts[0]
+        fusion = chunk.request.generation.adaptation.fusion
+        assert fusion is not None
+        rows = fusion.content.folded.rows
+        kind = _kind(end - start, rows, self._like)
+        if kind is not FusedSegment:
+            return FusedChunks(kind(start, end, row_start, rows, _allowed(ranges)), ranges)
+        excluded = [(r[0].request.generation.adaptation.excluded, r[1]) for r in ranges]
+        key = (start, end, row_start, rows, *excluded)
+        segment = known.get(key) or FusedSegment(start, end, row_start, rows, _allowed(ranges))
+        self._segments[key] = segment
+        return FusedChunks(segment, ranges)
 
 
 def fused_ranges(groups: Sequence[FusedChunks]) -> list[FusedRange]:
@@ -50,16 +75,6 @@ def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkW
             first = group.ranges[0][1]
             found |= {chunk: weights.part(start - first, end - first) for chunk, start, end in group.ranges}
     return found
-
-
-def _group(ranges: tuple[ChunkRange, ...], like: Tensor) -> FusedChunks:
-    chunk, start, _ = ranges[0]
-    end = ranges[-1][2]
-    fusion = chunk.request.generation.adaptation.fusion
-    assert fusion is not None
-    rows = fusion.content.folded.rows
-    kind = _kind(end - start, rows, like)
-    return FusedChunks(kind(start, end, chunk.row_starts[0], rows, _allowed(ranges)), ranges)
 
 
 def _kind(

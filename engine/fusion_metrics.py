@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
 from fusionserve import metrics
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.fusion.fusion import Fusion
@@ -18,13 +22,13 @@ class FusionMetrics:
         """Counts one request."""
         metrics.FUSION_REQUESTS.labels(self._labels.label(fusion.name)).inc()
 
-    def count_tokens(self, fusion: Fusion, weights: ChunkWeights) -> None:
-        """Counts the tokens of one chunk with their entropy and the weight of each member."""
+    def count_tokens(self, fusion: Fusion, chunks: Sequence[ChunkWeights]) -> None:
+        """Counts the tokens of a step's chunks with their entropy and the weight of each member."""
         label = self._labels.label(fusion.name)
-        metrics.FUSION_TOKENS.labels(label).inc(len(weights.mean))
-        metrics.FUSION_ENTROPY.labels(label).inc(float(weights.entropy.sum()))
+        mean = torch.cat([chunk.mean for chunk in chunks])
+        metrics.FUSION_TOKENS.labels(label).inc(len(mean))
+        metrics.FUSION_ENTROPY.labels(label).inc(float(torch.cat([c.entropy for c in chunks]).sum()))
         if label == FusionLabels.OTHER:
             return
-        sums = weights.mean.sum(dim=0).tolist()
-        for member, weight in zip(fusion.config.weight_names, sums, strict=True):
+        for member, weight in zip(fusion.config.weight_names, mean.sum(dim=0).tolist(), strict=True):
             metrics.FUSION_MEMBER_WEIGHT.labels(label, member).inc(weight)

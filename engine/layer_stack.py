@@ -11,6 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from fusionserve.adapters.adapted_linear import Projections
+from fusionserve.adapters.fused_tokens import FusedSegment
+from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
 from fusionserve.engine.attention import AttentionBatch, LayerCache
 from fusionserve.kernels.native_layer import NativeLayer, NativeLayers
@@ -36,7 +38,9 @@ class LayerStack:
         self._layers = tuple(layers)
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
-        self._layout: int | None = None  # the pool's, which the native layers' additions follow from
+        self._rows: tuple[ModuleRows, ...] = ()
+        # What the native layers' additions follow from: a number that grows with the pool's tensors, and fused tokens.
+        self._source: tuple[int, tuple[FusedSegment, ...]] | None = None
 
     def has_computed(self, batch: AttentionBatch) -> bool:
         """True if all layers have been computed for this batch."""
@@ -64,7 +68,9 @@ class LayerStack:
             all_native = [layer for layer in layers if layer is not None]
             is_whole = len(all_native) == len(layers)
             self._native = NativeLayers(all_native, first.keys) if is_whole else None
-            self._cache, self._layout = first, None
+            self._cache, self._source = first, None
+            groups = [group for layer in self._layers for group in layer.groups]
+            self._rows = tuple(module.rows for group in groups for module in group.modules)
         return self._native
 
     def _set_additions(self, native: NativeLayers, plan: RowPlan) -> None:
@@ -72,16 +78,10 @@ class LayerStack:
         segments = plan.segments
         if segments is None:
             return
-        # An attention writes to tensors of its step; all else changes only when the pool has other tensors.
-        layout = None if segments.fused else self._pool_layout()
-        if layout is not None and layout == self._layout:
+        # Attentions write to tensors of their fused tokens; all else changes only when the pool has other tensors.
+        source = sum(rows.layout for rows in self._rows), segments.fused
+        if source == self._source:
             return
         for layer, native_layer in zip(self._layers, native.layers, strict=True):
             native_layer.set_additions([group.additions(segments) for group in layer.groups])
-        self._layout = layout
-
-    def _pool_layout(self) -> int:
-        """Grows when a module's rows get other addresses."""
-        return sum(
-            module.rows.layout for layer in self._layers for group in layer.groups for module in group.modules
-        )
+        self._source = source

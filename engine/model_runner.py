@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fusionserve import metrics
-from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
-from fusionserve.adapters.row_plan import (
-    AdaptedTokens,
-    RowPlan,
-    RowRange,
-    WholeModuleTokens,
-    plan_segments,
-    plan_spans,
-    suits_segment,
-)
+from fusionserve.adapters.row_plan import RowPlan
 from fusionserve.engine.attention import AttentionBatch, LayerCache
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.fit_check import CacheShape
-from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks, fused_ranges, gather_weights, plan_fused
+from fusionserve.engine.fused_chunks import (
+    ChunkRange,
+    FusedChunks,
+    FusedPlanner,
+    fused_ranges,
+    gather_weights,
+)
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.request import Request
+from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
@@ -71,6 +69,8 @@ class ModelRunner:
         self._base = base
         self._block_size = block_size
         self._like = torch.empty(0, dtype=base.dtype, device=base.device)
+        self._fused, self._fused_logits = FusedPlanner(self._like), FusedPlanner(self._like)
+        self._rows, self._logit_rows = RowPlanner(self._like), RowPlanner(self._like)
         self._device_planner: DevicePlanner | None = None
         self._graphs: DecodeGraphs | None = None
         on_device = uses_triton(base.device)
@@ -108,7 +108,7 @@ class ModelRunner:
         chunks = sorted(batch.chunks, key=_batch_order)
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
         logit_rows = _plan_logits(chunks)
-        fused = plan_fused(_ranges(chunks, starts), self._like)
+        fused = self._fused.plan(_ranges(chunks, starts))
         if self._graphs is not None and _is_decoding(chunks):
             logits = self._graphs.run(self._decode_step(chunks, starts, fused))
         else:
@@ -133,9 +133,10 @@ class ModelRunner:
         sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
         wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
         logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows]
-        plan = self._plan(_ranges(chunks, starts), starts[-1], fused)
-        fused_logits = plan_fused(logit_ranges, self._like)
-        with base.planned(plan, self._plan(logit_ranges, sum(map(len, wanted)), fused_logits)):
+        plan = self._plan(self._rows, _ranges(chunks, starts), starts[-1], fused)
+        fused_logits = self._fused_logits.plan(logit_ranges)
+        logit_plan = self._plan(self._logit_rows, logit_ranges, sum(map(len, wanted)), fused_logits)
+        with base.planned(plan, logit_plan):
             output = base.model(
                 input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
                     None
@@ -152,11 +153,13 @@ class ModelRunner:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _plan(self, ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks]) -> RowPlan:
+    def _plan(
+        self, rows: RowPlanner, ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks]
+    ) -> RowPlan:
         if self._device_planner is None:
-            return _plan_on_cpu(ranges, num_tokens, fused, self._like)
-        items = self._device_planner.items(_adapted(ranges), fused_ranges(fused))
-        return RowPlan(num_tokens, items=items, whole_modules=_whole_modules(ranges))
+            return rows.plan(ranges, num_tokens, fused)
+        items = self._device_planner.items(adapted_tokens(ranges), fused_ranges(fused))
+        return RowPlan(num_tokens, items=items, whole_modules=whole_modules(ranges))
 
     def _decode_step(
         self, chunks: Sequence[ScheduledChunk], starts: Sequence[int], fused: Sequence[FusedChunks]
@@ -166,7 +169,7 @@ class ModelRunner:
         return DecodeStep(
             [chunk.request.token_ids[chunk.start] for chunk in chunks],
             [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)],
-            _adapted(_ranges(chunks, starts)),
+            adapted_tokens(_ranges(chunks, starts)),
             fused_ranges(fused),
         )
 
@@ -225,46 +228,6 @@ def _batch_order(chunk: ScheduledChunk) -> tuple[int, tuple[int, ...]]:
 
 def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[ChunkRange]:
     return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
-
-
-def _adapted(ranges: Sequence[ChunkRange]) -> list[AdaptedTokens]:
-    return [AdaptedTokens(start, end, rows) for chunk, start, end in ranges if (rows := _row_ranges(chunk))]
-
-
-def _whole_modules(ranges: Sequence[ChunkRange]) -> tuple[WholeModuleTokens, ...]:
-    return tuple(
-        WholeModuleTokens(start, end, adapter)
-        for chunk, start, end in ranges
-        for adapter in chunk.request.generation.adapters
-        if not adapter.weights.is_low_rank_only
-    )
-
-
-def _plan_on_cpu(
-    ranges: Sequence[ChunkRange], num_tokens: int, fused: Sequence[FusedChunks], like: Tensor
-) -> RowPlan:
-    groups = [group.tokens for group in fused]
-    in_segments: list[AdaptedTokens] = []
-    in_spans: list[AdaptedTokens] = []
-    for tokens in _adapted(ranges):
-        (in_segments if suits_segment(tokens.num_tokens, tokens.num_rows, like) else in_spans).append(tokens)
-    return RowPlan(
-        num_tokens,
-        spans=plan_spans(in_spans, dtype=like.dtype, device=like.device),
-        fused=tuple(t for t in groups if isinstance(t, FusedTokens)),
-        segments=plan_segments(in_segments, [t for t in groups if isinstance(t, FusedSegment)], like),
-        whole_modules=_whole_modules(ranges),
-    )
-
-
-def _row_ranges(chunk: ScheduledChunk) -> tuple[RowRange, ...]:
-    adaptation = chunk.request.generation.adaptation
-    if adaptation.fusion is not None:
-        return ()
-    terms = zip(chunk.row_starts, adaptation.adapters, adaptation.coefficients, strict=True)
-    return tuple(
-        RowRange(start, start + a.num_rows, coefficient) for start, a, coefficient in terms if a.num_rows
-    )
 
 
 def _is_decoding(chunks: Sequence[ScheduledChunk]) -> bool:
