@@ -124,7 +124,9 @@ class Engine:
             self._finish(generation, _out_of_memory())
         self._update(step.results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)
-        self._measure(batch, time.monotonic() - started_s)
+        elapsed_s = time.monotonic() - started_s
+        self.scheduler.observe(batch, elapsed_s)
+        self._measure(batch, elapsed_s)
         return self.take_outputs()
 
     def take_outputs(self) -> list[Output]:

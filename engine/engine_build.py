@@ -36,7 +36,8 @@ def build_engine(
     metrics.ADAPTER_POOL_RANKS.set(config.adapter_pool_ranks)
     limits = SchedulerLimits(
         max_batch_tokens=config.max_batch_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
+        min_prompt_tokens=config.min_prompt_tokens,
+        prompt_step_s=config.prompt_step_s,
         max_batch_requests=config.max_batch_requests,
     )
     scheduler = Scheduler(

@@ -13,6 +13,7 @@ from fusionserve import metrics
 from fusionserve.adapters.pool_ledger import PoolChange, PoolLedger
 from fusionserve.engine.block_pool import BlockPool, chain_hashes
 from fusionserve.engine.fair_queue import FairQueue, FlowService, Rank
+from fusionserve.engine.prompt_pace import PromptPace
 from fusionserve.engine.request import Request, RequestStatus
 
 _MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapter pool
@@ -53,13 +54,23 @@ class ScheduledBatch:
         """Tokens computed by the step."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of these, tokens of prompts; a last single one counts as decoding."""
+        return sum(chunk.num_tokens for chunk in self.chunks if chunk.num_tokens > 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Bounds of one step: tokens, tokens of prompts while others decode, requests, and prompt tokens with logits."""
+    """Bounds of one step: tokens, requests, and prompt tokens with logits.
+
+    Beside decoding requests it takes as many prompt tokens as keep it to `prompt_step_s` seconds, and
+    `min_prompt_tokens` in any case.
+    """
 
     max_batch_tokens: int
-    max_prompt_tokens: int
+    min_prompt_tokens: int
+    prompt_step_s: float
     max_batch_requests: int
     max_logit_tokens: int = 128
 
@@ -90,6 +101,7 @@ class Scheduler:
         self.ledger = ledger
         self._limits = limits
         self._enable_prefix_cache = enable_prefix_cache
+        self._pace = PromptPace(limits.min_prompt_tokens, limits.prompt_step_s)
         self._service = FlowService(fair_weights)
         self.waiting = FairQueue(self._service)
         self.running: list[Request] = []  # in order of admission
@@ -112,7 +124,7 @@ class Scheduler:
             if request not in yielding:
                 self._continue(request, plan)
         if decoding:  # every stream and every newcomer waits for the step to end
-            plan.budget = min(plan.budget, self._limits.max_prompt_tokens)
+            plan.budget = min(plan.budget, self._pace.num_tokens)
         if yielding:
             plan.budget = min(plan.budget, self._num_pending_besides({r.flow for r in yielding}))
         self._plan_prompts(plan)
@@ -122,6 +134,11 @@ class Scheduler:
                 self._continue(request, plan)
         chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
         return ScheduledBatch(chunks, self.ledger.take_changes())
+
+    def observe(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Learns from how long a step took; one that copied adapters says nothing about the next."""
+        if not batch.pool_changes:
+            self._pace.observe(batch.num_prompt_tokens, seconds)
 
     def advance(self, chunk: ScheduledChunk) -> None:
         """Notes that a chunk was computed, and offers its full blocks to the prefix cache."""

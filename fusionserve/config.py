@@ -35,7 +35,8 @@ class EngineConfig:
     fusions: tuple[tuple[str, Path], ...] = ()
     max_context_tokens: int | None = None  # None: the model's own limit
     max_batch_tokens: int = 512  # tokens computed per step
-    max_prompt_tokens: int = 128  # of them, of prompts while other requests decode
+    prompt_step_s: float = 0.06  # how long a step may last that computes prompts while other requests decode
+    min_prompt_tokens: int = 128  # tokens of prompts that it computes however long that takes
     max_batch_requests: int = 64  # requests running at once
     max_queued_requests: int = 256  # requests waiting for admission before RESOURCE_EXHAUSTED
     fair_weights: Mapping[str, float] | None = None  # of flows (`Adaptation.flow`) whose share is not 1

@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second of the rest")
     parser.add_argument("--flood", type=int, default=200, help="streams at once of the flood")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--max-prompt-tokens", type=int, default=128, help="of the server's steps")
+    parser.add_argument("--prompt-step-time", default="60ms", help="of the server")
     arguments = parser.parse_args(argv)
-    flags = {"--dtype": arguments.dtype, "--max-prompt-tokens": arguments.max_prompt_tokens}
+    flags = {"--dtype": arguments.dtype, "--prompt-step-time": arguments.prompt_step_time}
     with serving({**flags, "--prefix-cache": "off", "--log-level": "error"}) as (address, _):
         asyncio.run(_measure(address, arguments))
     return 0

@@ -81,10 +81,16 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     ),
     **_engine("max_batch_tokens", "max-batch-tokens", integer(1), "tokens computed per step"),
     **_engine(
-        "max_prompt_tokens",
-        "max-prompt-tokens",
+        "prompt_step_s",
+        "prompt-step-time",
+        kinds.SECONDS,
+        "how long a step with prompts may last while others decode: less keeps streams even",
+    ),
+    **_engine(
+        "min_prompt_tokens",
+        "min-prompt-tokens",
         integer(1),
-        "tokens of prompts computed per step while others decode: fewer keep streams even and newcomers quick",
+        "tokens of prompts computed per step while others decode, however long that takes",
     ),
     **_engine("max_batch_requests", "max-batch-requests", integer(1), "requests running at once"),
     **_engine(

@@ -107,7 +107,7 @@ class GpuWorkload:
             fusion_dirs=(folder / "fusions",),
             max_context_tokens=context,
             max_batch_tokens=max(self.long_prompt, self.num_streams),
-            max_prompt_tokens=self.long_prompt,
+            min_prompt_tokens=self.long_prompt,
             max_batch_requests=self.num_streams,
             kv_cache_bytes=max(256 << 20, 2 * tokens * self.size.kv_bytes_per_token),
             adapter_pool_ranks=self._pool_ranks(),

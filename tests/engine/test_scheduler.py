@@ -363,7 +363,7 @@ def test_all_requests_finish_with_their_own_tokens_when_everything_is_tight(
 
 
 def test_prompts_beside_decoding_requests_are_bounded() -> None:
-    scheduler = make_scheduler(max_batch_tokens=16, max_prompt_tokens=6)
+    scheduler = make_scheduler(max_batch_tokens=16, min_prompt_tokens=6)
     first = make_request(prompt=range(12))
     scheduler.add(first)
     step = scheduler.schedule()

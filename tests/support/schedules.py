@@ -120,7 +120,8 @@ def make_scheduler(
     num_blocks: int = 64,
     pool_ranks: int = 64,
     max_batch_tokens: int = 16,
-    max_prompt_tokens: int = 1 << 30,
+    min_prompt_tokens: int = 1 << 30,
+    prompt_step_s: float = 0.0,
     max_batch_requests: int = 8,
     max_logit_tokens: int = 128,
     enable_prefix_cache: bool = True,
@@ -129,7 +130,8 @@ def make_scheduler(
     """A scheduler over blocks of BLOCK_SIZE tokens."""
     limits = SchedulerLimits(
         max_batch_tokens=max_batch_tokens,
-        max_prompt_tokens=max_prompt_tokens,
+        min_prompt_tokens=min_prompt_tokens,
+        prompt_step_s=prompt_step_s,
         max_batch_requests=max_batch_requests,
         max_logit_tokens=max_logit_tokens,
     )
