@@ -8,12 +8,12 @@ call, the cache of a layer is found by its attention module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeStep
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from fusionserve.kernels.device.paged_launch import DeviceBatch
 
 ATTENTION_NAME = "fusionserve_paged"
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys and values of one attention layer: [num_slots, kv_heads, dim] each."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class AttentionBatch:
@@ -48,9 +40,8 @@ class AttentionBatch:
     ) -> Tensor:
         """query, key, value [num_tokens, heads, dim] of the new tokens -> [num_tokens, heads, dim]."""
         cache = self._caches[module]
-        cache.keys[self._paged.new_slots] = key
-        cache.values[self._paged.new_slots] = value
-        return self._paged.attend(query.contiguous(), cache.keys, cache.values, options)
+        cache.store_(self._paged.new_slots, key, value)
+        return self._paged.attend(query.contiguous(), cache, options)
 
     def cache_of(self, module: nn.Module) -> LayerCache:
         """The cache of an attention module."""
@@ -74,8 +65,8 @@ class AttentionBatch:
     ) -> Tensor:
         """The same for queries, keys and values that are still to be turned by cos and sin [num_tokens, dim]."""
         cache, rotation = self._caches[module], Rotation(*angles, self._paged.new_slots)
-        query = rotate_and_store(*heads, cache.keys, cache.values, rotation)
-        return self._paged.attend(query, cache.keys, cache.values, options)
+        query = rotate_and_store(*heads, cache, rotation)
+        return self._paged.attend(query, cache, options)
 
 
 def paged_attention_forward(

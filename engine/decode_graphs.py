@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from fusionserve.adapters.fused_tokens import FusedRange
 from fusionserve.adapters.row_plan import AdaptedTokens, RowPlan
-from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.device_plan import DevicePlanner
 from fusionserve.kernels.device.paged_launch import DeviceBatch, DeviceQueries, QueryTables, make_query_tables
 from fusionserve.kernels.device.rank_items import RankItems, RankTables
 from fusionserve.kernels.device.triton_use import num_lanes
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_sequence import PackedSequence
 
 _LEAST_ITEMS = 16

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
-from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.layer_stack import LayerStack
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import LayerNorm, LayerParts, NativeLayer
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import rms_norm, silu_product
@@ -123,7 +124,7 @@ class DecoderLayer(nn.Module):
         """The layer over a cache in one kernel, or None where there is none for all of it."""
         parts = self._parts()
         can_compute = parts is not None and NativeLayer.can_compute(parts, cache.keys)
-        return NativeLayer(parts, cache.keys, cache.values) if parts and can_compute else None
+        return NativeLayer(parts, cache) if parts and can_compute else None
 
     def _parts(self) -> LayerParts | None:
         qkv, output, gate_and_up, down = (group.product for group in self.groups)

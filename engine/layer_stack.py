@@ -14,7 +14,8 @@ from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.adapters.fused_tokens import FusedSegment
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan
-from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.attention import AttentionBatch
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeLayer, NativeLayers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusionserve import metrics
 from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
 from fusionserve.adapters.row_plan import RowPlan
-from fusionserve.engine.attention import AttentionBatch, LayerCache
+from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.fit_check import CacheShape
 from fusionserve.engine.fused_chunks import (
@@ -30,6 +30,7 @@ from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.layer_cache import LayerCache, can_tile
 from fusionserve.kernels.paged_batch import PagedBatch
 from fusionserve.kernels.paged_sequence import PackedSequence
 
@@ -75,9 +76,17 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         on_device = uses_triton(base.device)
         num_slots = block_size * (num_blocks + on_device)  # the last block is nobody's: padding goes there
-        self._caches = allocate_cache(base.cache_shapes, num_slots, base.dtype, base.device)
+        self._caches = {m: self._allocate(shape, num_slots) for m, shape in base.cache_shapes.items()}
         if on_device:
             self._prepare_device(num_blocks)
+
+    def _allocate(self, shape: CacheShape, num_slots: int) -> LayerCache:
+        """A layer's cache: zeros, because a slot may be read (and masked) before it is written."""
+        return LayerCache(
+            self._like.new_zeros(num_slots, shape.num_kv_heads, shape.key_dim),
+            self._like.new_zeros(num_slots, shape.num_kv_heads, shape.value_dim),
+            is_tiled=can_tile(self._like, self._block_size, shape.key_dim, shape.value_dim),
+        )
 
     def _prepare_device(self, trash_block: int) -> None:
         """Imports what needs Triton, which a server on a CPU does without."""
@@ -201,19 +210,6 @@ def num_cache_blocks(base: BaseModel, *, block_size: int, budget_bytes: int, max
             reason="KV_CACHE_TOO_SMALL",
         )
     return min(budget_bytes // block_bytes, per_context * max_requests)
-
-
-def allocate_cache(
-    shapes: Mapping[nn.Module, CacheShape], num_slots: int, dtype: torch.dtype, device: torch.device
-) -> dict[nn.Module, LayerCache]:
-    """Zeroed keys and values of every layer; zeros, because a slot may be read (and masked) before it is written."""
-    return {
-        module: LayerCache(
-            torch.zeros(num_slots, shape.num_kv_heads, shape.key_dim, dtype=dtype, device=device),
-            torch.zeros(num_slots, shape.num_kv_heads, shape.value_dim, dtype=dtype, device=device),
-        )
-        for module, shape in shapes.items()
-    }
 
 
 def _batch_order(chunk: ScheduledChunk) -> tuple[int, tuple[int, ...]]:

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
 from fusionserve.kernels.linear_product import LinearProduct, NativePart
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.paged_attention import AttentionOptions
-from fusionserve.kernels.paged_batch import MAX_NATIVE_DIM, NativeAttention
+from fusionserve.kernels.paged_batch import NativeAttention
 from fusionserve.kernels.pointwise import Rotation
 from fusionserve.kernels.segments import Additions, NativeAddition, NativeSegment, Segments
 
@@ -63,7 +64,7 @@ class _Layer(ctypes.Structure):
         ("projections", _Projections * 4),
         ("norms", _Norm * 4),
         *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("dim", "window")),
+        *((name, c_int64) for name in ("dim", "is_tiled", "window")),
         ("scale", c_float),
     )
 
@@ -103,9 +104,10 @@ class NativeStep:
 
 
 class NativeLayer:
-    """One layer over one layer's cache: keys and values [num_slots, kv_heads, dim]."""
+    """One layer over its cache."""
 
-    def __init__(self, parts: LayerParts, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, parts: LayerParts, cache: LayerCache) -> None:
+        keys, values = cache.keys, cache.values
         norms = (parts.input_norm, parts.inner_norm, parts.query_norm, parts.key_norm)
         weights = [norm.weight for norm in norms if norm is not None]
         dtype = keys.dtype
@@ -121,6 +123,7 @@ class NativeLayer:
             keys.data_ptr(),
             values.data_ptr(),
             parts.head_dim,
+            cache.is_tiled,
             parts.options.sliding_window or 0,
             parts.options.softmax_scale,
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
 from fusionserve.kernels.native_call import NativeFunction, native_function
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
@@ -28,8 +29,6 @@ from fusionserve.kernels.paged_sequence import PackedSequence
 
 if TYPE_CHECKING:
     from fusionserve.kernels.device.paged_launch import DeviceQueries
-
-MAX_NATIVE_DIM = 256
 
 
 class PagedBatch:
@@ -46,11 +45,12 @@ class PagedBatch:
         self._torch: list[_PaddedGroup | _Chunk] | None = None
         self._queries: DeviceQueries | None = None
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
-        """query [num_tokens, heads, dim], contiguous, over one layer's cache -> [num_tokens, heads, value_dim].
+    def attend(self, query: Tensor, cache: LayerCache, options: AttentionOptions) -> Tensor:
+        """query [num_tokens, heads, dim], contiguous, over a cache that has the new tokens' keys and values.
 
-        keys and values [num_slots, kv_heads, dim], those of the new tokens included.
+        Returns [num_tokens, heads, value_dim].
         """
+        keys, values = cache.keys, cache.values
         output = query.new_empty(query.shape[0], query.shape[1], values.shape[-1])
         if uses_triton(query.device):
             self._device_queries(query, keys).attend_(query, keys, values, options, output)
@@ -59,8 +59,9 @@ class PagedBatch:
         native = native_function("attend", query) if fits else None
         if native is not None:
             for tokens in self._native_tokens():
-                tokens.attend_(native, query, keys, values, options, output)
+                tokens.attend_(native, query, cache, options, output)
         else:
+            assert not cache.is_tiled, "tiles need the native kernels"
             for part in self._torch_parts():
                 part.attend_(query, keys, values, options, output)
         return output
@@ -103,7 +104,7 @@ class NativeAttention(ctypes.Structure):
         *((n, c_void_p) for n in ("query", "keys", "values", "output")),
         *((n, c_void_p) for n in ("tokens", "blocks", "block_starts", "lengths")),
         *((n, c_int64) for n in ("num_tokens", "num_heads", "num_kv_heads", "dim", "value_dim")),
-        *((n, c_int64) for n in ("block_size", "are_single", "window")),
+        *((n, c_int64) for n in ("block_size", "are_single", "is_tiled", "window")),
         ("scale", c_float),
         ("softcap", c_float),
     )
@@ -134,11 +135,11 @@ class _NativeTokens:
         self,
         native: NativeFunction,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         options: AttentionOptions,
         output: Tensor,
     ) -> None:
+        keys, values = cache.keys, cache.values
         for tensor in (query, keys, values, output):
             assert tensor.dtype == query.dtype and tensor.is_contiguous()
         assert keys.shape[2] == query.shape[2] and query.shape[1] % keys.shape[1] == 0
@@ -148,6 +149,7 @@ class _NativeTokens:
         arguments.values, arguments.output = values.data_ptr(), output.data_ptr()
         arguments.num_heads, arguments.num_kv_heads = query.shape[1], keys.shape[1]
         arguments.dim, arguments.value_dim = keys.shape[2], values.shape[2]
+        arguments.is_tiled = cache.is_tiled
         arguments.window, arguments.scale = options.sliding_window or 0, options.softmax_scale
         arguments.softcap = options.softcap or 0.0
         native(ctypes.byref(arguments))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_call import native_function
 
 
@@ -73,7 +74,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 class _Heads(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("query", "key", "value", "cos", "sin", "keys", "values", "slots")),
-        *((name, c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim")),
+        *((name, c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim", "is_tiled")),
     )
 
 
@@ -87,13 +88,14 @@ class Rotation:
 
 
 def rotate_and_store(
-    query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, rotation: Rotation
+    query: Tensor, key: Tensor, value: Tensor, cache: LayerCache, rotation: Rotation
 ) -> Tensor:
     """Turned queries; turned keys and the values go to their slots of the cache.
 
-    query [num_tokens, num_heads, dim], key and value [num_tokens, num_kv_heads, dim], contiguous; keys and values
-    [num_slots, num_kv_heads, dim] are written to, and `query` may be.
+    query [num_tokens, num_heads, dim], key and value [num_tokens, num_kv_heads, dim], contiguous; `query` may be
+    written to.
     """
+    keys, values = cache.keys, cache.values
     if uses_triton(query.device):
         _in_triton().rotate_and_store(
             query, key, value, keys, values, rotation.cos, rotation.sin, rotation.slots
@@ -101,8 +103,7 @@ def rotate_and_store(
         return query
     native = native_function("rotate_and_store", query)
     if native is None:
-        keys[rotation.slots] = rotated(key, rotation)
-        values[rotation.slots] = value
+        cache.store_(rotation.slots, rotated(key, rotation), value)
         return rotated(query, rotation)
     num_tokens, num_heads, dim = query.shape
     tensors = (query, key, value, rotation.cos, rotation.sin, keys, values, rotation.slots)
@@ -111,7 +112,7 @@ def rotate_and_store(
     assert key.shape == value.shape == (num_tokens, keys.shape[1], dim) and keys.shape == values.shape
     assert rotation.slots.shape == (num_tokens,) and len(rotation.cos) == len(rotation.sin) == num_tokens
     pointers = (tensor.data_ptr() for tensor in tensors)
-    native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim)))
+    native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim, cache.is_tiled)))
     return query
 
 

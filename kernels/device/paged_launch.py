@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusionserve.kernels.device.paged_kernels import attend_kernel, combine_kernel
 from fusionserve.kernels.device.triton_use import dot_in_float32, num_lanes
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_sequence import PackedSequence
 
@@ -95,10 +96,10 @@ class DeviceBatch:
     queries: DeviceQueries
     new_slots: Tensor
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+    def attend(self, query: Tensor, cache: LayerCache, options: AttentionOptions) -> Tensor:
         """query [num_tokens, heads, dim] over one layer's cache -> [num_tokens, heads, value_dim]."""
-        output = query.new_zeros(query.shape[0], query.shape[1], values.shape[-1])
-        self.queries.attend_(query, keys, values, options, output)
+        output = query.new_zeros(query.shape[0], query.shape[1], cache.values.shape[-1])
+        self.queries.attend_(query, cache.keys, cache.values, options, output)
         return output
 
 

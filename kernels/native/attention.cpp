@@ -5,8 +5,7 @@
 //
 // A tile is 16 neighbouring slots, a stretch is 4 tiles, at the same positions for every token: so what a token gets does
 // not depend on who is computed with it. Neighbouring tokens of a request go together, because they read the same tiles.
-// In bfloat16 tiles are laid out for the processor's pairwise product as they are read, and the p_j are rounded to
-// bfloat16, as the values are.
+// In a cache of tiles the p_j are rounded to bfloat16, as the values are.
 
 #include "attention.h"
 
@@ -46,32 +45,46 @@ static inline Index first_position(const Attention& a, Index token) {
     return a.window > 0 ? std::max<Index>(0, a.lengths[token] - a.window) : 0;
 }
 
-template <typename Number>
-static inline const Number* rows_of(const void* cache, Index slot, const Attention& a, Index kv_head, Index dim) {
-    return static_cast<const Number*>(cache) + (slot * a.num_kv_heads + kv_head) * dim;
-}
+// How a cache lies, and what multiplies what it holds.
+template <typename Type>
+struct PlainCache {
+    using Number = Type;
+    using Keys = PlainKeys<Type>;
+    using Values = PlainValues<Type>;
+    static constexpr bool IS_TILED = false;
+};
 
-template <typename Number>
-static RowsAhead rows_ahead(const void* cache, const Stretch& stretch, const Attention& a, Index kv_head, Index dim) {
-    constexpr Index BYTES = sizeof(Number);
-    RowsAhead ahead{{}, a.num_kv_heads * dim * BYTES, std::max<Index>(1, dim * BYTES / 64)};
-    for (Index k = 0; k < STRETCH_TILES; ++k)
-        ahead.rows[k] = reinterpret_cast<const char*>(
-            rows_of<Number>(cache, stretch.slots[std::min(k, stretch.num_tiles - 1)], a, kv_head, dim));
+#ifdef __AVX512BF16__
+struct TiledCache {
+    using Number = BFloat16;
+    using Keys = TiledKeys;
+    using Values = TiledValues;
+    static constexpr bool IS_TILED = true;
+};
+#endif
+
+// A head's tiles of a stretch in a cache of tiles.
+static TilesAhead tiles_ahead(const void* cache, const Stretch& stretch, Index num_heads, Index head, Index dim) {
+    TilesAhead ahead;
+    for (Index k = 0; k < STRETCH_TILES; ++k) {
+        const Index slot = stretch.slots[std::min(k, stretch.num_tiles - 1)];
+        ahead.tiles[k] = reinterpret_cast<const char*>(
+            tile_of_head(static_cast<const BFloat16*>(cache), slot, num_heads, head, dim));
+    }
     return ahead;
 }
 
 // Some queries over a stretch. One after the other in each part: within a query, each part waits for the one before.
-template <int QUERIES, typename Number>
-static inline void attend_stretch(const Attention& a, const Stretch& stretch, const KeyTiles<Number>& keys,
-                               const ValueTiles<Number>& values, const RowsAhead& keys_ahead,
-                               const RowsAhead& values_ahead, const Query<Number>* queries) {
+template <int QUERIES, typename Number, typename Keys, typename Values>
+static inline void attend_stretch(const Attention& a, const Stretch& stretch, const Keys& keys, const Values& values,
+                                  const TilesAhead& keys_ahead, const TilesAhead& values_ahead,
+                                  const Query<Number>* queries) {
     float scores[QUERIES][STRETCH_TILES * TILE], shrinks[QUERIES];
     const Number* numbers[QUERIES];
     float* sums[QUERIES];
     for (int q = 0; q < QUERIES; ++q) numbers[q] = queries[q].numbers, sums[q] = queries[q].head->sums;
     keys.template score<QUERIES>(numbers, stretch.num_tiles, keys_ahead, scores);
-    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, stretch, queries[q], scores[q]);
+    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh<Values>(a, stretch, queries[q], scores[q]);
     values.template add<QUERIES>(scores, shrinks, stretch.num_tiles, values_ahead, sums);
 }
 
@@ -98,44 +111,43 @@ static Index gather_queries(const Attention& a, const Item& item, Index kv_head,
     return count;
 }
 
-template <typename Number>
+template <typename Cache>
 struct Workspace {
     std::vector<Head> heads;
     std::vector<float> sums;
-    std::vector<Query<Number>> queries;
-    KeyTiles<Number> keys;
-    ValueTiles<Number> values;
+    std::vector<Query<typename Cache::Number>> queries;
+    typename Cache::Keys keys;
+    typename Cache::Values values;
+    AttentionRegisters registers;
 };
 
 // One stretch for one key-value head.
-template <typename Number>
+template <typename Cache>
 static void attend_head(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch,
-                        const Stretch& next, Workspace<Number>& space) {
+                        const Stretch& next, Workspace<Cache>& space) {
     const Index newest = a.lengths[item.first + item.count - 1];
     for (Index k = 0; k < stretch.num_tiles; ++k) {
         // Of the newest tile only the slots that are written: what lies behind them is nobody's.
         const Index num_rows = std::min(stretch.num_rows[k], newest - stretch.positions[k]);
-        space.keys.load(k, rows_of<Number>(a.keys, stretch.slots[k], a, kv_head, a.dim), a.num_kv_heads * a.dim,
-                        num_rows, a.dim);
-        space.values.load(k, rows_of<Number>(a.values, stretch.slots[k], a, kv_head, a.value_dim),
-                          a.num_kv_heads * a.value_dim, num_rows, a.value_dim);
+        space.keys.set(k, a.keys, stretch.slots[k], a.num_kv_heads, kv_head, num_rows, a.dim);
+        space.values.set(k, a.values, stretch.slots[k], a.num_kv_heads, kv_head, num_rows, a.value_dim);
     }
-    if constexpr (std::is_same_v<Number, BFloat16>)  // registers take values of two tiles
-        if (stretch.num_tiles % 2 && have_attention_registers())
-            space.values.load(stretch.num_tiles, static_cast<const Number*>(a.values), 0, 0, a.value_dim);
     const Index count = gather_queries(a, item, kv_head, stretch, space.heads.data(), space.queries.data());
-    const Query<Number>* queries = space.queries.data();
-    const RowsAhead keys_ahead = rows_ahead<Number>(a.keys, next, a, kv_head, a.dim);
-    const RowsAhead values_ahead = rows_ahead<Number>(a.values, next, a, kv_head, a.value_dim);
-    if constexpr (std::is_same_v<Number, BFloat16>)
-        if (have_attention_registers()) {
+    const auto* queries = space.queries.data();
+    TilesAhead keys_ahead, values_ahead;
+    if constexpr (Cache::IS_TILED) {
+        keys_ahead = tiles_ahead(a.keys, next, a.num_kv_heads, kv_head, a.dim);
+        values_ahead = tiles_ahead(a.values, next, a.num_kv_heads, kv_head, a.value_dim);
+        if (AttentionRegisters::take(a)) {
             for (Index q = 0; q < count; q += QUERIES_TOGETHER)
-                attend_in_registers(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
-                                    std::min(QUERIES_TOGETHER, count - q));
+                space.registers.attend(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
+                                       std::min(QUERIES_TOGETHER, count - q));
             return;
         }
+    }
     const auto attend_some = [&](auto some, Index q) {
-        attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q);
+        attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, keys_ahead, values_ahead,
+                                              queries + q);
     };
     Index q = 0;
     for (; q + 4 <= count; q += 4) attend_some(std::integral_constant<int, 4>(), q);
@@ -167,9 +179,9 @@ static inline Stretch first_stretch(const Attention& a, const Item& item, Index*
 }
 
 // Stretch by stretch, all heads of each: so the cache is read as it lies. `following` is the item behind, or null.
-template <typename Number>
+template <typename Cache>
 static void attend_item(const Attention& a, const Item& item, const Item* following) {
-    thread_local Workspace<Number> space;
+    thread_local Workspace<Cache> space;
     const Index num_heads = item.count * (item.last_head - item.first_head) * (a.num_heads / a.num_kv_heads);
     space.sums.assign(num_heads * a.value_dim, 0.0f);
     space.heads.resize(num_heads);
@@ -185,13 +197,14 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
             attend_head(a, item, kv_head, stretch, ahead.num_tiles > 0 ? ahead : stretch, space);
         stretch = next;
     }
-    write_outputs<Number>(a, item, space.heads);
+    space.registers.release();
+    write_outputs<typename Cache::Number>(a, item, space.heads);
 }
 
 // Neighbouring tokens of a request are one piece of work for each key-value head; a token alone is one for all of them,
 // unless there are too few of those for the threads.
-template <typename Number>
-void attend(const Attention& a) {
+template <typename Cache>
+static void attend_in(const Attention& a) {
     thread_local std::vector<Item> kept;
     std::vector<Item>& items = kept;
     items.clear();
@@ -210,12 +223,22 @@ void attend(const Attention& a) {
     parallel((count + in_a_row - 1) / in_a_row, [&](Index row) {
         const Index end = std::min(count, (row + 1) * in_a_row);
         for (Index item = row * in_a_row; item < end; ++item)
-            attend_item<Number>(a, items[item], item + 1 < end ? &items[item + 1] : nullptr);
+            attend_item<Cache>(a, items[item], item + 1 < end ? &items[item + 1] : nullptr);
     });
 }
 
-template void attend<float>(const Attention&);
-template void attend<BFloat16>(const Attention&);
+template <>
+void attend<float>(const Attention& a) {
+    attend_in<PlainCache<float>>(a);
+}
+
+template <>
+void attend<BFloat16>(const Attention& a) {
+#ifdef __AVX512BF16__
+    if (a.is_tiled) return attend_in<TiledCache>(a);
+#endif
+    attend_in<PlainCache<BFloat16>>(a);
+}
 
 extern "C" {
 void attend_f32(const Attention* attention) { attend<float>(*attention); }

@@ -14,6 +14,7 @@ struct Attention {
     const Index* lengths;        // [num_tokens], positions to attend to, the token's own included
     Index num_tokens, num_heads, num_kv_heads, dim, value_dim, block_size;
     Index are_single;              // every token is the only one of its request
+    Index is_tiled;              // keys and values lie in tiles, see cache_tiles.h
     Index window;                // last positions to attend to, 0 for all
     float scale;
     float softcap;               // 0 for none

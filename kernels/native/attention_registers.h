@@ -1,5 +1,5 @@
-// Attention of up to 16 queries to a stretch in the processor's tile registers: the tiles of keys and values lie as these take
-// them. What a query gets does not depend on the others.
+// Attention of up to 16 queries to a stretch in the processor's tile registers, which take the cache's tiles as they lie. What a
+// query gets does not depend on the others.
 #pragma once
 
 #include "attention_stretch.h"
@@ -10,100 +10,124 @@ constexpr Index QUERIES_TOGETHER = 16;
 
 #ifdef HAS_TILE_REGISTERS
 
-static inline bool have_attention_registers() { return may_use_tiles(); }
+class AttentionRegisters {
+public:
+    // True for heads that fill registers.
+    static bool take(const Attention& a) { return a.dim % HALF == 0 && a.value_dim % LANES == 0 && may_use_tiles(); }
 
-constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
-
-// scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM], zeros behind the keys' dims.
-static inline void score_in_registers(const KeyTiles<BFloat16>& keys, const BFloat16* queries, Index num_tiles,
-                                      const RowsAhead& ahead, float (*scores)[SLOTS]) {
-    constexpr Index STRIDE = sizeof scores[0];
-    clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-    for (Index i = 0; i < keys.dim; i += HALF) {
-        load_tile<4>(queries + i, MAX_DIM * sizeof(BFloat16));
-        const auto add_tile = [&](auto k, auto place) {
-            constexpr int K = decltype(k)::value, PLACE = decltype(place)::value;
-            for (Index turn = 0; turn < 4; ++turn) ahead.prefetch(i / 2 + 4 * K + turn);
-            if (K >= num_tiles) return;
-            load_tile<PLACE>(&keys.pairs[K][i / 2], sizeof keys.pairs[0][0]);
-            add_pair_products<K, 4, PLACE>();
-        };
-        add_tile(std::integral_constant<int, 0>(), std::integral_constant<int, 6>());
-        add_tile(std::integral_constant<int, 1>(), std::integral_constant<int, 7>());
-        add_tile(std::integral_constant<int, 2>(), std::integral_constant<int, 6>());
-        add_tile(std::integral_constant<int, 3>(), std::integral_constant<int, 7>());
-    }
-    store_tile<0>(scores[0], STRIDE);
-    store_tile<1>(scores[0] + TILE, STRIDE);
-    store_tile<2>(scores[0] + 2 * TILE, STRIDE);
-    store_tile<3>(scores[0] + 3 * TILE, STRIDE);
-}
-
-// sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
-static inline void add_in_registers(const ValueTiles<BFloat16>& values, const BFloat16 (*weights)[SLOTS],
-                                    const float* shrinks, Index num_tiles, const RowsAhead& ahead,
-                                    const Query<BFloat16>* queries, Index count) {
-    constexpr Index PAIRS = TILE_ROWS, PANELS = 4;
-    for (Index first = 0; first < values.dim; first += PANELS * LANES) {
-        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-        const Index num_panels = std::min(PANELS, (values.dim - first + LANES - 1) / LANES);
-        for (Index pair = 0; pair < STRETCH_TILES * TILE / 2; pair += PAIRS) {
-            const auto add_panel = [&](auto p, auto place) {
-                constexpr int P = decltype(p)::value, PLACE = decltype(place)::value;
-                for (Index turn = 0; turn < 4; ++turn) ahead.prefetch(first / 2 + pair + 4 * P + turn);
-                if (P >= num_panels || 2 * pair >= num_tiles * TILE) return;
-                load_tile<PLACE>(&values.pairs[first / LANES + P][pair], sizeof values.pairs[0][0]);
-                add_pair_products<P, 4, PLACE>();
-            };
-            load_tile<4>(weights[0] + 2 * pair, sizeof weights[0]);
-            add_panel(std::integral_constant<int, 0>(), std::integral_constant<int, 6>());
-            add_panel(std::integral_constant<int, 1>(), std::integral_constant<int, 7>());
-            add_panel(std::integral_constant<int, 2>(), std::integral_constant<int, 6>());
-            add_panel(std::integral_constant<int, 3>(), std::integral_constant<int, 7>());
-        }
-        alignas(64) float sums[QUERIES_TOGETHER][PANELS * LANES];
-        store_tile<0>(sums[0], sizeof sums[0]);
-        store_tile<1>(sums[0] + LANES, sizeof sums[0]);
-        store_tile<2>(sums[0] + 2 * LANES, sizeof sums[0]);
-        store_tile<3>(sums[0] + 3 * LANES, sizeof sums[0]);
+    // What `attend_stretch` does, for `count` queries.
+    void attend(const Attention& a, const Stretch& stretch, const TiledKeys& keys, const TiledValues& values,
+                const TilesAhead& keys_ahead, const TilesAhead& values_ahead, const Query<BFloat16>* queries,
+                Index count) {
+        alignas(64) BFloat16 numbers[QUERIES_TOGETHER][MAX_DIM], weights[QUERIES_TOGETHER][SLOTS];
+        alignas(64) float scores[QUERIES_TOGETHER][SLOTS];
+        float shrinks[QUERIES_TOGETHER];
+        for (Index q = 0; q < count; ++q) std::copy_n(queries[q].numbers, a.dim, numbers[q]);
+        shape(count);
+        score(keys, numbers[0], stretch.num_tiles, keys_ahead, scores);
         for (Index q = 0; q < count; ++q) {
-            float* all = queries[q].head->sums + first;
-            const Index width = std::min(PANELS * LANES, values.dim - first);
-#pragma omp simd
-            for (Index i = 0; i < width; ++i) all[i] = all[i] * shrinks[q] + sums[q][i];
+            shrinks[q] = weigh<TiledValues>(a, stretch, queries[q], scores[q]);
+            for (Index k = 0; k < stretch.num_tiles; ++k)
+                store_lanes(load_lanes(scores[q] + k * TILE), weights[q] + k * TILE);
         }
+        add(values, weights, shrinks, stretch.num_tiles, values_ahead, queries, count);
     }
-}
 
-// What `attend_stretch` does, for `count` queries.
-static inline void attend_in_registers(const Attention& a, const Stretch& stretch, const KeyTiles<BFloat16>& keys,
-                                       const ValueTiles<BFloat16>& values, const RowsAhead& keys_ahead,
-                                       const RowsAhead& values_ahead, const Query<BFloat16>* queries, Index count) {
-    alignas(64) BFloat16 numbers[QUERIES_TOGETHER][MAX_DIM], weights[QUERIES_TOGETHER][SLOTS];
-    alignas(64) float scores[QUERIES_TOGETHER][SLOTS];
-    float shrinks[QUERIES_TOGETHER];
-    for (Index q = 0; q < count; ++q)
-        for (Index i = 0; i < a.dim; i += HALF)
-            _mm512_store_si512(&numbers[q][i], load_row(queries[q].numbers + i, a.dim - i));
-    shape_for_rows(count);  // queries or weights are the rows, keys and values the tiles 6 and 7
-    score_in_registers(keys, numbers[0], stretch.num_tiles, keys_ahead, scores);
-    for (Index q = 0; q < count; ++q) {
-        shrinks[q] = weigh(a, stretch, queries[q], scores[q]);
-        for (Index k = 0; k < STRETCH_TILES; ++k) {
-            const Lanes tile = k < stretch.num_tiles ? load_lanes(scores[q] + k * TILE) : Lanes{};
-            store_lanes(tile, weights[q] + k * TILE);
+    // To be called when a piece of work ends.
+    void release() {
+        if (num_shaped_ > 0) release_tiles();
+        num_shaped_ = 0;
+    }
+
+private:
+    static constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
+    static constexpr Index PANELS = 4;                    // of 16 dims, that are summed at once
+
+    // Registers: sums 0 to 3, queries 4, weights of a tile 5, keys 6, values of a tile 7.
+    void shape(Index num_queries) {
+        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int count) {
+            for (int tile : {0, 1, 2, 3, 4}) some.set(tile, count);
+            some.set(5, count, TILE * sizeof(BFloat16));
+            some.set(6, TILE_ROWS);
+            some.set(7, TILE / 2);
+        });
+        if (num_queries != num_shaped_) shape_tiles(shapes[num_shaped_ = num_queries]);
+    }
+
+    // scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM].
+    static void score(const TiledKeys& keys, const BFloat16* queries, Index num_tiles, const TilesAhead& ahead,
+                      float (*scores)[SLOTS]) {
+        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        for (Index i = 0; i < keys.dim; i += HALF) {
+            load_tile<4>(queries + i, MAX_DIM * sizeof(BFloat16));
+            score_tile<0>(keys, i, num_tiles, ahead);
+            score_tile<1>(keys, i, num_tiles, ahead);
+            score_tile<2>(keys, i, num_tiles, ahead);
+            score_tile<3>(keys, i, num_tiles, ahead);
+        }
+        store_tile<0>(scores[0], sizeof scores[0]);
+        store_tile<1>(scores[0] + TILE, sizeof scores[0]);
+        store_tile<2>(scores[0] + 2 * TILE, sizeof scores[0]);
+        store_tile<3>(scores[0] + 3 * TILE, sizeof scores[0]);
+    }
+
+    template <int K>
+    static void score_tile(const TiledKeys& keys, Index i, Index num_tiles, const TilesAhead& ahead) {
+        for (Index turn = 0; turn < 4; ++turn) ahead.prefetch(i / 2 + 4 * K + turn);
+        if (K >= num_tiles) return;
+        load_tile<6>(keys.tiles[K] + i * TILE, 2 * TILE * sizeof(BFloat16));
+        add_pair_products<K, 4, 6>();
+    }
+
+    // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
+    static void add(const TiledValues& values, const BFloat16 (*weights)[SLOTS], const float* shrinks, Index num_tiles,
+                    const TilesAhead& ahead, const Query<BFloat16>* queries, Index count) {
+        for (Index first = 0; first < values.dim; first += PANELS * LANES) {
+            clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+            const Index width = std::min(PANELS * LANES, values.dim - first);
+            for (Index k = 0; k < num_tiles; ++k) {
+                load_tile<5>(weights[0] + k * TILE, sizeof weights[0]);
+                const BFloat16* tile = values.tiles[k] + 2 * first;
+                add_panel<0>(tile, values.dim, width);
+                add_panel<1>(tile, values.dim, width);
+                add_panel<2>(tile, values.dim, width);
+                add_panel<3>(tile, values.dim, width);
+                for (Index line = k * 32 / num_tiles; line < (k + 1) * 32 / num_tiles; ++line)
+                    ahead.prefetch(first / 2 + line);
+            }
+            alignas(64) float sums[QUERIES_TOGETHER][PANELS * LANES];
+            store_tile<0>(sums[0], sizeof sums[0]);
+            store_tile<1>(sums[0] + LANES, sizeof sums[0]);
+            store_tile<2>(sums[0] + 2 * LANES, sizeof sums[0]);
+            store_tile<3>(sums[0] + 3 * LANES, sizeof sums[0]);
+            for (Index q = 0; q < count; ++q) {
+                float* all = queries[q].head->sums + first;
+#pragma omp simd
+                for (Index i = 0; i < width; ++i) all[i] = all[i] * shrinks[q] + sums[q][i];
+            }
         }
     }
-    add_in_registers(values, weights, shrinks, stretch.num_tiles, values_ahead, queries, count);
-    release_tiles();
-}
+
+    template <int P>
+    static void add_panel(const BFloat16* tile, Index dim, Index width) {
+        if (P * LANES >= width) return;
+        load_tile<7>(tile + P * 2 * LANES, 2 * dim * sizeof(BFloat16));
+        add_pair_products<P, 5, 7>();
+    }
+
+    Index num_shaped_ = 0;  // queries
+};
 
 #else
 
-static inline bool have_attention_registers() { return false; }
+class AttentionRegisters {
+public:
+    static bool take(const Attention&) { return false; }
 
-static inline void attend_in_registers(const Attention&, const Stretch&, const KeyTiles<BFloat16>&,
-                                       const ValueTiles<BFloat16>&, const RowsAhead&, const RowsAhead&,
-                                       const Query<BFloat16>*, Index) {}
+    template <typename... Arguments>
+    void attend(const Arguments&...) {}
+
+    void release() {}
+};
 
 #endif

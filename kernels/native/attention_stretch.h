@@ -27,7 +27,7 @@ struct Stretch {
 };
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
-template <typename Number>
+template <typename Values, typename Number>
 static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
     if (a.softcap > 0)
         for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
@@ -48,7 +48,7 @@ static inline float weigh(const Attention& a, const Stretch& stretch, const Quer
         float* tile = scores + k * TILE;
 #pragma omp simd
         for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
-        ValueTiles<Number>::round(tile);
+        Values::round(tile);
         total += load_lanes(tile);
     }
     const float shrink = fast_exp(head.maximum - maximum);

@@ -1,46 +1,45 @@
 // Keys and values of a stretch's tiles, as queries are multiplied with them.
 #pragma once
 
+#include "cache_tiles.h"
 #include "dot.h"
 #include "lanes.h"
 #include "words.h"
 
 #include <algorithm>
 
-constexpr Index MAX_DIM = 256;
-constexpr Index TILE = 16;       // neighbouring slots
 constexpr Index STRETCH_TILES = 4;  // that are weighed together
 
-// The rows of the tiles that come next, asked for while this stretch's are multiplied, a line of each tile at a time.
-struct RowsAhead {
-    const char* rows[STRETCH_TILES];
-    Index stride, lines_per_row;   // in bytes; 64 bytes each
+// The tiles that come next, asked for while this stretch's are multiplied, a line of each tile at a time.
+struct TilesAhead {
+    const char* tiles[STRETCH_TILES];
 
-    void prefetch(Index turn) const {
-        const Index offset = turn / lines_per_row * stride + turn % lines_per_row * 64;
+    void prefetch(Index line) const {
 #pragma GCC unroll 4
-        for (const char* tile : rows) __builtin_prefetch(tile + offset);
+        for (const char* tile : tiles) __builtin_prefetch(tile + line * 64);
     }
 };
 
-// Where the rows of the tiles lie: all that there is to know where they are multiplied as they are.
+// Slots one behind the other: where the rows of the tiles lie.
 template <typename Number>
 struct PlainTiles {
     const Number* rows[STRETCH_TILES];
     Index stride, dim, num_rows[STRETCH_TILES];
 
-    void load(Index k, const Number* first, Index row_stride, Index count, Index width) {
-        rows[k] = first, num_rows[k] = count, stride = row_stride, dim = width;
+    // Tile k of a head; of its slots `count` are there.
+    void set(Index k, const void* cache, Index slot, Index num_heads, Index head, Index count, Index width) {
+        rows[k] = static_cast<const Number*>(cache) + (slot * num_heads + head) * width;
+        num_rows[k] = count, stride = num_heads * width, dim = width;
     }
 };
 
 template <typename Number>
-struct KeyTiles : PlainTiles<Number> {
+struct PlainKeys : PlainTiles<Number> {
     using PlainTiles<Number>::rows, PlainTiles<Number>::stride, PlainTiles<Number>::dim, PlainTiles<Number>::num_rows;
 
     // scores[q][slot] = q . k of the slots that there are.
     template <int QUERIES>
-    void score(const Number* const* queries, Index num_tiles, const RowsAhead&,
+    void score(const Number* const* queries, Index num_tiles, const TilesAhead&,
                float (*scores)[STRETCH_TILES * TILE]) const {
         for (int q = 0; q < QUERIES; ++q)
             for (Index k = 0; k < num_tiles; ++k)
@@ -53,7 +52,7 @@ struct KeyTiles : PlainTiles<Number> {
 };
 
 template <typename Number>
-struct ValueTiles : PlainTiles<Number> {
+struct PlainValues : PlainTiles<Number> {
     using PlainTiles<Number>::rows, PlainTiles<Number>::stride, PlainTiles<Number>::dim, PlainTiles<Number>::num_rows;
 
     // To what `add` multiplies with.
@@ -62,7 +61,7 @@ struct ValueTiles : PlainTiles<Number> {
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
     template <int QUERIES>
     void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles,
-             const RowsAhead&, float* const* sums) const {
+             const TilesAhead&, float* const* sums) const {
         for (int q = 0; q < QUERIES; ++q) {
             Index i = 0;
             for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<4>(weights[q], shrinks[q], num_tiles, sums[q], i);
@@ -94,28 +93,21 @@ struct ValueTiles : PlainTiles<Number> {
 
 #ifdef __AVX512BF16__
 
-// Pairs of dims of 16 slots side by side, so that a query's pair meets them all at once.
-template <>
-struct KeyTiles<BFloat16> {
-    __m512i pairs[STRETCH_TILES][MAX_DIM / 2];
+// Where the tiles of a head lie in a cache of tiles.
+struct TiledHead {
+    const BFloat16* tiles[STRETCH_TILES];
     Index dim;
 
-    // Slots behind num_rows become zeros.
-    void load(Index k, const BFloat16* first, Index stride, Index num_rows, Index width) {
+    void set(Index k, const void* cache, Index slot, Index num_heads, Index head, Index, Index width) {
+        tiles[k] = tile_of_head(static_cast<const BFloat16*>(cache), slot, num_heads, head, width);
         dim = width;
-        for (Index i = 0; i < width; i += HALF) {
-            __m512i rows[TILE];
-#pragma GCC unroll 16
-            for (Index r = 0; r < TILE; ++r)
-                rows[r] = r < num_rows ? load_row(first + r * stride + i, width - i) : _mm512_setzero_si512();
-            transpose(rows);
-#pragma GCC unroll 16
-            for (Index r = 0; r < TILE; ++r) pairs[k][i / 2 + r] = rows[r];
-        }
     }
+};
 
+// A query's pair of dims meets those of 16 slots at once.
+struct TiledKeys : TiledHead {
     template <int QUERIES>
-    void score(const BFloat16* const* queries, Index num_tiles, const RowsAhead& ahead,
+    void score(const BFloat16* const* queries, Index num_tiles, const TilesAhead& ahead,
                float (*scores)[STRETCH_TILES * TILE]) const {
         if (num_tiles == 4) return score_tiles<QUERIES, 4>(queries, ahead, scores);
         if (num_tiles == 3) return score_tiles<QUERIES, 3>(queries, ahead, scores);
@@ -124,13 +116,13 @@ struct KeyTiles<BFloat16> {
     }
 
     template <int QUERIES, int TILES>
-    void score_tiles(const BFloat16* const* queries, const RowsAhead& ahead,
+    void score_tiles(const BFloat16* const* queries, const TilesAhead& ahead,
                      float (*scores)[STRETCH_TILES * TILE]) const {
         __m512 sums[QUERIES][TILES] = {};
         for (Index pair = 0; pair < dim / 2; ++pair) {
             __m512bh keys[TILES];
 #pragma GCC unroll 4
-            for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)pairs[k][pair];
+            for (int k = 0; k < TILES; ++k) keys[k] = (__m512bh)_mm512_loadu_si512(tiles[k] + pair * TILE * 2);
             ahead.prefetch(pair);
 #pragma GCC unroll 4
             for (int q = 0; q < QUERIES; ++q) {
@@ -148,25 +140,9 @@ struct KeyTiles<BFloat16> {
     }
 };
 
-// Pairs of slots of 16 dims side by side, so that a pair of weights meets them all at once.
-template <>
-struct ValueTiles<BFloat16> {
+// A pair of slots' weights meets 16 dims at once.
+struct TiledValues : TiledHead {
     static constexpr Index PAIRS = TILE / 2;
-    __m512i pairs[MAX_DIM / LANES][STRETCH_TILES * PAIRS];
-    Index dim;
-
-    // Slots behind num_rows become zeros.
-    void load(Index k, const BFloat16* first, Index stride, Index num_rows, Index width) {
-        dim = width;
-        for (Index i = 0; i < width; i += HALF)
-            for (Index pair = 0; pair < PAIRS; ++pair) {
-                const auto row = [&](Index slot) {
-                    return load_row(first + slot * stride + i, slot < num_rows ? width - i : 0);
-                };
-                interleave(row(2 * pair), row(2 * pair + 1), &pairs[i / LANES][k * PAIRS + pair],
-                           &pairs[i / LANES + 1][k * PAIRS + pair]);
-            }
-    }
 
     static void round(float* weights) {
         const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(weights));
@@ -175,7 +151,7 @@ struct ValueTiles<BFloat16> {
 
     template <int QUERIES>
     void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles,
-             const RowsAhead& ahead, float* const* sums) const {
+             const TilesAhead& ahead, float* const* sums) const {
         int32_t both[QUERIES][STRETCH_TILES * PAIRS];  // pairs of weights
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
@@ -190,7 +166,7 @@ struct ValueTiles<BFloat16> {
 
     template <int QUERIES, int NUM_LANES>
     void add_lanes(const int32_t (*both)[STRETCH_TILES * PAIRS], const float* shrinks, Index num_tiles,
-                   const RowsAhead& ahead, float* const* sums, Index first) const {
+                   const TilesAhead& ahead, float* const* sums, Index first) const {
         __m512 totals[QUERIES][NUM_LANES];
 #pragma GCC unroll 4
         for (int q = 0; q < QUERIES; ++q)
@@ -200,7 +176,7 @@ struct ValueTiles<BFloat16> {
         for (Index pair = 0; pair < num_tiles * PAIRS; ++pair) {
             __m512bh values[NUM_LANES];
 #pragma GCC unroll 4
-            for (int n = 0; n < NUM_LANES; ++n) values[n] = (__m512bh)pairs[first / LANES + n][pair];
+            for (int n = 0; n < NUM_LANES; ++n) values[n] = (__m512bh)load_values(pair, first + n * LANES);
             if constexpr (NUM_LANES == 4) ahead.prefetch(first / 2 + pair);
 #pragma GCC unroll 4
             for (int q = 0; q < QUERIES; ++q) {
@@ -217,10 +193,15 @@ struct ValueTiles<BFloat16> {
             for (int n = 0; n < NUM_LANES; ++n) _mm512_storeu_ps(sums[q] + first + n * LANES, totals[q][n]);
     }
 
+    // A pair of slots' values of 16 dims, zeros behind the last one.
+    __m512i load_values(Index pair, Index first) const {
+        return load_row(tiles[pair / PAIRS] + (pair % PAIRS * dim + first) * 2, 2 * (dim - first));
+    }
+
     // The last dims, fewer than 16.
     template <int QUERIES>
     void add_rest(const int32_t (*both)[STRETCH_TILES * PAIRS], const float* shrinks, Index num_tiles,
-                  const RowsAhead& ahead, float* const* sums, Index first) const {
+                  const TilesAhead& ahead, float* const* sums, Index first) const {
         float rest[QUERIES][LANES] = {}, *places[QUERIES];
         for (int q = 0; q < QUERIES; ++q) {
             std::copy(sums[q] + first, sums[q] + dim, rest[q]);

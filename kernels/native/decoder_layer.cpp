@@ -33,7 +33,7 @@ struct DecoderLayer {
     Norm input_norm, inner_norm, query_norm, key_norm;
     void* keys;  // of the cache, [num_slots, num_kv_heads, dim]
     void* values;
-    Index dim, window;
+    Index dim, is_tiled, window;
     float scale;
 };
 
@@ -83,6 +83,7 @@ static void attend_all(const DecoderLayer& layer, const Step& step, const Number
         attention.num_heads = num_heads;
         attention.num_kv_heads = num_kv_heads;
         attention.dim = attention.value_dim = layer.dim;
+        attention.is_tiled = layer.is_tiled;
         attention.window = layer.window;
         attention.scale = layer.scale;
         attention.softcap = 0;
@@ -109,7 +110,7 @@ static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x
     if (layer.query_norm.weight) normalize(layer.query_norm, query, query, n * num_heads, layer.dim);
     if (layer.key_norm.weight) normalize(layer.key_norm, key, key, n * num_kv_heads, layer.dim);
     rotate_and_store<Number>({query, key, value, step.cos, step.sin, layer.keys, layer.values, step.slots, n, num_heads,
-                              num_kv_heads, layer.dim});
+                              num_kv_heads, layer.dim, layer.is_tiled});
     attend_all(layer, step, query, num_heads, num_kv_heads, attended);
     project(layer.output, step, attended, query_width, &x, true);
 

@@ -2,7 +2,11 @@
 
 #include "pointwise.h"
 
+#include "cache_tiles.h"
 #include "threads.h"
+
+#include <type_traits>
+#include <vector>
 
 template <typename Number>
 static inline void norm_row(const Number* x, const Number* weight, Number* y, Index width, float epsilon) {
@@ -54,6 +58,17 @@ static inline void rotate(const Number* from, Number* to, Index num_heads, Index
     }
 }
 
+// Turns the keys of a token, and writes them and its values to their slot in tiles of the cache.
+static inline void store_turned(const Heads& heads, Index token, const BFloat16* key, const BFloat16* value,
+                                const BFloat16* cos, const BFloat16* sin) {
+    static thread_local std::vector<BFloat16> turned;
+    turned.resize(heads.num_kv_heads * heads.dim);
+    rotate(key, turned.data(), heads.num_kv_heads, heads.dim, cos, sin);
+    const CacheTiles tiles{static_cast<BFloat16*>(heads.keys), static_cast<BFloat16*>(heads.values), heads.num_kv_heads,
+                           heads.dim, heads.dim};
+    tiles.store(heads.slots[token], num_to_clear(heads.slots, heads.num_tokens, token), turned.data(), value);
+}
+
 // Turns queries and keys to their positions, and writes keys and values to their slots of the cache.
 template <typename Number>
 void rotate_and_store(const Heads& heads) {
@@ -64,8 +79,10 @@ void rotate_and_store(const Heads& heads) {
         Number* query = static_cast<Number*>(heads.query) + token * heads.num_heads * heads.dim;
         const Number* key = static_cast<const Number*>(heads.key) + token * width;
         const Number* value = static_cast<const Number*>(heads.value) + token * width;
-        const Index slot = heads.slots[token] * width;
         rotate(query, query, heads.num_heads, heads.dim, cos, sin);
+        if constexpr (std::is_same_v<Number, BFloat16>)
+            if (heads.is_tiled) return store_turned(heads, token, key, value, cos, sin);
+        const Index slot = heads.slots[token] * width;
         rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, cos, sin);
         std::memcpy(static_cast<Number*>(heads.values) + slot, value, width * sizeof(Number));
     };

@@ -9,10 +9,11 @@ struct Heads {
     const void* value;  // [num_tokens, num_kv_heads * dim]
     const void* cos;    // [num_tokens, dim]
     const void* sin;    // [num_tokens, dim]
-    void* keys;         // the cache, [num_slots, num_kv_heads, dim]
+    void* keys;         // the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
     const Index* slots;  // [num_tokens]
     Index num_tokens, num_heads, num_kv_heads, dim;
+    Index is_tiled;  // the cache, see cache_tiles.h
 };
 
 template <typename Number>

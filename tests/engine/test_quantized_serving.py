@@ -63,8 +63,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 TOLERANCE = 2e-4  # of log-probabilities in float32, as on an unquantized base
 LARGEST_STEP = 0.1  # inputs in 8 bits: what a last digit that decides a rounding moves here and there
-# In bfloat16 each product rounds to 8 bits; by how much that moves a log-probability, on the whole and at worst.
-BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.02, 0.2
+# In bfloat16 each product rounds to 8 bits; by how much that moves a log-probability: as much as in PEFT, and at worst.
+BFLOAT16_OF_PEFT, BFLOAT16_LARGEST = 1.1, 0.2
 EVERYTHING = OutputOptions(logprobs=VOCAB, prompt_logprobs=VOCAB)
 
 _LLAMA: dict[str, dict[str, object]] = {
@@ -109,17 +109,25 @@ def peft_logprobs(model: torch.nn.Module, token_ids: tuple[int, ...]) -> Tensor:
 
 def errors(outcome: Outcome, model: torch.nn.Module, prompt: tuple[int, ...]) -> Tensor:
     """How far the server is from `model`, for every chosen token of prompt and continuation and its alternatives."""
-    token_ids = (*prompt, *outcome.tokens)
-    expected = peft_logprobs(model, token_ids)
-    reported = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
-    assert len(reported) == len(token_ids) - 1
-    return torch.tensor(
-        [
-            abs(entry.logprob - float(expected[position, entry.token_id]))
-            for position, row in enumerate(reported)
-            for entry in (row.chosen, *row.top)
-        ]
-    )
+    expected = peft_logprobs(model, (*prompt, *outcome.tokens))
+    found = reported(outcome, prompt)
+    return torch.tensor([abs(logprob - float(expected[place])) for place, logprob in found])
+
+
+def reported(outcome: Outcome, prompt: tuple[int, ...]) -> list[tuple[tuple[int, int], float]]:
+    """Position and token id, and the log-probability, of all that the server reported."""
+    rows = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
+    assert len(rows) == len(prompt) + len(outcome.tokens) - 1
+    entries = ((position, entry) for position, row in enumerate(rows) for entry in (row.chosen, *row.top))
+    return [((position, entry.token_id), entry.logprob) for position, entry in entries]
+
+
+def _distances(
+    outcome: Outcome, one: torch.nn.Module, other: torch.nn.Module, prompt: tuple[int, ...]
+) -> Tensor:
+    """How far two models are from one another for the same tokens."""
+    some, others = (peft_logprobs(model, (*prompt, *outcome.tokens)) for model in (one, other))
+    return torch.stack([(some[place] - others[place]).abs() for place, _ in reported(outcome, prompt)])
 
 
 @pytest.mark.parametrize("bits", ["nf4", *BITS])
@@ -150,6 +158,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def trained_by_peft(trained: Path, quantize: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The adapter on either base, by PEFT."""
+    if quantize == "nf4":
+        model = nf4_model(EMBEDDED_MODEL, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=dtype).eval()
+    with quiet_peft():
+        return PeftModel.from_pretrained(model, str(trained / "q")).eval()
+
+
 @pytest.mark.parametrize(
     ("quantize", "dtype"),
     [("nf4", "float32"), ("nf4", "bfloat16"), ("none", "bfloat16"), ("none", "float32")],
@@ -157,26 +175,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_adapter_trained_over_nf4_serves_on_either_base(
     trained: Path, quantize: str, dtype: str
 ) -> None:
-    """With PEFT on the same base in the same type as the oracle."""
-    torch_dtype = getattr(torch, dtype)
-    if quantize == "nf4":
-        model = nf4_model(EMBEDDED_MODEL, torch_dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch_dtype).eval()
-    with quiet_peft():
-        oracle = PeftModel.from_pretrained(model, str(trained / "q")).eval()
+    """With PEFT on the same base as the oracle; in bfloat16 the server is as near to it as PEFT in that type."""
+    exact = trained_by_peft(trained, quantize, torch.float32)
     options = {"quantize": quantize, "dtype": dtype, "model_name": "fusionserve-tiny"}
-    prompt = (70, 71, 72, 222, 900, 1200, 17, 5)
+    output = OutputOptions(logprobs=5, prompt_logprobs=5)
+    prompts = [make_prompt(seed, 16) for seed in range(6)]
     async with running_engine(EMBEDDED_MODEL, trained, **options) as engine:
-        output = OutputOptions(logprobs=5, prompt_logprobs=5)
-        outcome = await collect(engine, make_params("one", lora("q"), prompt, output=output))
+        outcomes = [
+            await collect(engine, make_params(str(seed), lora("q"), prompt, output=output))
+            for seed, prompt in enumerate(prompts)
+        ]
         assert (engine.model_info().quantization, engine.model_info().dtype) == (quantize, dtype)
-    found = errors(outcome, oracle, prompt)
+    found = torch.cat([errors(o, exact, p) for o, p in zip(outcomes, prompts, strict=True)])
     if dtype == "float32":
         assert float(found.max()) < TOLERANCE
-    else:
-        assert float(found.mean()) < BFLOAT16_MEAN
-        assert float(found.max()) < BFLOAT16_LARGEST
+        return
+    rounded = trained_by_peft(trained, quantize, torch.bfloat16)
+    usual = torch.cat([_distances(o, rounded, exact, p) for o, p in zip(outcomes, prompts, strict=True)])
+    assert float(found.mean()) < BFLOAT16_OF_PEFT * float(usual.mean())
+    assert float(found.max()) < BFLOAT16_LARGEST
 
 
 @pytest.fixture(params=["nf4", *BITS])

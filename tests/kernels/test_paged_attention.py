@@ -7,6 +7,7 @@ import torch
 from paged_sequences import make_sequences
 from torch import Tensor
 
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
     causal_mask,
@@ -131,7 +132,7 @@ def test_batch_equals_reference(
     keys = torch.randn(num_slots, num_kv_heads, dim, generator=generator).to(dtype)
     values = torch.randn(num_slots, num_kv_heads, value_dim, generator=generator).to(dtype)
     query = torch.randn(sequences[-1].end, num_heads, dim, generator=generator).to(dtype) * dim**-0.25
-    output = PagedBatch(sequences, block_size, CPU).attend(query, keys, values, options)
+    output = PagedBatch(sequences, block_size, CPU).attend(query, LayerCache(keys, values), options)
     for sequence in sequences:
         slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, CPU)
         here = slice(sequence.start, sequence.end)
@@ -155,7 +156,9 @@ def test_slots_never_written_are_not_read_into_the_sum() -> None:
     keys, values = torch.randn(48, 2, 64), torch.randn(48, 2, 64)
     for unwritten in (slice(3, 16), slice(36, 48)):
         keys[unwritten] = values[unwritten] = float("nan")
-    output = PagedBatch(sequences, 16, CPU).attend(torch.randn(2, 4, 64), keys, values, OPTIONS["plain"])
+    output = PagedBatch(sequences, 16, CPU).attend(
+        torch.randn(2, 4, 64), LayerCache(keys, values), OPTIONS["plain"]
+    )
     assert output.isfinite().all()
 
 
@@ -163,14 +166,14 @@ def test_slots_never_written_are_not_read_into_the_sum() -> None:
 def test_token_gets_the_same_bits_however_its_prompt_is_cut(dtype: torch.dtype) -> None:
     blocks = [3, 0, 5, 1]
     keys, values = (torch.randn(96, 2, 64).to(dtype) for _ in range(2))
-    query = torch.randn(60, 6, 64).to(dtype)
+    cache, query = LayerCache(keys, values), torch.randn(60, 6, 64).to(dtype)
 
     def attend(*cuts: int) -> Tensor:
         ends = [*cuts, 60]
         rows = []
         for start, end in zip([0, *cuts], ends, strict=True):
             batch = PagedBatch([PackedSequence(0, end - start, start, blocks)], 16, CPU)
-            rows.append(batch.attend(query[start:end].contiguous(), keys, values, OPTIONS["plain"]))
+            rows.append(batch.attend(query[start:end].contiguous(), cache, OPTIONS["plain"]))
         return torch.cat(rows)
 
     assert torch.equal(attend(), attend(1, 2, 17, 40))

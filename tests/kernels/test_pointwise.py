@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.pointwise import (
     Rotation,
@@ -72,7 +73,7 @@ def test_rotate_and_store(num_tokens: int, dtype: torch.dtype) -> None:
     keys, values = torch.zeros(64, 2, 32, dtype=dtype), torch.zeros(64, 2, 32, dtype=dtype)
     wide = Rotation(rotation.cos.float(), rotation.sin.float(), slots)
     expected_query, expected_key = (rotated(heads.float(), wide).to(dtype) for heads in (query, key))
-    turned = rotate_and_store(query.clone(), key, value, keys, values, rotation)
+    turned = rotate_and_store(query.clone(), key, value, LayerCache(keys, values), rotation)
     torch.testing.assert_close(turned, expected_query)
     torch.testing.assert_close(keys[slots], expected_key)
     assert torch.equal(values[slots], value)
