@@ -122,7 +122,7 @@ class LinearProduct:
             assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
             assert module.bias is None or module.bias.dtype == x.dtype
             part.y, part.add = y.data_ptr(), add
-        native(ctypes.byref(Tokens.of(x)), self.parts, c_int64(len(self.parts)))
+        native(ctypes.byref(Tokens.of(x)), self.parts, c_int64(len(self.parts)), c_void_p())
 
 
 def _to_part(module: PanelLinear) -> NativePart:

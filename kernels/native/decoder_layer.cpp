@@ -10,7 +10,7 @@
 
 #include <vector>
 
-using Product = void (*)(const Tokens*, const LinearPart*, Index);
+using Product = void (*)(const Tokens*, const LinearPart*, Index, const AfterColumns*);
 
 constexpr Index MOST_PARTS = 3;
 
@@ -49,6 +49,17 @@ struct Step {
     Index num_segments;
 };
 
+// Outputs of a group, and what adapters add to them.
+struct Adapted {
+    WeighedRows rows;
+    void* const* outputs;
+
+    static void add(const void* adapted, Index part, Index column, Index count) {
+        const auto& [rows, outputs] = *static_cast<const Adapted*>(adapted);
+        rows.expand(rows, part, outputs[part], column, count);
+    }
+};
+
 template <typename Number>
 static void project(const Projections& modules, const Step& step, const Number* x, Index d_in, Number* const* outputs,
                     bool add) {
@@ -60,9 +71,12 @@ static void project(const Projections& modules, const Step& step, const Number* 
         parts[p].add = add;
         parts[p].y = places[p] = outputs[p];
     }
-    modules.product(&tokens, parts, modules.num_parts);
-    add_low_rank<Number>(tokens, places,
-                         {modules.additions, modules.num_additions, step.segments, step.num_segments});
+    if (step.num_segments == 0 || modules.num_additions == 0)
+        return modules.product(&tokens, parts, modules.num_parts, nullptr);
+    const Additions additions{modules.additions, modules.num_additions, step.segments, step.num_segments};
+    const Adapted adapted{weigh_rows<Number>(tokens, additions), places};
+    const AfterColumns after{Adapted::add, &adapted};
+    modules.product(&tokens, parts, modules.num_parts, &after);
 }
 
 template <typename Number>

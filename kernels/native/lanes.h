@@ -18,12 +18,17 @@ static inline Lanes load_lanes(const float* numbers) {
 }
 
 static inline Lanes load_lanes(const BFloat16* numbers) {
+#ifdef __AVX512F__  // compilers widen halves of the register one by one
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+    return (Lanes)_mm512_slli_epi32(words, 16);
+#else
     typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
     typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
     Halves halves;
     std::memcpy(&halves, numbers, sizeof halves);
     const Words words = __builtin_convertvector(halves, Words) << 16;
     return (Lanes)words;
+#endif
 }
 
 static inline void store_lanes(Lanes lanes, float* numbers) { std::memcpy(numbers, &lanes, sizeof lanes); }

@@ -17,18 +17,19 @@ using VectorProduct = WideningProduct;
 
 extern "C" int has_packed_linear() { return 1; }
 
-extern "C" void packed_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
+extern "C" void packed_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts,
+                                   const AfterColumns* after) {
 #ifdef HAS_TILE_REGISTERS
-    if (TileProduct::takes(*tokens)) return multiply(TileProduct(*tokens), parts, num_parts);
+    if (TileProduct::takes(*tokens)) return multiply(TileProduct(*tokens), parts, num_parts, after);
 #endif
-    multiply(VectorProduct(*tokens), parts, num_parts);
+    multiply(VectorProduct(*tokens), parts, num_parts, after);
 }
 
 #else
 
 extern "C" int has_packed_linear() { return 0; }
 
-extern "C" void packed_linear_bf16(const Tokens*, const LinearPart*, Index) {}
+extern "C" void packed_linear_bf16(const Tokens*, const LinearPart*, Index, const AfterColumns*) {}
 
 #endif
 

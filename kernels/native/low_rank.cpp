@@ -63,41 +63,43 @@ static void shrink_segment(const Rows& rank_rows, const LowRankPart& part, const
                              rectangle(segment.num_tokens, segment.num_rows, number), weigh);
 }
 
-static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }
+// Numbers that one part's weighed rows take.
+template <typename Rows>
+static Index weighted_size(const Additions& additions) {
+    Index size = 0;
+    for (Index s = 0; s < additions.num_segments; ++s) size += Rows::weighted_size(additions.segments[s]);
+    return size;
+}
 
+// The rows of an addition's parts, one behind the other.
 template <typename Number, typename Rows>
-static void add_parts(const Rows& rank_rows, void* const* outputs, const Addition& addition, const Segment* segments,
-                      Index num_segments) {
-    const LowRankPart* parts = addition.parts;
-    Index num_weighted = 0, shrinks = 0, expands = 0;
-    for (Index s = 0; s < num_segments; ++s) {
-        num_weighted += Rows::weighted_size(segments[s]);
-        shrinks += num_rectangles(segments[s].num_tokens, segments[s].num_rows);
-    }
-    for (Index p = 0; p < addition.num_parts; ++p) expands += num_column_blocks(parts[p]);
-    static thread_local std::vector<float> workspace;  // of the calling thread, used by all
-    workspace.resize(std::max<size_t>(workspace.size(), addition.num_parts * num_weighted));
-    float* const all_weighted = workspace.data();
+static void shrink_parts(const Rows& rank_rows, const Addition& addition, const Additions& additions, float* all_weighted) {
+    const Index size = weighted_size<Rows>(additions);
+    Index shrinks = 0;
+    for (Index s = 0; s < additions.num_segments; ++s)
+        shrinks += num_rectangles(additions.segments[s].num_tokens, additions.segments[s].num_rows);
     parallel(shrinks * addition.num_parts, [&](Index item) {
         const Index p = item / shrinks;
         Index number = item % shrinks;
-        float* weighted = all_weighted + p * num_weighted;
-        const Segment* segment = segments;
+        float* weighted = all_weighted + p * size;
+        const Segment* segment = additions.segments;
         for (Index count; number >= (count = num_rectangles(segment->num_tokens, segment->num_rows)); ++segment) {
             number -= count;
             weighted += Rows::weighted_size(*segment);
         }
-        shrink_segment<Number>(rank_rows, parts[p], *segment, number, weighted);
+        shrink_segment<Number>(rank_rows, addition.parts[p], *segment, number, weighted);
     });
-    parallel(expands, [&](Index block) {
-        Index p = 0;
-        while (block >= num_column_blocks(parts[p])) block -= num_column_blocks(parts[p++]);
-        const float* weighted = all_weighted + p * num_weighted;
-        for (const Segment* segment = segments; segment < segments + num_segments; ++segment) {
-            Rows::expand(parts[p], outputs[parts[p].place], *segment, block * COLUMN_BLOCK, weighted);
-            weighted += Rows::weighted_size(*segment);
-        }
-    });
+}
+
+template <typename Rows>
+static void expand_part(const WeighedRows& rows, Index place, void* output, Index column, Index count) {
+    const Additions& all = rows.additions;
+    const float* weighted = rows.weighted;
+    for (Index i = 0; i < all.num_additions; ++i)
+        for (Index p = 0; p < all.additions[i].num_parts; ++p)
+            for (Index s = 0; s < all.num_segments; weighted += Rows::weighted_size(all.segments[s++]))
+                if (all.additions[i].parts[p].place == place)
+                    Rows::expand(all.additions[i].parts[p], output, all.segments[s], column, count, weighted);
 }
 
 // Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
@@ -148,27 +150,54 @@ static void attend_members(const Rows& rank_rows, const FusionAttention& fusion)
 }
 
 template <typename Number, typename Rows>
-static void add_all(const Tokens& tokens, void* const* outputs, const Additions& additions) {
-    if (additions.num_segments == 0) return;
+static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
+    static thread_local std::vector<float> workspace;  // of the calling thread, used by all
+    const Index size = weighted_size<Rows>(additions);
+    Index num_parts = 0;
+    for (Index i = 0; i < additions.num_additions; ++i) num_parts += additions.additions[i].num_parts;
+    workspace.resize(std::max<size_t>(workspace.size(), num_parts * size));
     const Rows rank_rows(tokens);
+    float* weighted = workspace.data();
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
         for (Index f = 0; f < addition.num_attentions; ++f) attend_members<Number>(rank_rows, addition.attentions[f]);
-        add_parts<Number>(rank_rows, outputs, addition, additions.segments, additions.num_segments);
+        shrink_parts<Number>(rank_rows, addition, additions, weighted);
+        weighted += addition.num_parts * size;
     }
+    return {additions, workspace.data(), expand_part<Rows>};
 }
 
 template <>
-void add_low_rank<float>(const Tokens& tokens, void* const* outputs, const Additions& additions) {
-    add_all<float, RankRows<float>>(tokens, outputs, additions);
+WeighedRows weigh_rows<float>(const Tokens& tokens, const Additions& additions) {
+    return weigh_all<float, RankRows<float>>(tokens, additions);
 }
 
 template <>
-void add_low_rank<BFloat16>(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+WeighedRows weigh_rows<BFloat16>(const Tokens& tokens, const Additions& additions) {
 #ifdef HAS_TILE_REGISTERS
-    if (RankTiles::takes(tokens)) return add_all<BFloat16, RankTiles>(tokens, outputs, additions);
+    if (RankTiles::takes(tokens)) return weigh_all<BFloat16, RankTiles>(tokens, additions);
 #endif
-    add_all<BFloat16, RankRows<BFloat16>>(tokens, outputs, additions);
+    return weigh_all<BFloat16, RankRows<BFloat16>>(tokens, additions);
+}
+
+static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }
+
+// To outputs that are all there.
+template <typename Number>
+static void add_low_rank(const Tokens& tokens, void* const* outputs, const Additions& additions) {
+    if (additions.num_segments == 0) return;
+    const WeighedRows rows = weigh_rows<Number>(tokens, additions);
+    for (Index i = 0; i < additions.num_additions; ++i) {
+        const Addition& addition = additions.additions[i];
+        Index num_blocks = 0;
+        for (Index p = 0; p < addition.num_parts; ++p) num_blocks += num_column_blocks(addition.parts[p]);
+        parallel(num_blocks, [&](Index block) {
+            const LowRankPart* part = addition.parts;
+            while (block >= num_column_blocks(*part)) block -= num_column_blocks(*part++);
+            const Index column = block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, part->d_out - column);
+            rows.expand(rows, part->place, outputs[part->place], column, count);
+        });
+    }
 }
 
 extern "C" {

@@ -49,6 +49,14 @@ struct Additions {
     Index num_segments;
 };
 
-// outputs[place] += c (A x + a) B, [num_tokens, d_out] each.
+// What tokens weigh the rank rows of a group's additions with, c (A x + a); the calling thread keeps it until it makes the
+// next. What they add to an output, times B, follows column by column, as soon as the output is there.
+struct WeighedRows {
+    Additions additions;
+    const float* weighted;  // of each addition's parts, each segment's
+    // Adds columns [column, + count) to the output at `place`, [num_tokens, d_out].
+    void (*expand)(const WeighedRows& rows, Index place, void* output, Index column, Index count);
+};
+
 template <typename Number>
-void add_low_rank(const Tokens& tokens, void* const* outputs, const Additions& additions);
+WeighedRows weigh_rows(const Tokens& tokens, const Additions& additions);

@@ -61,25 +61,34 @@ static inline void finish(Lanes sums, const LinearPart& part, Index token, Index
     store_lanes(sums, y);
 }
 
+// What is done to columns [column, + count) of a part as soon as they are there, by the thread that has computed them.
+struct AfterColumns {
+    void (*run)(const void* context, Index part, Index column, Index count);
+    const void* context;
+};
+
 // Computes the parts in tiles of Product::TILE_PANELS panels, or what is left of them, with
-// product.panels(part, first, count).
+// product.panels(part, first, count). `after` may be null.
 template <typename Product>
-static void multiply(const Product& product, const LinearPart* parts, Index num_parts) {
+static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
     if (product.num_tokens == 0) return;
     constexpr Index WIDTH = Product::TILE_PANELS;
-    const auto num_tiles = [](const LinearPart& part) { return (part.d_out / PANEL + WIDTH - 1) / WIDTH; };
+    const auto num_tiles = [&](Index p) { return (parts[p].d_out / PANEL + WIDTH - 1) / WIDTH; };
     Index total = 0;
-    for (Index p = 0; p < num_parts; ++p) total += num_tiles(parts[p]);
-    const auto one_tile = [&](Index index) {
-        const LinearPart* part = parts;
-        while (index >= num_tiles(*part)) index -= num_tiles(*part++);
-        const Index first = index * WIDTH;
-        product.panels(*part, first, std::min(part->d_out / PANEL - first, WIDTH));
+    for (Index p = 0; p < num_parts; ++p) total += num_tiles(p);
+    const auto some_tiles = [&](Index p, Index begin, Index end) {
+        const Index last_panel = std::min(parts[p].d_out / PANEL, end * WIDTH);
+        for (Index first = begin * WIDTH; first < last_panel; first += WIDTH)
+            product.panels(parts[p], first, std::min(last_panel - first, WIDTH));
+        if (after) after->run(after->context, p, begin * WIDTH * PANEL, (last_panel - begin * WIDTH) * PANEL);
     };
-    // Neighbouring tiles in a row, because their weights lie in a row.
-    const Index in_a_row = std::clamp<Index>(total / (4 * num_threads()), 1, MOST_IN_A_ROW);
+    // Neighbouring tiles in a row, because their weights lie in a row; the longer, the more is to be done after.
+    const Index rows_per_thread = after ? 2 : 4;
+    const Index in_a_row = std::clamp<Index>(total / (rows_per_thread * num_threads()), 1, MOST_IN_A_ROW);
     parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
-        for (Index tile = row * in_a_row; tile < std::min(total, (row + 1) * in_a_row); ++tile) one_tile(tile);
+        Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
+        for (Index p = 0; p < num_parts && end > 0; begin -= num_tiles(p), end -= num_tiles(p), ++p)
+            if (begin < num_tiles(p)) some_tiles(p, std::max<Index>(begin, 0), std::min(end, num_tiles(p)));
     });
 }
 

@@ -149,11 +149,11 @@ struct ByteProduct {
 };
 
 template <int BITS, typename Number>
-static void quantized_linear(const Tokens& tokens, const LinearPart* parts, Index num_parts) {
+static void quantized_linear(const Tokens& tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
     static thread_local QuantizedTokens quantized;  // kept: a step has hundreds of products
     QuantizedTokens& here = quantized;
     quantize<Number>(tokens, here);
-    multiply(ByteProduct<BITS, Number>{here, tokens.num_tokens, tokens.d_in}, parts, num_parts);
+    multiply(ByteProduct<BITS, Number>{here, tokens.num_tokens, tokens.d_in}, parts, num_parts, after);
 }
 
 extern "C" int has_quantized_linear() { return 1; }
@@ -161,23 +161,23 @@ extern "C" int has_quantized_linear() { return 1; }
 #else
 
 template <int BITS, typename Number>
-static void quantized_linear(const Tokens&, const LinearPart*, Index) {}
+static void quantized_linear(const Tokens&, const LinearPart*, Index, const AfterColumns*) {}
 
 extern "C" int has_quantized_linear() { return 0; }
 
 #endif
 
 extern "C" {
-void int8_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
-    quantized_linear<8, float>(*tokens, parts, num_parts);
+void int8_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+    quantized_linear<8, float>(*tokens, parts, num_parts, after);
 }
-void int8_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
-    quantized_linear<8, BFloat16>(*tokens, parts, num_parts);
+void int8_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+    quantized_linear<8, BFloat16>(*tokens, parts, num_parts, after);
 }
-void int4_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
-    quantized_linear<4, float>(*tokens, parts, num_parts);
+void int4_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+    quantized_linear<4, float>(*tokens, parts, num_parts, after);
 }
-void int4_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts) {
-    quantized_linear<4, BFloat16>(*tokens, parts, num_parts);
+void int4_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+    quantized_linear<4, BFloat16>(*tokens, parts, num_parts, after);
 }
 }

@@ -9,7 +9,7 @@
 
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
 constexpr Index TOKEN_BLOCK = 16;    // tokens that meet them in one piece of work
-constexpr Index COLUMN_BLOCK = 128;  // outputs that are one piece of work
+constexpr Index COLUMN_BLOCK = 256;  // outputs that are one piece of work
 constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
 
 // What a block of rank rows makes of a block of tokens.
@@ -92,10 +92,11 @@ public:
         std::copy(products, products + count, weighted + token * segment.num_rows + row);
     }
 
-    // Columns [column, + COLUMN_BLOCK) of the part, or what is left of them, for a segment's tokens.
-    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, const float* weighted) {
+    // Columns [column, + count) of the part for a segment's tokens.
+    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, Index count,
+                       const float* weighted) {
         const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
-        const Index count = std::min(COLUMN_BLOCK, part.d_out - column), num_rows = segment.num_rows;
+        const Index num_rows = segment.num_rows;
         Number* y = static_cast<Number*>(output) + segment.token_start * part.d_out + column;
         const auto some = [&](auto tokens, Index token) {
             expand_tokens<decltype(tokens)::value>(weighted + token * num_rows, num_rows, rows, part.d_out,

@@ -75,9 +75,10 @@ public:
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(there));
     }
 
-    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, const float* products) {
+    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, Index count,
+                       const float* products) {
         const auto* weighted = reinterpret_cast<const BFloat16*>(products);
-        const Index end = std::min(column + COLUMN_BLOCK, part.d_out), rest = column + (end - column) / PANEL * PANEL;
+        const Index end = column + count, rest = column + (end - column) / PANEL * PANEL;
         if (segment.num_tokens <= FEW_TOKENS) {
             expand_few(part, output, segment, column, rest, weighted);
         } else {
