@@ -114,10 +114,29 @@ private:
             if constexpr (BLOCKS == 2 && PANELS == 2) add_pair_products<3, 5, 7>();
         }
         const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
-        store<0, 2>(part, token, num_upper, first);
-        if constexpr (PANELS == 2) store<1, 2>(part, token, num_upper, first + 1);
-        if constexpr (BLOCKS == 2) store<2, 4>(part, token + TILE_ROWS, num_lower, first);
-        if constexpr (BLOCKS == 2 && PANELS == 2) store<3, 4>(part, token + TILE_ROWS, num_lower, first + 1);
+        if constexpr (PANELS == 2) {
+            store_two<0, 1>(part, token, num_upper, first);
+            if constexpr (BLOCKS == 2) store_two<2, 3>(part, token + TILE_ROWS, num_lower, first);
+        } else {
+            store<0, 2>(part, token, num_upper, first);
+            if constexpr (BLOCKS == 2) store<2, 4>(part, token + TILE_ROWS, num_lower, first);
+        }
+    }
+
+    // What `finish` does for two panels, so that rows are stored in whole lines.
+    template <int LEFT, int RIGHT>
+    static void store_two(const LinearPart& part, Index token, Index num, Index panel) {
+        alignas(64) float left[TILE_ROWS][PANEL], right[TILE_ROWS][PANEL];
+        store_tile<LEFT>(left, sizeof left[0]);
+        store_tile<RIGHT>(right, sizeof right[0]);
+        const auto* bias = static_cast<const BFloat16*>(part.bias);
+        BFloat16* y = static_cast<BFloat16*>(part.y) + token * part.d_out + panel * PANEL;
+        for (Index t = 0; t < num; ++t, y += part.d_out) {
+            Lanes a = load_lanes(left[t]), b = load_lanes(right[t]);
+            if (bias) a += load_lanes(bias + panel * PANEL), b += load_lanes(bias + (panel + 1) * PANEL);
+            if (part.add) a += load_lanes(y), b += load_lanes(y + PANEL);
+            _mm512_storeu_si512(y, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+        }
     }
 
     template <int TILE, int TILES>
