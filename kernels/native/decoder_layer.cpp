@@ -31,7 +31,7 @@ struct Norm {
 struct DecoderLayer {
     Projections queries_keys_values, output, gate_and_up, down;
     Norm input_norm, inner_norm, query_norm, key_norm;
-    void* keys;  // of the cache, [num_slots, num_kv_heads, dim]
+    void* keys;  // of the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
     Index dim, is_tiled, window;
     float scale;
