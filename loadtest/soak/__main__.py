@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_requests=arguments.requests,
         kinds=tuple(arguments.hostile or KINDS),
         seed=arguments.seed,
+        dtype=arguments.dtype,
     )
     with tempfile.TemporaryDirectory() as folder:
         adapters = copy_adapters(Path(folder))
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=80, help="distinct ones")
     parser.add_argument("--hostile", nargs="*", choices=list(KINDS), help="kinds of clients; default: all")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for what it writes")
     return parser
 

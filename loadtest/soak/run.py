@@ -34,7 +34,6 @@ from fusionserve.loadtest.soak.verdict import EXIT_CODE, LOG_ERROR
 from fusionserve.loadtest.soak.visitors import visit
 
 _FLAGS: Flags = {
-    "--dtype": "float32",
     "--log-level": "warning",
     "--adapter-pool-ranks": 320,  # the fusion fits beside little else
     "--adapter-host-size": "12MiB",  # of some 16 for all adapters; the fusion keeps 8
@@ -56,13 +55,14 @@ class SoakPlan:
     num_requests: int  # distinct ones
     kinds: tuple[str, ...]  # of hostile clients
     seed: int
+    dtype: str  # what the server computes in
 
 
 def soak(plan: SoakPlan, adapters: Path, log: Path) -> tuple[Samples, Sample, Sample, SoakRecord]:
     """The samples, what was held before and at rest, and what happened. What the server logs is in `log`."""
     with (
         log.open("w", encoding="utf-8") as file,
-        server_process({**_FLAGS, "--adapter-dir": adapters}, file) as server,
+        server_process({**_FLAGS, "--dtype": plan.dtype, "--adapter-dir": adapters}, file) as server,
     ):
         target = Target(grpc=server.grpc, metrics=server.metrics)
         outcome = asyncio.run(_soak(plan, target, psutil.Process(server.process.pid)))
