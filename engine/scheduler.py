@@ -136,8 +136,8 @@ class Scheduler:
         return ScheduledBatch(chunks, self.ledger.take_changes())
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
-        """Learns from how long a step took; one that copied adapters says nothing about the next."""
-        if not batch.pool_changes:
+        """Learns from how long a step took; an empty one, or one that copied adapters, says nothing about the next."""
+        if batch.chunks and not batch.pool_changes:
             self._pace.observe(batch.num_prompt_tokens, seconds)
 
     def advance(self, chunk: ScheduledChunk) -> None:

@@ -42,6 +42,7 @@ public:
 private:
     static constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
     static constexpr Index PANELS = 4;                    // of 16 dims, that are summed at once
+    static constexpr Index LINES = PANELS * LANES / 2;    // of 64 bytes that their values take in a tile
 
     // Registers: sums 0 to 3, queries 4, weights of a tile 5, keys 6, values of a tile 7.
     void shape(Index num_queries) {
@@ -92,7 +93,7 @@ private:
                 add_panel<1>(tile, values.dim, width);
                 add_panel<2>(tile, values.dim, width);
                 add_panel<3>(tile, values.dim, width);
-                for (Index line = k * 32 / num_tiles; line < (k + 1) * 32 / num_tiles; ++line)
+                for (Index line = k * LINES / num_tiles; line < (k + 1) * LINES / num_tiles; ++line)
                     ahead.prefetch(first / 2 + line);
             }
             alignas(64) float sums[QUERIES_TOGETHER][PANELS * LANES];

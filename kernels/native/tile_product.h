@@ -46,7 +46,7 @@ private:
     // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
     template <int PANELS>
     void few_tokens(const LinearPart& part, Index first) const {
-        shape_for_rows(num_tokens);
+        shape_for_few(num_tokens);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
         for (Index input = 0; input < d_in; input += TILE_DEPTH) {
@@ -85,6 +85,14 @@ private:
             left > TILE_ROWS ? block<2, PANELS>(part, weights, token, left, first)
                              : block<1, PANELS>(part, weights, token, left, first);
         }
+    }
+
+    static void shape_for_few(Index num) {
+        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
+            for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
+            for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
+        });
+        shape_tiles(shapes[num]);
     }
 
     static void shape_for_many(Index num) {

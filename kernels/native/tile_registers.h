@@ -48,15 +48,6 @@ static std::vector<TileShapes> shapes_by_rows(int most, const Make& make) {
 
 static inline void shape_tiles(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
 
-// For up to 16 rows that meet whole tiles: sums 0 to 3 and rows 4, tiles 5 to 7.
-static inline void shape_for_rows(Index num_rows) {
-    static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int count) {
-        for (int tile : {0, 1, 2, 3, 4}) some.set(tile, count);
-        for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
-    });
-    shape_tiles(shapes[num_rows]);
-}
-
 static inline void release_tiles() { asm volatile("tilerelease"); }
 
 template <int TILE>

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-from schedules import complete, make_request, make_scheduler, sizes
+from dataclasses import replace
 
+import pytest
+from schedules import complete, make_adapter, make_request, make_scheduler, sizes
+
+from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.engine.prompt_pace import PromptPace
+from fusionserve.engine.scheduler import ScheduledBatch
 
 LEAST, STEP_S = 128, 0.06
 
@@ -52,6 +56,20 @@ def test_few_prompt_tokens_teach_nothing() -> None:
     pace = PromptPace(LEAST, STEP_S)
     pace.observe(2, 0.02)
     assert pace.num_tokens == LEAST
+
+
+def test_steps_that_say_nothing_teach_nothing() -> None:
+    """Where nothing was scheduled, or adapters were copied on the way."""
+    scheduler = make_scheduler(max_batch_tokens=64, min_prompt_tokens=4, prompt_step_s=0.06)
+    scheduler.observe(ScheduledBatch((), ()), 0.05)  # else a step without prompts
+    first, second = make_request(prompt=range(8)), make_request(prompt=range(100, 150))
+    scheduler.add(first)
+    step = scheduler.schedule()
+    complete(scheduler, step)
+    scheduler.observe(step, 0.012)  # 1.5 ms a token
+    scheduler.observe(replace(step, pool_changes=(WriteRows(make_adapter(), 0),)), 5.0)
+    scheduler.add(second)
+    assert sizes(scheduler.schedule()) == {first: 1, second: 40}
 
 
 def test_scheduler_keeps_the_pace_that_it_observed() -> None:

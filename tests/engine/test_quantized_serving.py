@@ -122,7 +122,7 @@ def reported(outcome: Outcome, prompt: tuple[int, ...]) -> list[tuple[tuple[int,
     return [((position, entry.token_id), entry.logprob) for position, entry in entries]
 
 
-def _distances(
+def distances(
     outcome: Outcome, one: torch.nn.Module, other: torch.nn.Module, prompt: tuple[int, ...]
 ) -> Tensor:
     """How far two models are from one another for the same tokens."""
@@ -191,7 +191,7 @@ async def test_adapter_trained_over_nf4_serves_on_either_base(
         assert float(found.max()) < TOLERANCE
         return
     rounded = trained_by_peft(trained, quantize, torch.bfloat16)
-    usual = torch.cat([_distances(o, rounded, exact, p) for o, p in zip(outcomes, prompts, strict=True)])
+    usual = torch.cat([distances(o, rounded, exact, p) for o, p in zip(outcomes, prompts, strict=True)])
     assert float(found.mean()) < BFLOAT16_OF_PEFT * float(usual.mean())
     assert float(found.max()) < BFLOAT16_LARGEST
 

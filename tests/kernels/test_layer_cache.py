@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_sequences import make_sequences
+from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache, can_tile
-from fusionserve.kernels.paged_attention import AttentionOptions, causal_mask, chunk_attention
+from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch, slots_of_blocks
 from fusionserve.kernels.paged_sequence import PackedSequence
 from fusionserve.kernels.pointwise import Rotation, rotate_and_store
@@ -22,16 +22,7 @@ OPTIONS = {
     "window": AttentionOptions(0.2, sliding_window=21),
     "softcap": AttentionOptions(0.2, softcap=1.5),
 }
-# (query heads, KV heads, dim, value dim): those that fill registers of tiles, and those that do not
-HEADS = [
-    (4, 4, 64, 64),
-    (9, 3, 64, 64),
-    (14, 2, 32, 128),
-    (5, 5, 24, 20),
-    (8, 1, 80, 96),
-    (6, 2, 256, 256),
-    (34, 2, 64, 48),
-]
+HEADS = [*NATIVE_HEADS, (34, 2, 64, 48)]  # and more queries than registers take at once
 DECODING = ((0, 1), (3, 1), (15, 1), (16, 1), (69, 1), (30, 1), (64, 1), (130, 1))
 MIXED = ((0, 1), (0, 7), (69, 1), (13, 20), (16, 2), (47, 40))
 
@@ -137,9 +128,7 @@ def test_attention_over_tiles_equals_the_definition(
     for sequence in sequences:
         slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, CPU)
         here = slice(sequence.start, sequence.end)
-        mask = causal_mask(sequence.position, sequence.num_tokens, len(slots), options.sliding_window)
-        doubles = (tensor.double() for tensor in (query[here], keys, values))
-        expected = chunk_attention(*doubles, slots, mask, options)
+        expected = expected_rows(query[here], keys[slots], values[slots], sequence.position, options)
         torch.testing.assert_close(output[here].double(), expected, rtol=ROUNDING, atol=ROUNDING)
 
 

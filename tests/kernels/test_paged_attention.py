@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_sequences import make_sequences
+from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache
@@ -97,15 +97,6 @@ def test_causal_mask_covers_the_window_up_to_the_token_itself() -> None:
 
 
 CPU = torch.device("cpu")
-# (query heads, KV heads, dim, value dim): groups of 1 to 7, dims that are and are not whole registers
-NATIVE_HEADS = [
-    (4, 4, 64, 64),
-    (9, 3, 64, 64),
-    (14, 2, 32, 128),
-    (5, 5, 24, 20),
-    (8, 1, 80, 96),
-    (6, 2, 256, 256),
-]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -139,15 +130,6 @@ def test_batch_equals_reference(
         expected = expected_rows(query[here], keys[slots], values[slots], sequence.position, options)
         error = 2**-7 if dtype is torch.bfloat16 else 1e-5
         torch.testing.assert_close(output[here].double(), expected, rtol=error, atol=error)
-
-
-def expected_rows(
-    query: Tensor, keys: Tensor, values: Tensor, position: int, options: AttentionOptions
-) -> Tensor:
-    """The definition in float64, by torch's own operation: thousands of cases, and the loops are slow."""
-    mask = causal_mask(position, len(query), len(keys), options.sliding_window)
-    slots = torch.arange(len(keys))
-    return chunk_attention(query.double(), keys.double(), values.double(), slots, mask, options)
 
 
 def test_slots_never_written_are_not_read_into_the_sum() -> None:
