@@ -74,7 +74,7 @@ class NativePart(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "scales", "bias", "y")),
-        *((name, c_int64) for name in ("d_out", "add")),
+        *((name, c_int64) for name in ("y_stride", "d_out", "add")),
     )
 
 
@@ -129,4 +129,4 @@ def _to_part(module: PanelLinear) -> NativePart:
     tensors = (*module.storage(), module.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return NativePart(*pointers, None, module.out_features, 0)
+    return NativePart(*pointers, None, module.out_features, module.out_features, 0)

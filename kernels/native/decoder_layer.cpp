@@ -49,34 +49,47 @@ struct Step {
     Index num_segments;
 };
 
-// Outputs of a group, and what adapters add to them.
-struct Adapted {
-    WeighedRows rows;
-    void* const* outputs;
+// What becomes of a group's products: what adapters add to them, if any do, and for gate and up silu(gate) up.
+struct Finish {
+    const WeighedRows* rows;  // or null
+    void* gated;              // [num_tokens, width], or null
+    Index num_tokens, width;
 
-    static void add(const void* adapted, Index part, Index column, Index count) {
-        const auto& [rows, outputs] = *static_cast<const Adapted*>(adapted);
-        rows.expand(rows, part, outputs[part], column, count);
+    void add(const LinearPart& part, Index place, Index column, Index count) const {
+        if (rows) rows->expand(*rows, place, {part.y, part.y_stride}, column, count);
+    }
+
+    static void one(const void* finish, const LinearPart* parts, Index place, Index column, Index count) {
+        static_cast<const Finish*>(finish)->add(parts[place], place, column, count);
+    }
+
+    template <typename Number>
+    static void pair(const void* finish, const LinearPart* parts, Index, Index column, Index count) {
+        const Finish& self = *static_cast<const Finish*>(finish);
+        for (Index place : {0, 1}) self.add(parts[place], place, column, count);
+        const Outputs gate{parts[0].y, parts[0].y_stride}, up{parts[1].y, parts[1].y_stride}, y{self.gated, self.width};
+        for (Index token = 0; token < self.num_tokens; ++token)
+            gate_numbers(gate.at<Number>(token, column), up.at<Number>(token, column), y.at<Number>(token, column), count);
     }
 };
 
+// x [num_tokens, d_in] -> `outputs`, onto what is there if `add`; or with `gated` silu(gate) up and no other output.
 template <typename Number>
 static void project(const Projections& modules, const Step& step, const Number* x, Index d_in, Number* const* outputs,
-                    bool add) {
+                    bool add, Number* gated = nullptr) {
     const Tokens tokens{x, step.num_tokens, d_in, d_in};
     LinearPart parts[MOST_PARTS];
-    void* places[MOST_PARTS];
     for (Index p = 0; p < modules.num_parts; ++p) {
         parts[p] = modules.parts[p];
         parts[p].add = add;
-        parts[p].y = places[p] = outputs[p];
+        parts[p].y = gated ? nullptr : outputs[p];
     }
-    if (step.num_segments == 0 || modules.num_additions == 0)
-        return modules.product(&tokens, parts, modules.num_parts, nullptr);
-    const Additions additions{modules.additions, modules.num_additions, step.segments, step.num_segments};
-    const Adapted adapted{weigh_rows<Number>(tokens, additions), places};
-    const AfterColumns after{Adapted::add, &adapted};
-    modules.product(&tokens, parts, modules.num_parts, &after);
+    const Index num_additions = step.num_segments ? modules.num_additions : 0;
+    const Additions additions{modules.additions, num_additions, step.segments, step.num_segments};
+    const WeighedRows rows = num_additions ? weigh_rows<Number>(tokens, additions) : WeighedRows{};
+    const Finish finish{num_additions ? &rows : nullptr, gated, step.num_tokens, parts[0].d_out};
+    const AfterColumns after{gated ? Finish::pair<Number> : Finish::one, &finish, gated ? Index(sizeof(Number)) : 0};
+    modules.product(&tokens, parts, modules.num_parts, num_additions || gated ? &after : nullptr);
 }
 
 template <typename Number>
@@ -113,10 +126,10 @@ static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x
     const Index num_heads = query_width / layer.dim, num_kv_heads = kv_width / layer.dim;
 
     static thread_local std::vector<Number> workspace;
-    workspace.resize(n * (hidden + 2 * query_width + 2 * kv_width + 2 * inner));
+    workspace.resize(n * (hidden + 2 * query_width + 2 * kv_width + inner));
     Number* normalized = workspace.data();
     Number *query = normalized + n * hidden, *key = query + n * query_width, *value = key + n * kv_width;
-    Number *attended = value + n * kv_width, *gate = attended + n * query_width, *up = gate + n * inner;
+    Number *attended = value + n * kv_width, *gated = attended + n * query_width;
 
     normalize(layer.input_norm, x, normalized, n, hidden);
     Number* const three[] = {query, key, value};
@@ -129,10 +142,8 @@ static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x
     project(layer.output, step, attended, query_width, &x, true);
 
     normalize(layer.inner_norm, x, normalized, n, hidden);
-    Number* const two[] = {gate, up};
-    project(layer.gate_and_up, step, normalized, hidden, two, false);
-    silu_product(gate, up, gate, n * inner);
-    project(layer.down, step, gate, inner, &x, true);
+    project<Number>(layer.gate_and_up, step, normalized, hidden, nullptr, false, gated);
+    project(layer.down, step, gated, inner, &x, true);
 }
 
 extern "C" {

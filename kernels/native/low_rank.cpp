@@ -92,14 +92,14 @@ static void shrink_parts(const Rows& rank_rows, const Addition& addition, const 
 }
 
 template <typename Rows>
-static void expand_part(const WeighedRows& rows, Index place, void* output, Index column, Index count) {
+static void expand_part(const WeighedRows& rows, Index place, const Outputs& outputs, Index column, Index count) {
     const Additions& all = rows.additions;
     const float* weighted = rows.weighted;
     for (Index i = 0; i < all.num_additions; ++i)
         for (Index p = 0; p < all.additions[i].num_parts; ++p)
             for (Index s = 0; s < all.num_segments; weighted += Rows::weighted_size(all.segments[s++]))
                 if (all.additions[i].parts[p].place == place)
-                    Rows::expand(all.additions[i].parts[p], output, all.segments[s], column, count, weighted);
+                    Rows::expand(all.additions[i].parts[p], outputs, all.segments[s], column, count, weighted);
 }
 
 // Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
@@ -195,7 +195,7 @@ static void add_low_rank(const Tokens& tokens, void* const* outputs, const Addit
             const LowRankPart* part = addition.parts;
             while (block >= num_column_blocks(*part)) block -= num_column_blocks(*part++);
             const Index column = block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, part->d_out - column);
-            rows.expand(rows, part->place, outputs[part->place], column, count);
+            rows.expand(rows, part->place, {outputs[part->place], part->d_out}, column, count);
         });
     }
 }

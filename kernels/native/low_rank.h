@@ -49,13 +49,24 @@ struct Additions {
     Index num_segments;
 };
 
+// Outputs of a module, [num_tokens, d_out], rows `stride` apart.
+struct Outputs {
+    void* numbers;
+    Index stride;
+
+    template <typename Number>
+    Number* at(Index token, Index column) const {
+        return static_cast<Number*>(numbers) + token * stride + column;
+    }
+};
+
 // What tokens weigh the rank rows of a group's additions with, c (A x + a); the calling thread keeps it until it makes the
 // next. What they add to an output, times B, follows column by column, as soon as the output is there.
 struct WeighedRows {
     Additions additions;
     const float* weighted;  // of each addition's parts, each segment's
-    // Adds columns [column, + count) to the output at `place`, [num_tokens, d_out].
-    void (*expand)(const WeighedRows& rows, Index place, void* output, Index column, Index count);
+    // Adds columns [column, + count) to the output at `place`.
+    void (*expand)(const WeighedRows& rows, Index place, const Outputs& outputs, Index column, Index count);
 };
 
 template <typename Number>

@@ -7,10 +7,12 @@
 #include "threads.h"
 
 #include <algorithm>
+#include <vector>
 
 constexpr Index PANEL = 16;         // outputs
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096;
+constexpr Index MOST_PAIR_BYTES = 256 * 1024;  // of columns that one thread takes at once and does not keep
 
 // With 16 registers of 8 numbers, a tile of several tokens has one panel.
 #ifdef __AVX512F__
@@ -19,13 +21,13 @@ constexpr bool HAS_MANY_REGISTERS = true;
 constexpr bool HAS_MANY_REGISTERS = false;
 #endif
 
-// One of the modules that share an input. y: [num_tokens, d_out]; add: y += instead of y =.
+// One of the modules that share an input. y: [num_tokens, d_out], rows y_stride apart; add: y += instead of y =.
 struct LinearPart {
     const void* weights;  // in panels
     const void* scales;   // of quantized weights
     const void* bias;     // [d_out] or null
     void* y;
-    Index d_out;
+    Index y_stride, d_out;
     Index add;
 };
 
@@ -55,40 +57,91 @@ static void few_by_few(const Product& product, const LinearPart& part, Index fir
 // Stores 16 sums as outputs of a token, with the bias, onto what is there if the part says so; rounded once.
 template <typename Number>
 static inline void finish(Lanes sums, const LinearPart& part, Index token, Index output) {
-    Number* y = static_cast<Number*>(part.y) + token * part.d_out + output;
+    Number* y = static_cast<Number*>(part.y) + token * part.y_stride + output;
     if (part.bias) sums += load_lanes(static_cast<const Number*>(part.bias) + output);
     if (part.add) sums += load_lanes(y);
     store_lanes(sums, y);
 }
 
-// What is done to columns [column, + count) of a part as soon as they are there, by the thread that has computed them.
+// What is done to columns as soon as they are there, by the thread that has computed them.
 struct AfterColumns {
-    void (*run)(const void* context, Index part, Index column, Index count);
+    // Columns [column, + count) of the part at `place`, or of both parts of a pair; `parts` say where they lie.
+    void (*run)(const void* context, const LinearPart* parts, Index place, Index column, Index count);
     const void* context;
+    Index pair_bytes;  // a number's, of two parts that are taken together and not kept: y is the thread's own memory; or 0
 };
+
+template <typename Product>
+static Index num_tiles(const LinearPart& part) {
+    return (part.d_out / PANEL + Product::TILE_PANELS - 1) / Product::TILE_PANELS;
+}
+
+// Tiles [begin, end) of a part.
+template <typename Product>
+static void some_tiles(const Product& product, const LinearPart& part, Index begin, Index end) {
+    constexpr Index WIDTH = Product::TILE_PANELS;
+    const Index last_panel = std::min(part.d_out / PANEL, end * WIDTH);
+    for (Index first = begin * WIDTH; first < last_panel; first += WIDTH)
+        product.panels(part, first, std::min(last_panel - first, WIDTH));
+}
+
+// Tiles of `total` that a thread takes in a row, because their weights lie in a row; the longer, the more is done after.
+static inline Index tiles_in_a_row(Index total, bool has_after) {
+    return std::clamp<Index>(total / ((has_after ? 2 : 4) * num_threads()), 1, MOST_IN_A_ROW);
+}
+
+// The calling thread's own memory, in whole lines.
+static inline char* own_memory(Index num_bytes) {
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    static thread_local std::vector<Line> lines;
+    lines.resize(std::max<size_t>(lines.size(), (num_bytes + sizeof(Line) - 1) / sizeof(Line)));
+    return lines.data()->bytes;
+}
+
+// Two parts of one width, the same columns of both by one thread, which hands them on before it takes others.
+template <typename Product>
+static void multiply_pair(const Product& product, const LinearPart* parts, const AfterColumns& after) {
+    constexpr Index WIDTH = Product::TILE_PANELS * PANEL;
+    const Index total = num_tiles<Product>(parts[0]), tile_bytes = 2 * product.num_tokens * WIDTH * after.pair_bytes;
+    const Index in_a_row = std::clamp<Index>(MOST_PAIR_BYTES / tile_bytes, 1, tiles_in_a_row(total, true));
+    parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
+        const Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
+        const Index column = begin * WIDTH, count = std::min(parts[0].d_out, end * WIDTH) - column;
+        char* y = own_memory(2 * product.num_tokens * count * after.pair_bytes) - column * after.pair_bytes;
+        LinearPart pair[] = {parts[0], parts[1]};
+        for (LinearPart& part : pair) {
+            part.y = y;
+            part.y_stride = count;
+            y += product.num_tokens * count * after.pair_bytes;
+            some_tiles(product, part, begin, end);
+        }
+        after.run(after.context, pair, 0, column, count);
+    });
+}
 
 // Computes the parts in tiles of Product::TILE_PANELS panels, or what is left of them, with
 // product.panels(part, first, count). `after` may be null.
 template <typename Product>
 static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
     if (product.num_tokens == 0) return;
-    constexpr Index WIDTH = Product::TILE_PANELS;
-    const auto num_tiles = [&](Index p) { return (parts[p].d_out / PANEL + WIDTH - 1) / WIDTH; };
+    if (after && after->pair_bytes) return multiply_pair(product, parts, *after);
     Index total = 0;
-    for (Index p = 0; p < num_parts; ++p) total += num_tiles(p);
-    const auto some_tiles = [&](Index p, Index begin, Index end) {
-        const Index last_panel = std::min(parts[p].d_out / PANEL, end * WIDTH);
-        for (Index first = begin * WIDTH; first < last_panel; first += WIDTH)
-            product.panels(parts[p], first, std::min(last_panel - first, WIDTH));
-        if (after) after->run(after->context, p, begin * WIDTH * PANEL, (last_panel - begin * WIDTH) * PANEL);
+    for (Index p = 0; p < num_parts; ++p) total += num_tiles<Product>(parts[p]);
+    const auto take = [&](Index p, Index begin, Index end) {
+        some_tiles(product, parts[p], begin, end);
+        const Index column = begin * Product::TILE_PANELS * PANEL;
+        const Index count = std::min(parts[p].d_out, end * Product::TILE_PANELS * PANEL) - column;
+        if (after) after->run(after->context, parts, p, column, count);
     };
-    // Neighbouring tiles in a row, because their weights lie in a row; the longer, the more is to be done after.
-    const Index rows_per_thread = after ? 2 : 4;
-    const Index in_a_row = std::clamp<Index>(total / (rows_per_thread * num_threads()), 1, MOST_IN_A_ROW);
+    const Index in_a_row = tiles_in_a_row(total, after);
     parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
         Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
-        for (Index p = 0; p < num_parts && end > 0; begin -= num_tiles(p), end -= num_tiles(p), ++p)
-            if (begin < num_tiles(p)) some_tiles(p, std::max<Index>(begin, 0), std::min(end, num_tiles(p)));
+        for (Index p = 0, count; p < num_parts && end > 0; begin -= count, end -= count, ++p) {
+            count = num_tiles<Product>(parts[p]);
+            if (begin < count) take(p, std::max<Index>(begin, 0), std::min(end, count));
+        }
     });
 }
 

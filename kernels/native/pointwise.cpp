@@ -33,14 +33,8 @@ void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, 
 // y = silu(gate) * up, elementwise.
 template <typename Number>
 void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
-    parallel_ranges(count, count, [&](Index begin, Index end) {
-#pragma omp simd
-        for (Index i = begin; i < end; ++i) {
-            const float g = to_float(gate[i]);
-            const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
-            y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
-        }
-    });
+    parallel_ranges(count, count,
+                    [&](Index begin, Index end) { gate_numbers(gate + begin, up + begin, y + begin, end - begin); });
 }
 
 // Heads of one token, [num_heads, dim], turned by its angles; cos and sin [dim], halves paired as in Llama.

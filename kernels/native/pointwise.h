@@ -19,6 +19,17 @@ struct Heads {
 template <typename Number>
 void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon);
 
+// y = silu(gate) * up, elementwise, of neighbours.
+template <typename Number>
+static inline void gate_numbers(const Number* gate, const Number* up, Number* y, Index count) {
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) {
+        const float g = to_float(gate[i]);
+        const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
+        y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
+    }
+}
+
 template <typename Number>
 void silu_product(const Number* gate, const Number* up, Number* y, Index count);
 

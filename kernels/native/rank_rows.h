@@ -93,14 +93,14 @@ public:
     }
 
     // Columns [column, + count) of the part for a segment's tokens.
-    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, Index count,
+    static void expand(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column, Index count,
                        const float* weighted) {
         const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
         const Index num_rows = segment.num_rows;
-        Number* y = static_cast<Number*>(output) + segment.token_start * part.d_out + column;
         const auto some = [&](auto tokens, Index token) {
             expand_tokens<decltype(tokens)::value>(weighted + token * num_rows, num_rows, rows, part.d_out,
-                                                   y + token * part.d_out, part.d_out, count);
+                                                   outputs.at<Number>(segment.token_start + token, column),
+                                                   outputs.stride, count);
         };
         Index token = 0;
         for (; token + 4 <= segment.num_tokens; token += 4) some(std::integral_constant<int, 4>(), token);

@@ -75,19 +75,19 @@ public:
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(there));
     }
 
-    static void expand(const LowRankPart& part, void* output, const Segment& segment, Index column, Index count,
+    static void expand(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column, Index count,
                        const float* products) {
         const auto* weighted = reinterpret_cast<const BFloat16*>(products);
         const Index end = column + count, rest = column + (end - column) / PANEL * PANEL;
         if (segment.num_tokens <= FEW_TOKENS) {
-            expand_few(part, output, segment, column, rest, weighted);
+            expand_few(part, outputs, segment, column, rest, weighted);
         } else {
             Index at = column;
-            for (; at + 4 * PANEL <= rest; at += 4 * PANEL) expand_panels<4>(part, output, segment, at, weighted);
-            for (; at < rest; at += PANEL) expand_panels<1>(part, output, segment, at, weighted);
+            for (; at + 4 * PANEL <= rest; at += 4 * PANEL) expand_panels<4>(part, outputs, segment, at, weighted);
+            for (; at < rest; at += PANEL) expand_panels<1>(part, outputs, segment, at, weighted);
             release_tiles();
         }
-        if (rest < end) expand_rest(part, output, segment, rest, end, weighted);
+        if (rest < end) expand_rest(part, outputs, segment, rest, end, weighted);
     }
 
 private:
@@ -120,24 +120,24 @@ private:
 
     // Columns [column, end) for few tokens, without the registers: to the same bits, in the order of their products, which sum
     // even and odd rows of a block apart. (Numbers below 1e-37 are not taken for zero here, as they are there.)
-    static void expand_few(const LowRankPart& part, void* output, const Segment& segment, Index column, Index end,
+    static void expand_few(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column, Index end,
                            const BFloat16* weighted) {
         Index token = 0;
         for (; token + 2 <= segment.num_tokens; token += 2)
-            expand_wide<2>(part, output, segment, token, column, end, weighted);
-        if (token < segment.num_tokens) expand_wide<1>(part, output, segment, token, column, end, weighted);
+            expand_wide<2>(part, outputs, segment, token, column, end, weighted);
+        if (token < segment.num_tokens) expand_wide<1>(part, outputs, segment, token, column, end, weighted);
     }
 
     template <int TOKENS>
-    static void expand_wide(const LowRankPart& part, void* output, const Segment& segment, Index token, Index column,
+    static void expand_wide(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index token, Index column,
                             Index end, const BFloat16* weighted) {
         for (; column + 4 * PANEL <= end; column += 4 * PANEL)
-            expand_some<TOKENS, 4>(part, output, segment, token, column, weighted);
-        for (; column < end; column += PANEL) expand_some<TOKENS, 1>(part, output, segment, token, column, weighted);
+            expand_some<TOKENS, 4>(part, outputs, segment, token, column, weighted);
+        for (; column < end; column += PANEL) expand_some<TOKENS, 1>(part, outputs, segment, token, column, weighted);
     }
 
     template <int TOKENS, int PANELS>
-    static void expand_some(const LowRankPart& part, void* output, const Segment& segment, Index token, Index column,
+    static void expand_some(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index token, Index column,
                             const BFloat16* weighted) {
         const Index width = padded(segment.num_rows);
         const BFloat16* rows =
@@ -156,10 +156,9 @@ private:
 #pragma GCC unroll 4
                 for (int p = 0; p < PANELS; ++p) totals[t][p] += even[t][p] + odd[t][p];
         }
-        BFloat16* y = static_cast<BFloat16*>(output) + (segment.token_start + token) * part.d_out + column;
         for (int t = 0; t < TOKENS; ++t)
             for (int p = 0; p < PANELS; ++p) {
-                BFloat16* here = y + t * part.d_out + p * PANEL;
+                BFloat16* here = outputs.at<BFloat16>(segment.token_start + token + t, column + p * PANEL);
                 store_lanes(load_lanes(here) + totals[t][p], here);
             }
     }
@@ -178,7 +177,7 @@ private:
 
     // Some panels of outputs from `column` on.
     template <int PANELS>
-    static void expand_panels(const LowRankPart& part, void* output, const Segment& segment, Index column,
+    static void expand_panels(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column,
                               const BFloat16* weighted) {
         const Index width = padded(segment.num_rows), num_blocks = width / ROW_BLOCK;
         static thread_local std::vector<Line> workspace;
@@ -200,11 +199,11 @@ private:
                 add_panel<2, 6, PANELS>(here);
                 add_panel<3, 7, PANELS>(here);
             }
-            BFloat16* y = static_cast<BFloat16*>(output) + (segment.token_start + token) * part.d_out + column;
-            add_sums<0, PANELS>(y, part.d_out, count);
-            add_sums<1, PANELS>(y, part.d_out, count);
-            add_sums<2, PANELS>(y, part.d_out, count);
-            add_sums<3, PANELS>(y, part.d_out, count);
+            BFloat16* y = outputs.at<BFloat16>(segment.token_start + token, column);
+            add_sums<0, PANELS>(y, outputs.stride, count);
+            add_sums<1, PANELS>(y, outputs.stride, count);
+            add_sums<2, PANELS>(y, outputs.stride, count);
+            add_sums<3, PANELS>(y, outputs.stride, count);
         }
     }
 
@@ -256,13 +255,13 @@ private:
     }
 
     // The last columns, fewer than 16.
-    static void expand_rest(const LowRankPart& part, void* output, const Segment& segment, Index begin, Index end,
+    static void expand_rest(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index begin, Index end,
                             const BFloat16* weighted) {
         const Index width = padded(segment.num_rows);
         const BFloat16* rows = static_cast<const BFloat16*>(part.expand_rows) + segment.row_start * part.d_out;
         for (Index t = 0; t < segment.num_tokens; ++t) {
             const BFloat16* weights = weighted + t * width;
-            BFloat16* y = static_cast<BFloat16*>(output) + (segment.token_start + t) * part.d_out;
+            BFloat16* y = outputs.at<BFloat16>(segment.token_start + t, 0);
             for (Index i = begin; i < end; ++i) {
                 float sum = to_float(y[i]);
                 for (Index r = 0; r < segment.num_rows; ++r)

@@ -138,8 +138,8 @@ private:
         store_tile<LEFT>(left, sizeof left[0]);
         store_tile<RIGHT>(right, sizeof right[0]);
         const auto* bias = static_cast<const BFloat16*>(part.bias);
-        BFloat16* y = static_cast<BFloat16*>(part.y) + token * part.d_out + panel * PANEL;
-        for (Index t = 0; t < num; ++t, y += part.d_out) {
+        BFloat16* y = static_cast<BFloat16*>(part.y) + token * part.y_stride + panel * PANEL;
+        for (Index t = 0; t < num; ++t, y += part.y_stride) {
             Lanes a = load_lanes(left[t]), b = load_lanes(right[t]);
             if (bias) a += load_lanes(bias + panel * PANEL), b += load_lanes(bias + (panel + 1) * PANEL);
             if (part.add) a += load_lanes(y), b += load_lanes(y + PANEL);
