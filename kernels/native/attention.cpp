@@ -29,7 +29,7 @@ static inline Index tile_of(const Attention& a, Index position) {
 
 // The tiles from `first` on, up to the one with the last of `length` positions.
 static inline Stretch make_stretch(const Attention& a, Index token, Index first, Index length) {
-    Stretch stretch{0, {}, {}, {}};
+    Stretch stretch{0, {}, {}, {}, false};
     const Index last = tile_of(a, length - 1);
     for (Index tile = first; tile <= last && stretch.num_tiles < STRETCH_TILES; ++tile) {
         const Index block = tile / tiles_per_block(a), in_block = tile % tiles_per_block(a) * TILE;
@@ -38,6 +38,7 @@ static inline Stretch make_stretch(const Attention& a, Index token, Index first,
         stretch.slots[k] = a.blocks[a.block_starts[token] + block] * a.block_size + in_block;
         stretch.num_rows[k] = std::min(TILE, a.block_size - in_block);
     }
+    stretch.is_whole = stretch.num_tiles == STRETCH_TILES && a.block_size % TILE == 0;
     return stretch;
 }
 
@@ -139,9 +140,9 @@ static void attend_head(const Attention& a, const Item& item, Index kv_head, con
         keys_ahead = tiles_ahead(a.keys, next, a.num_kv_heads, kv_head, a.dim);
         values_ahead = tiles_ahead(a.values, next, a.num_kv_heads, kv_head, a.value_dim);
         if (AttentionRegisters::take(a)) {
-            for (Index q = 0; q < count; q += QUERIES_TOGETHER)
+            for (Index q = 0; q < count; q += AttentionRegisters::MOST_QUERIES)
                 space.registers.attend(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
-                                       std::min(QUERIES_TOGETHER, count - q));
+                                       std::min(AttentionRegisters::MOST_QUERIES, count - q));
             return;
         }
     }

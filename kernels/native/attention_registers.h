@@ -2,35 +2,42 @@
 // query gets does not depend on the others.
 #pragma once
 
-#include "attention_stretch.h"
 #include "attention_tiles.h"
+#include "query_softmax.h"
 #include "tile_registers.h"
-
-constexpr Index QUERIES_TOGETHER = 16;
 
 #ifdef HAS_TILE_REGISTERS
 
 class AttentionRegisters {
 public:
+    static constexpr Index MOST_QUERIES = 4 * QUERIES_TOGETHER;
+
     // True for heads that fill registers.
     static bool take(const Attention& a) { return a.dim % HALF == 0 && a.value_dim % LANES == 0 && may_use_tiles(); }
 
-    // What `attend_stretch` does, for `count` queries.
+    // What `attend_stretch` does, for `count` queries, MOST_QUERIES at most. Step by step for all of them, so that the
+    // registers of one set are at work while those of another are waited for.
     void attend(const Attention& a, const Stretch& stretch, const TiledKeys& keys, const TiledValues& values,
                 const TilesAhead& keys_ahead, const TilesAhead& values_ahead, const Query<BFloat16>* queries,
                 Index count) {
-        alignas(64) BFloat16 numbers[QUERIES_TOGETHER][MAX_DIM], weights[QUERIES_TOGETHER][SLOTS];
-        alignas(64) float scores[QUERIES_TOGETHER][SLOTS];
-        float shrinks[QUERIES_TOGETHER];
-        for (Index q = 0; q < count; ++q) std::copy_n(queries[q].numbers, a.dim, numbers[q]);
-        shape(count);
-        score(keys, numbers[0], stretch.num_tiles, keys_ahead, scores);
-        for (Index q = 0; q < count; ++q) {
-            shrinks[q] = weigh<TiledValues>(a, stretch, queries[q], scores[q]);
-            for (Index k = 0; k < stretch.num_tiles; ++k)
-                store_lanes(load_lanes(scores[q] + k * TILE), weights[q] + k * TILE);
-        }
-        add(values, weights, shrinks, stretch.num_tiles, values_ahead, queries, count);
+        for (Index q = 0; q < count; ++q) std::copy_n(queries[q].numbers, a.dim, numbers_[q]);
+        const auto for_sets = [&](const auto& step) {
+            for (Index q = 0, set = 0; q < count; q += QUERIES_TOGETHER, ++set)
+                step(q, std::min(QUERIES_TOGETHER, count - q), sets_[set]);
+        };
+        for_sets([&](Index q, Index num, Set& set) {
+            shape(num);
+            q == 0 ? score<true>(keys, numbers_[q], stretch.num_tiles, keys_ahead, set.scores)
+                   : score<false>(keys, numbers_[q], stretch.num_tiles, keys_ahead, set.scores);
+        });
+        for_sets([&](Index q, Index num, Set& set) {
+            weigh_queries(a, stretch, queries + q, num, set.scores, set.weights, set.shrinks);
+        });
+        for_sets([&](Index q, Index num, Set& set) {
+            shape(num);
+            q == 0 ? add<true>(values, set.weights, set.shrinks, stretch.num_tiles, values_ahead, queries + q, num)
+                   : add<false>(values, set.weights, set.shrinks, stretch.num_tiles, values_ahead, queries + q, num);
+        });
     }
 
     // To be called when a piece of work ends.
@@ -40,7 +47,12 @@ public:
     }
 
 private:
-    static constexpr Index SLOTS = STRETCH_TILES * TILE;  // of a stretch
+    struct Set {
+        alignas(64) QueryScores scores;
+        alignas(64) QueryWeights weights;
+        alignas(64) float shrinks[QUERIES_TOGETHER];
+    };
+
     static constexpr Index PANELS = 4;                    // of 16 dims, that are summed at once
     static constexpr Index LINES = PANELS * LANES / 2;    // of 64 bytes that their values take in a tile
 
@@ -56,15 +68,16 @@ private:
     }
 
     // scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM].
+    template <bool PREFETCH>
     static void score(const TiledKeys& keys, const BFloat16* queries, Index num_tiles, const TilesAhead& ahead,
-                      float (*scores)[SLOTS]) {
+                      QueryScores& scores) {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         for (Index i = 0; i < keys.dim; i += HALF) {
             load_tile<4>(queries + i, MAX_DIM * sizeof(BFloat16));
-            score_tile<0>(keys, i, num_tiles, ahead);
-            score_tile<1>(keys, i, num_tiles, ahead);
-            score_tile<2>(keys, i, num_tiles, ahead);
-            score_tile<3>(keys, i, num_tiles, ahead);
+            score_tile<0, PREFETCH>(keys, i, num_tiles, ahead);
+            score_tile<1, PREFETCH>(keys, i, num_tiles, ahead);
+            score_tile<2, PREFETCH>(keys, i, num_tiles, ahead);
+            score_tile<3, PREFETCH>(keys, i, num_tiles, ahead);
         }
         store_tile<0>(scores[0], sizeof scores[0]);
         store_tile<1>(scores[0] + TILE, sizeof scores[0]);
@@ -72,16 +85,17 @@ private:
         store_tile<3>(scores[0] + 3 * TILE, sizeof scores[0]);
     }
 
-    template <int K>
+    template <int K, bool PREFETCH>
     static void score_tile(const TiledKeys& keys, Index i, Index num_tiles, const TilesAhead& ahead) {
-        for (Index turn = 0; turn < 4; ++turn) ahead.prefetch(i / 2 + 4 * K + turn);
+        for (Index turn = 0; PREFETCH && turn < 4; ++turn) ahead.prefetch(i / 2 + 4 * K + turn);
         if (K >= num_tiles) return;
         load_tile<6>(keys.tiles[K] + i * TILE, 2 * TILE * sizeof(BFloat16));
         add_pair_products<K, 4, 6>();
     }
 
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
-    static void add(const TiledValues& values, const BFloat16 (*weights)[SLOTS], const float* shrinks, Index num_tiles,
+    template <bool PREFETCH>
+    static void add(const TiledValues& values, const QueryWeights& weights, const float* shrinks, Index num_tiles,
                     const TilesAhead& ahead, const Query<BFloat16>* queries, Index count) {
         for (Index first = 0; first < values.dim; first += PANELS * LANES) {
             clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
@@ -93,7 +107,7 @@ private:
                 add_panel<1>(tile, values.dim, width);
                 add_panel<2>(tile, values.dim, width);
                 add_panel<3>(tile, values.dim, width);
-                for (Index line = k * LINES / num_tiles; line < (k + 1) * LINES / num_tiles; ++line)
+                for (Index line = k * LINES / num_tiles; PREFETCH && line < (k + 1) * LINES / num_tiles; ++line)
                     ahead.prefetch(first / 2 + line);
             }
             alignas(64) float sums[QUERIES_TOGETHER][PANELS * LANES];
@@ -117,12 +131,16 @@ private:
     }
 
     Index num_shaped_ = 0;  // queries
+    alignas(64) BFloat16 numbers_[MOST_QUERIES][MAX_DIM];
+    Set sets_[MOST_QUERIES / QUERIES_TOGETHER];
 };
 
 #else
 
 class AttentionRegisters {
 public:
+    static constexpr Index MOST_QUERIES = 1;
+
     static bool take(const Attention&) { return false; }
 
     template <typename... Arguments>

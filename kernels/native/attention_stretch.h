@@ -24,14 +24,18 @@ struct Query {
 struct Stretch {
     Index num_tiles;
     Index positions[STRETCH_TILES], slots[STRETCH_TILES], num_rows[STRETCH_TILES];
+    bool is_whole;  // all tiles, side by side and all slots of each
 };
+
+static inline void cap_scores(const Attention& a, const Stretch& stretch, float* scores) {
+    for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
+        scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
+}
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
 template <typename Values, typename Number>
 static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
-    if (a.softcap > 0)
-        for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
-            scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
+    if (a.softcap > 0) cap_scores(a, stretch, scores);
     Head& head = *query.head;
     Lanes largest = Lanes{} - INFINITY;
     for (Index k = 0; k < stretch.num_tiles; ++k) {

@@ -1,7 +1,9 @@
 // What stands between the products of a decoder layer.
 #pragma once
 
-#include "number.h"
+#include "lanes.h"
+
+#include <algorithm>
 
 struct Heads {
     void* query;        // [num_tokens, num_heads * dim], turned in place
@@ -22,12 +24,18 @@ void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, 
 // y = silu(gate) * up, elementwise, of neighbours.
 template <typename Number>
 static inline void gate_numbers(const Number* gate, const Number* up, Number* y, Index count) {
-#pragma omp simd
-    for (Index i = 0; i < count; ++i) {
-        const float g = to_float(gate[i]);
-        const Number activated = from_float<Number>(g / (1.0f + fast_exp(-g)));
-        y[i] = from_float<Number>(to_float(activated) * to_float(up[i]));
-    }
+    const auto some = [](const Number* gate, const Number* up, Number* y) {
+        const Lanes g = load_lanes(gate);
+        store_lanes(round_lanes<Number>(g / (1.0f + exp_lanes(-g))) * load_lanes(up), y);
+    };
+    Index i = 0;
+    for (; i + LANES <= count; i += LANES) some(gate + i, up + i, y + i);
+    if (i == count) return;
+    Number last_gate[LANES] = {}, last_up[LANES] = {}, last_y[LANES];
+    std::copy(gate + i, gate + count, last_gate);
+    std::copy(up + i, up + count, last_up);
+    some(last_gate, last_up, last_y);
+    std::copy_n(last_y, count - i, y + i);
 }
 
 template <typename Number>
