@@ -12,6 +12,7 @@
 #include "attention_registers.h"
 #include "attention_stretch.h"
 #include "attention_tiles.h"
+#include "lines.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -96,18 +97,17 @@ struct Item {
 
 // Sets the queries of a key-value head that attend to something in the stretch; returns how many there are.
 template <typename Number>
-static Index gather_queries(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch, Head* heads,
-                            Query<Number>* queries) {
+static Index gather_queries(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch,
+                            const Number* numbers, Head* heads, Query<Number>* queries) {
     const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
     const Index last = stretch.num_tiles - 1, stretch_end = stretch.positions[last] + stretch.num_rows[last];
     Index count = 0;
     for (Index t = 0; t < item.count; ++t) {
         const Index token = item.first + t, begin = first_position(a, token), end = a.lengths[token];
         if (begin >= stretch_end || end <= stretch.positions[0]) continue;
-        const Index first_head = a.tokens[token] * a.num_heads + kv_head * group;
-        Head* own = heads + t * heads_per_token + (kv_head - item.first_head) * group;
-        for (Index h = 0; h < group; ++h)
-            queries[count++] = {static_cast<const Number*>(a.query) + (first_head + h) * a.dim, begin, end, own + h};
+        const Index first_head = t * heads_per_token + (kv_head - item.first_head) * group;
+        for (Index head = first_head; head < first_head + group; ++head)
+            queries[count++] = {numbers + head * a.dim, begin, end, heads + head};
     }
     return count;
 }
@@ -115,7 +115,8 @@ static Index gather_queries(const Attention& a, const Item& item, Index kv_head,
 template <typename Cache>
 struct Workspace {
     std::vector<Head> heads;
-    std::vector<float> sums;
+    Lines<float> sums;                      // [heads, value_dim]
+    Lines<typename Cache::Number> numbers;  // of their queries, [heads, dim]
     std::vector<Query<typename Cache::Number>> queries;
     typename Cache::Keys keys;
     typename Cache::Values values;
@@ -133,7 +134,8 @@ static void attend_head(const Attention& a, const Item& item, Index kv_head, con
         space.keys.set(k, a.keys, stretch.slots[k], a.num_kv_heads, kv_head, num_rows, a.dim);
         space.values.set(k, a.values, stretch.slots[k], a.num_kv_heads, kv_head, num_rows, a.value_dim);
     }
-    const Index count = gather_queries(a, item, kv_head, stretch, space.heads.data(), space.queries.data());
+    const Index count = gather_queries(a, item, kv_head, stretch, space.numbers.data(), space.heads.data(),
+                                       space.queries.data());
     const auto* queries = space.queries.data();
     TilesAhead keys_ahead, values_ahead;
     if constexpr (Cache::IS_TILED) {
@@ -172,6 +174,17 @@ static void write_outputs(const Attention& a, const Item& item, const std::vecto
     }
 }
 
+// The queries of an item's heads, one token behind the other.
+template <typename Number>
+static void copy_queries(const Attention& a, const Item& item, Lines<Number>& copied) {
+    const Index group = a.num_heads / a.num_kv_heads, width = (item.last_head - item.first_head) * group * a.dim;
+    Number* numbers = copied.make_room(item.count * width);
+    for (Index t = 0; t < item.count; ++t) {
+        const Index first_head = a.tokens[item.first + t] * a.num_heads + item.first_head * group;
+        std::copy_n(static_cast<const Number*>(a.query) + first_head * a.dim, width, numbers + t * width);
+    }
+}
+
 // The first stretch of an item's newest token.
 static inline Stretch first_stretch(const Attention& a, const Item& item, Index* tile) {
     const Index newest = item.first + item.count - 1;
@@ -184,10 +197,12 @@ template <typename Cache>
 static void attend_item(const Attention& a, const Item& item, const Item* following) {
     thread_local Workspace<Cache> space;
     const Index num_heads = item.count * (item.last_head - item.first_head) * (a.num_heads / a.num_kv_heads);
-    space.sums.assign(num_heads * a.value_dim, 0.0f);
+    float* sums = space.sums.make_room(num_heads * a.value_dim);
+    std::fill_n(sums, num_heads * a.value_dim, 0.0f);
     space.heads.resize(num_heads);
     space.queries.resize(num_heads);
-    for (Index h = 0; h < num_heads; ++h) space.heads[h] = {-INFINITY, 0.0f, space.sums.data() + h * a.value_dim};
+    for (Index h = 0; h < num_heads; ++h) space.heads[h] = {-INFINITY, 0.0f, sums + h * a.value_dim};
+    copy_queries(a, item, space.numbers);
 
     const Index newest = item.first + item.count - 1;
     Index tile, unused;

@@ -15,28 +15,29 @@ public:
     // True for heads that fill registers.
     static bool take(const Attention& a) { return a.dim % HALF == 0 && a.value_dim % LANES == 0 && may_use_tiles(); }
 
-    // What `attend_stretch` does, for `count` queries, MOST_QUERIES at most. Step by step for all of them, so that the
+    // What `attend_stretch` does, for `count` queries, MOST_QUERIES at most, whose numbers and sums lie in a row. Step by step for all of them, so that the
     // registers of one set are at work while those of another are waited for.
     void attend(const Attention& a, const Stretch& stretch, const TiledKeys& keys, const TiledValues& values,
                 const TilesAhead& keys_ahead, const TilesAhead& values_ahead, const Query<BFloat16>* queries,
                 Index count) {
-        for (Index q = 0; q < count; ++q) std::copy_n(queries[q].numbers, a.dim, numbers_[q]);
         const auto for_sets = [&](const auto& step) {
             for (Index q = 0, set = 0; q < count; q += QUERIES_TOGETHER, ++set)
                 step(q, std::min(QUERIES_TOGETHER, count - q), sets_[set]);
         };
         for_sets([&](Index q, Index num, Set& set) {
             shape(num);
-            q == 0 ? score<true>(keys, numbers_[q], stretch.num_tiles, keys_ahead, set.scores)
-                   : score<false>(keys, numbers_[q], stretch.num_tiles, keys_ahead, set.scores);
+            q == 0 ? score<true>(keys, queries[q].numbers, stretch.num_tiles, keys_ahead, set.scores)
+                   : score<false>(keys, queries[q].numbers, stretch.num_tiles, keys_ahead, set.scores);
         });
         for_sets([&](Index q, Index num, Set& set) {
             weigh_queries(a, stretch, queries + q, num, set.scores, set.weights, set.shrinks);
         });
         for_sets([&](Index q, Index num, Set& set) {
             shape(num);
-            q == 0 ? add<true>(values, set.weights, set.shrinks, stretch.num_tiles, values_ahead, queries + q, num)
-                   : add<false>(values, set.weights, set.shrinks, stretch.num_tiles, values_ahead, queries + q, num);
+            float* sums = queries[q].head->sums;
+            for (Index i = 0; i < num; ++i) shrink(sums + i * values.dim, values.dim, set.shrinks[i]);
+            q == 0 ? add<true>(values, set.weights, stretch.num_tiles, values_ahead, sums)
+                   : add<false>(values, set.weights, stretch.num_tiles, values_ahead, sums);
         });
     }
 
@@ -67,13 +68,13 @@ private:
         if (num_queries != num_shaped_) shape_tiles(shapes[num_shaped_ = num_queries]);
     }
 
-    // scores[q][slot] = q . k; `queries` [QUERIES_TOGETHER][MAX_DIM].
+    // scores[q][slot] = q . k, for queries [count, dim].
     template <bool PREFETCH>
     static void score(const TiledKeys& keys, const BFloat16* queries, Index num_tiles, const TilesAhead& ahead,
                       QueryScores& scores) {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         for (Index i = 0; i < keys.dim; i += HALF) {
-            load_tile<4>(queries + i, MAX_DIM * sizeof(BFloat16));
+            load_tile<4>(queries + i, keys.dim * sizeof(BFloat16));
             score_tile<0, PREFETCH>(keys, i, num_tiles, ahead);
             score_tile<1, PREFETCH>(keys, i, num_tiles, ahead);
             score_tile<2, PREFETCH>(keys, i, num_tiles, ahead);
@@ -93,45 +94,43 @@ private:
         add_pair_products<K, 4, 6>();
     }
 
-    // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
+    static void shrink(float* sums, Index width, float factor) {
+        if (factor == 1.0f) return;
+        for (Index i = 0; i < width; i += LANES) store_lanes(load_lanes(sums + i) * factor, sums + i);
+    }
+
+    // sums[q] += sum over slots of weights[q][slot] v, for sums [count, dim].
     template <bool PREFETCH>
-    static void add(const TiledValues& values, const QueryWeights& weights, const float* shrinks, Index num_tiles,
-                    const TilesAhead& ahead, const Query<BFloat16>* queries, Index count) {
+    static void add(const TiledValues& values, const QueryWeights& weights, Index num_tiles, const TilesAhead& ahead,
+                    float* sums) {
+        const Index stride = values.dim * sizeof(float);
         for (Index first = 0; first < values.dim; first += PANELS * LANES) {
-            clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
             const Index width = std::min(PANELS * LANES, values.dim - first);
+            for_panels(width, [&](auto p) { load_tile<p.value>(sums + first + p.value * LANES, stride); });
             for (Index k = 0; k < num_tiles; ++k) {
                 load_tile<5>(weights[0] + k * TILE, sizeof weights[0]);
                 const BFloat16* tile = values.tiles[k] + 2 * first;
-                add_panel<0>(tile, values.dim, width);
-                add_panel<1>(tile, values.dim, width);
-                add_panel<2>(tile, values.dim, width);
-                add_panel<3>(tile, values.dim, width);
+                for_panels(width, [&](auto p) {
+                    load_tile<7>(tile + p.value * 2 * LANES, 2 * values.dim * sizeof(BFloat16));
+                    add_pair_products<p.value, 5, 7>();
+                });
                 for (Index line = k * LINES / num_tiles; PREFETCH && line < (k + 1) * LINES / num_tiles; ++line)
                     ahead.prefetch(first / 2 + line);
             }
-            alignas(64) float sums[QUERIES_TOGETHER][PANELS * LANES];
-            store_tile<0>(sums[0], sizeof sums[0]);
-            store_tile<1>(sums[0] + LANES, sizeof sums[0]);
-            store_tile<2>(sums[0] + 2 * LANES, sizeof sums[0]);
-            store_tile<3>(sums[0] + 3 * LANES, sizeof sums[0]);
-            for (Index q = 0; q < count; ++q) {
-                float* all = queries[q].head->sums + first;
-#pragma omp simd
-                for (Index i = 0; i < width; ++i) all[i] = all[i] * shrinks[q] + sums[q][i];
-            }
+            for_panels(width, [&](auto p) { store_tile<p.value>(sums + first + p.value * LANES, stride); });
         }
     }
 
-    template <int P>
-    static void add_panel(const BFloat16* tile, Index dim, Index width) {
-        if (P * LANES >= width) return;
-        load_tile<7>(tile + P * 2 * LANES, 2 * dim * sizeof(BFloat16));
-        add_pair_products<P, 5, 7>();
+    // Of the panels that `width` sums take, each in a register.
+    template <typename Work>
+    static void for_panels(Index width, const Work& work) {
+        work(std::integral_constant<int, 0>());
+        if (width > LANES) work(std::integral_constant<int, 1>());
+        if (width > 2 * LANES) work(std::integral_constant<int, 2>());
+        if (width > 3 * LANES) work(std::integral_constant<int, 3>());
     }
 
     Index num_shaped_ = 0;  // queries
-    alignas(64) BFloat16 numbers_[MOST_QUERIES][MAX_DIM];
     Set sets_[MOST_QUERIES / QUERIES_TOGETHER];
 };
 

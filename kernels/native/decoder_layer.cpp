@@ -4,11 +4,10 @@
 //     y = h + down(silu(gate m) * up m)                       m = rms_norm(h)
 
 #include "attention.h"
+#include "lines.h"
 #include "low_rank.h"
 #include "panels.h"
 #include "pointwise.h"
-
-#include <vector>
 
 using Product = void (*)(const Tokens*, const LinearPart*, Index, const AfterColumns*);
 
@@ -125,9 +124,8 @@ static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x
     const Index query_width = heads[0].d_out, kv_width = heads[1].d_out;
     const Index num_heads = query_width / layer.dim, num_kv_heads = kv_width / layer.dim;
 
-    static thread_local std::vector<Number> workspace;
-    workspace.resize(n * (hidden + 2 * query_width + 2 * kv_width + inner));
-    Number* normalized = workspace.data();
+    static thread_local Lines<Number> workspace;
+    Number* normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner));
     Number *query = normalized + n * hidden, *key = query + n * query_width, *value = key + n * kv_width;
     Number *attended = value + n * kv_width, *gated = attended + n * query_width;
 

@@ -3,6 +3,8 @@
 
 #include "number.h"
 
+#include <type_traits>
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -17,10 +19,13 @@ static inline Lanes load_lanes(const float* numbers) {
     return lanes;
 }
 
+#ifdef __AVX512F__
+static inline Lanes widen(__m256i halves) { return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); }
+#endif
+
 static inline Lanes load_lanes(const BFloat16* numbers) {
 #ifdef __AVX512F__  // compilers widen halves of the register one by one
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
-    return (Lanes)_mm512_slli_epi32(words, 16);
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
 #else
     typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
     typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -48,14 +53,12 @@ static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
 // What store_lanes makes of the lanes, as lanes again.
 template <typename Number>
 static inline Lanes round_lanes(Lanes lanes) {
-    alignas(64) Number rounded[LANES];
+#ifdef __AVX512BF16__  // without a detour through memory
+    if constexpr (std::is_same_v<Number, BFloat16>) return widen((__m256i)_mm512_cvtneps_pbh((__m512)lanes));
+#endif
+    Number rounded[LANES];
     store_lanes(lanes, rounded);
     return load_lanes(rounded);
-}
-
-template <>
-inline Lanes round_lanes<float>(Lanes lanes) {
-    return lanes;
 }
 
 // e^x to 2e-7 of itself; 0 below -87, infinity above 89.

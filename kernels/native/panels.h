@@ -4,10 +4,10 @@
 #pragma once
 
 #include "lanes.h"
+#include "lines.h"
 #include "threads.h"
 
 #include <algorithm>
-#include <vector>
 
 constexpr Index PANEL = 16;         // outputs
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
@@ -90,16 +90,6 @@ static inline Index tiles_in_a_row(Index total, bool has_after) {
     return std::clamp<Index>(total / ((has_after ? 2 : 4) * num_threads()), 1, MOST_IN_A_ROW);
 }
 
-// The calling thread's own memory, in whole lines.
-static inline char* own_memory(Index num_bytes) {
-    struct alignas(64) Line {
-        char bytes[64];
-    };
-    static thread_local std::vector<Line> lines;
-    lines.resize(std::max<size_t>(lines.size(), (num_bytes + sizeof(Line) - 1) / sizeof(Line)));
-    return lines.data()->bytes;
-}
-
 // Two parts of one width, the same columns of both by one thread, which hands them on before it takes others.
 template <typename Product>
 static void multiply_pair(const Product& product, const LinearPart* parts, const AfterColumns& after) {
@@ -109,7 +99,8 @@ static void multiply_pair(const Product& product, const LinearPart* parts, const
     parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
         const Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
         const Index column = begin * WIDTH, count = std::min(parts[0].d_out, end * WIDTH) - column;
-        char* y = own_memory(2 * product.num_tokens * count * after.pair_bytes) - column * after.pair_bytes;
+        static thread_local Lines<char> own;
+        char* y = own.make_room(2 * product.num_tokens * count * after.pair_bytes) - column * after.pair_bytes;
         LinearPart pair[] = {parts[0], parts[1]};
         for (LinearPart& part : pair) {
             part.y = y;

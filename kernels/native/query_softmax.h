@@ -9,6 +9,7 @@
 
 constexpr Index QUERIES_TOGETHER = 16;
 constexpr Index STRETCH_SLOTS = STRETCH_TILES * TILE;
+constexpr float MOST_GROWTH = 8;
 
 using QueryScores = float[QUERIES_TOGETHER][STRETCH_SLOTS];
 using QueryWeights = BFloat16[QUERIES_TOGETHER][STRETCH_SLOTS];
@@ -59,8 +60,9 @@ static inline bool attends_to_all(const Stretch& stretch, const Query<BFloat16>&
     return query.begin <= stretch.positions[0] && stretch.is_whole && query.end >= stretch.positions[0] + STRETCH_SLOTS;
 }
 
-// Scores become weights e^(scale (score - maximum)), rounded, 0 outside the query's positions; `shrinks` is how much the sums
-// so far shrink. What `weigh` does query by query.
+// Scores become weights 2^(scale score - maximum), rounded, 0 outside the query's positions; `shrinks` is how much the sums so
+// far shrink. What `weigh` does query by query, but a maximum stays while weights are below 2^MOST_GROWTH, so that sums seldom
+// shrink.
 static inline void weigh_queries(const Attention& a, const Stretch& stretch, const Query<BFloat16>* queries, Index count,
                                  QueryScores& scores, QueryWeights& weights, float* shrinks) {
     const float scale = a.scale * 1.44269504f;  // to powers of two
@@ -78,7 +80,8 @@ static inline void weigh_queries(const Attention& a, const Stretch& stretch, con
         totals[q] = queries[q].head->total;
     }
     const Lanes largest = scale * combine_rows(rows, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
-    const Lanes maxima = largest > before ? largest : before, shrink = power_of_two(before - maxima);
+    const Lanes maxima = largest > before + MOST_GROWTH ? largest : before;
+    const Lanes shrink = before == -INFINITY ? Lanes{} + 1.0f : power_of_two(before - maxima);  // of nothing
     const __m512bh ones = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1), _mm512_set1_ps(1));
     for (Index q = 0; q < count; ++q) {
         __m512 sum = _mm512_setzero_ps();

@@ -1,0 +1,27 @@
+// Memory that begins with a line of the processor's caches, so that what fills registers does not lie across two.
+#pragma once
+
+#include "number.h"
+
+#include <algorithm>
+#include <vector>
+
+template <typename Number>
+class Lines {
+public:
+    // Room for so many numbers; what they are is not said.
+    Number* make_room(Index count) {
+        const size_t num_lines = (count * sizeof(Number) + sizeof(Line) - 1) / sizeof(Line);
+        lines_.resize(std::max(lines_.size(), num_lines));
+        return data();
+    }
+
+    Number* data() { return reinterpret_cast<Number*>(lines_.data()); }
+
+private:
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+
+    std::vector<Line> lines_;
+};
