@@ -173,8 +173,11 @@ def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tens
 def _most_likely(probabilities: Tensor, limits: Tensor) -> Tensor:
     """The largest probabilities of each row in descending order, enough of them to reach the row's limit.
 
-    A set of a thousand tokens nearly always does, and finding it costs a twentieth of sorting 150,000.
+    A set of a thousand tokens nearly always does, and finding it costs a twentieth of sorting 150,000. A GPU sorts: to
+    ask whether they do is to wait for it in the middle of its work.
     """
+    if probabilities.device.type != "cpu":
+        return probabilities.sort(dim=-1, descending=True).values
     likely = probabilities.topk(min(_TOP_P_TOKENS, probabilities.shape[-1]), dim=-1).values
     is_enough = (likely.double().sum(dim=-1, keepdim=True) >= limits) | (limits >= 1.0)
     return likely if bool(is_enough.all()) else probabilities.sort(dim=-1, descending=True).values

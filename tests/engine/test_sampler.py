@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusionserve.engine.sampler import NUM_UNIFORMS, SamplerRow, logprobs_of, sample
+from fusionserve.engine.sampler import NUM_UNIFORMS, SamplerRow, _draw, _most_likely, logprobs_of, sample
 from fusionserve.generation import SamplingParams
 
 VOCAB = 40
@@ -373,3 +373,18 @@ def test_logprobs_without_alternatives_and_with_more_than_there_are() -> None:
     logits = make_logits()
     assert logprobs_of(logits, [3], 0)[0].top == ()
     assert len(logprobs_of(logits, [3], VOCAB + 5)[0].top) == VOCAB
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_drawing_never_looks_at_what_a_device_has_computed(name: str) -> None:
+    """Tensors without numbers cannot be looked at, and on a GPU whoever looks waits for it."""
+    rows = [make_row(SamplingParams(**PARAMETERS[name])), make_row(SamplingParams(top_p=0.9))]
+    tokens = _draw(make_logits(2).to("meta"), rows)
+    assert tokens.shape == (2,) and tokens.device.type == "meta"
+
+
+def test_a_device_sorts_what_a_processor_searches_first() -> None:
+    probabilities = torch.softmax(make_logits(2, vocab=3000), dim=-1)
+    limits = torch.tensor([[0.5], [0.9]], dtype=torch.float64)
+    assert _most_likely(probabilities, limits).shape[1] < 3000
+    assert _most_likely(probabilities.to("meta"), limits.to("meta")).shape[1] == 3000
