@@ -36,6 +36,7 @@ class LoadPolicy:
     dtype: torch.dtype  # the one the adapter pool computes in
     max_rank: int  # rank rows in one module
     allow_base_mismatch: bool = False
+    pins_rows: bool = False  # for a pool on a GPU
 
 
 def load_lora_weights(
@@ -65,7 +66,7 @@ def load_lora_weights(
         file = SafetensorsFile(opened)
         plan = plan_lora(file.tensors.values(), config, base)
         _check_size(plan, policy, budget_bytes)
-        return _Assembly(plan, policy.dtype, base_weight, base_step).run(file)
+        return _Assembly(plan, policy, base_weight, base_step).run(file)
 
 
 def _refuse_pickle(directory: ArtifactDirectory) -> None:
@@ -101,15 +102,15 @@ class _Assembly:
     def __init__(
         self,
         plan: LoRAPlan,
-        dtype: torch.dtype,
+        policy: LoadPolicy,
         base_weight: Callable[[str], Tensor],
         base_step: Callable[[str], float],
     ) -> None:
-        self._dtype = dtype
+        self._dtype = policy.dtype
         self._base_step = base_step
         self._base_weight = base_weight
         self._plan = plan
-        self._modules = {path: _allocate(module, dtype) for path, module in plan.modules.items()}
+        self._modules = {path: _allocate(module, policy) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
         self._parts = {
             spec.name: (path, role)
@@ -137,8 +138,9 @@ class _Assembly:
         return served
 
 
-def _allocate(plan: ModulePlan, dtype: torch.dtype) -> ModuleLoRA:
+def _allocate(plan: ModulePlan, policy: LoadPolicy) -> ModuleLoRA:
     """Room for all the parts; the row of a bias is last, and its part of `shrink` and `shrink_bias` is set."""
+    dtype = policy.dtype
     has_bias, has_magnitude = TensorRole.BIAS in plan.parts, TensorRole.MAGNITUDE in plan.parts
     module = ModuleLoRA(
         shrink=torch.empty(plan.num_rows, plan.module.d_in, dtype=dtype),
@@ -149,7 +151,7 @@ def _allocate(plan: ModulePlan, dtype: torch.dtype) -> ModuleLoRA:
     if module.shrink_bias is not None:
         module.shrink[-1] = 0
         module.shrink_bias[-1] = 1
-    return module
+    return module.pinned() if policy.pins_rows else module
 
 
 def _put(module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan) -> float:

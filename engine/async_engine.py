@@ -73,20 +73,19 @@ class AsyncEngine:
         )
         self._tokenizing = SharedRoom(_MAX_WAITING_CALLS, "calls", "TOKENIZER_BUSY")
         self._loading = SharedRoom(_MAX_WAITING_CALLS, "calls", "LOADER_BUSY")
-        self._is_draining = False
-        self._is_closed = False
+        self._is_draining = self._is_closed = False
         self._failed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._load_policy = LoadPolicy(
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
+            pins_rows=base.device.type == "cuda",
         )
         self._fusion_labels = FusionLabels(adapter_labels.limit)
         uids = count(1)
-        registry = AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids)
         self._store = AdapterStore(
-            registry,
+            AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids),
             config.adapter_dirs,
             self._load_content,
             lambda name: self._fusions.holds(name),
@@ -102,6 +101,7 @@ class AsyncEngine:
                 budget_bytes=config.fusion_host_bytes,
                 max_rows=config.adapter_pool_ranks,
                 allow_base_mismatch=config.allow_base_mismatch,
+                pins_rows=base.device.type == "cuda",
             ),
             config.load_timeout_s,
         )

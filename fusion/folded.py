@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -43,6 +43,15 @@ class FoldedFusion:
         """Bytes of its own tensors; the members' are counted with the members."""
         folded = [tensor for tensors in self.values.values() for tensor in tensors if tensor is not None]
         return sum(rows.nbytes for rows in self.scores.values()) + sum(tensor.nbytes for tensor in folded)
+
+    def pinned(self) -> FoldedFusion:
+        """The same with its own rows in pinned memory; the members' are the members' business."""
+        values = {
+            path: tuple(None if rows is None else rows.pin_memory() for rows in of_members)
+            for path, of_members in self.values.items()
+        }
+        scores = {path: rows.pinned() for path, rows in self.scores.items()}
+        return replace(self, scores=scores, values=values)
 
     def pieces(self, path: str) -> Sequence[RowPiece]:
         """What the pool holds for the module at `path`."""

@@ -31,6 +31,7 @@ class FusionPolicy:
     budget_bytes: int
     max_rows: int  # rank rows in the pool
     allow_base_mismatch: bool = False
+    pins_rows: bool = False  # for a pool on a GPU
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +65,7 @@ def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: Fusion
     check_members(fusion.config, members)
     folded = fold_fusion(fusion.config, fusion.digest, fusion.params, members, policy.dtype)
     _check_size(folded, policy)
-    return folded
+    return folded.pinned() if policy.pins_rows else folded
 
 
 def read_fusion_config(directory: ArtifactDirectory) -> FusionConfig:

@@ -27,6 +27,7 @@ from lora_files import (
     make_tensors,
     write_adapter,
 )
+from pinned_memory import count_pinned, is_pinned
 from torch import Tensor
 
 from fusionserve.adapters.lora_loader import WEIGHTS_FILE
@@ -89,6 +90,23 @@ def test_budget_counts_what_is_kept(tmp_path: Path) -> None:
     error = refusal_of(directory, budget_bytes=nbytes - 1)
     assert isinstance(error, CapacityError)
     assert (error.reason, error.retry_after_s) == ("ADAPTER_TOO_BIG", None)
+
+
+def test_rank_rows_lie_in_pinned_memory_for_a_pool_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(lora_bias=True)
+    directory = write_adapter(tmp_path, config=config, tensors={**PAIR, BIAS: ONES})
+    pinned = count_pinned(monkeypatch)
+    expected = load_directory(directory)
+    assert not pinned
+    weights = load_directory(directory, pins_rows=True)
+    assert weights.nbytes == expected.nbytes
+    for path, lora in weights.modules.items():
+        for name in ("shrink", "expand", "shrink_bias"):
+            tensor, other = getattr(lora, name), getattr(expected.modules[path], name)
+            assert is_pinned(tensor, pinned)
+            assert tensor is other is None or torch.equal(tensor, other)
 
 
 def without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from pinned_memory import count_pinned, is_pinned
 from random_fusions import make_base, make_config, make_member, make_trained, random_tokens
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_segments
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
+from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over
 from fusionserve.fusion.params import FusionParams, layer_of
 
 NUM_TOKENS = 6
@@ -248,3 +250,29 @@ def test_modules_that_share_an_input_are_computed_together(scope: Scope) -> None
         apart = [pool.layers[path](x) for path in paths]
     for found, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("value", ValueKind)
+def test_rows_of_its_own_lie_in_pinned_memory_for_a_pool_on_a_gpu(
+    value: ValueKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base()
+    members = [make_member(base, seed, ranks) for seed, ranks in enumerate(MEMBER_RANKS)]
+    config = make_config(base, members, value=value, value_rank=2, member_keys=True)
+    read = ReadFusion(config, make_trained(config, base, seed=1), "0" * 64)
+    limits = {"dtype": torch.float64, "budget_bytes": 1 << 30, "max_rows": 1 << 10}
+    pinned = count_pinned(monkeypatch)
+    expected = fold_over(read, members, FusionPolicy(**limits))
+    assert not pinned
+    folded = fold_over(read, members, FusionPolicy(**limits, pins_rows=True))
+    assert folded.nbytes == expected.nbytes
+    theirs = [t for m in members for lora in m.modules.values() for t in (lora.shrink, lora.expand)]
+    theirs += [
+        lora.shrink_bias for m in members for lora in m.modules.values() if lora.shrink_bias is not None
+    ]
+    for path in base.by_path:
+        for ours, other in zip(folded.pieces(path), expected.pieces(path), strict=True):
+            for name in ("shrink", "expand", "shrink_bias"):
+                tensor = getattr(ours, name)
+                assert is_pinned(tensor, [*pinned, *theirs])
+                assert tensor is None or torch.equal(tensor, getattr(other, name))

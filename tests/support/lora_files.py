@@ -103,6 +103,7 @@ def load_directory(
     budget_bytes: int = 1 << 30,
     model: nn.Module | None = None,
     allow_base_mismatch: bool = False,
+    pins_rows: bool = False,
 ) -> LoRAWeights:
     """The loader with roomy limits; base weights come from `model`."""
 
@@ -112,7 +113,9 @@ def load_directory(
         assert isinstance(weight, Tensor)
         return weight
 
-    policy = LoadPolicy(dtype=dtype, max_rank=max_rank, allow_base_mismatch=allow_base_mismatch)
+    policy = LoadPolicy(
+        dtype=dtype, max_rank=max_rank, allow_base_mismatch=allow_base_mismatch, pins_rows=pins_rows
+    )
     with open_directory(directory) as opened:
         return load_lora_weights(
             opened,
