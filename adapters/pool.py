@@ -7,16 +7,19 @@ and not once per module. A module gets its tensors when the first resident that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fusionserve.adapters.base_modules import BaseModule, BaseModules
-from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
-from fusionserve.adapters.resident import Resident, RowPiece
+from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
+from fusionserve.adapters.resident import RowPiece
+from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.low_rank import expand_, shrink
 from fusionserve.kernels.segments import PartRows
+from fusionserve.kernels.torch_errors import is_device_lost
 
 
 class ModuleRows:
@@ -55,22 +58,27 @@ class ModuleRows:
         """y += w B of these rows, in place, for y [tokens, d_out], w [tokens, rows]."""
         expand_(y, weighted, self.expand_rows[rows])
 
+    def make_ready(self, pieces: Sequence[RowPiece]) -> None:
+        """Allocates what these pieces are the first to need."""
+        if self.is_empty and pieces:
+            self._allocate()
+        if any(piece.shrink_bias is not None for piece in pieces):
+            self._use_bias()
+
     def write(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
         """Sets rows [start, start + num_rows) to the pieces, zeros where there are none."""
+        self.make_ready(pieces)
         if self.is_empty:
-            if not pieces:
-                return
-            self._allocate()
+            return
         self._clear(start, num_rows, pieces)
         for piece in pieces:
             first = start + piece.offset
             rows = slice(first, first + piece.shrink.shape[0])
-            self.shrink_rows[rows] = piece.shrink
+            self.shrink_rows[rows].copy_(piece.shrink, non_blocking=True)
             if piece.expand is not None:
-                self.expand_rows[rows] = piece.expand
+                self.expand_rows[rows].copy_(piece.expand, non_blocking=True)
             if piece.shrink_bias is not None:
-                self.shrink_bias[rows] = piece.shrink_bias
-                self._use_bias()
+                self.shrink_bias[rows].copy_(piece.shrink_bias, non_blocking=True)
 
     def _use_bias(self) -> None:
         """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""
@@ -100,14 +108,20 @@ class ModuleRows:
         return self.shrink_rows, self.shrink_bias, self.expand_rows
 
     def _allocate(self) -> None:
+        zeros, module = self._like.new_zeros, self._module
+        self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
+            zeros(self._capacity, module.d_in),
+            zeros(self._capacity),
+            zeros(self._capacity, module.d_out),
+        )
         self.layout += 1
-        self.shrink_rows = self._like.new_zeros(self._capacity, self._module.d_in)
-        self.shrink_bias = self._like.new_zeros(self._capacity)
-        self.expand_rows = self._like.new_zeros(self._capacity, self._module.d_out)
 
 
 class AdapterPool:
-    """The rows of all modules; changes come from the ledger and are applied between forward passes."""
+    """The rows of all modules; changes come from the ledger and are applied between forward passes.
+
+    `copies` carries out what is copied ahead; on a CPU there is none, and nothing is.
+    """
 
     def __init__(
         self, modules: BaseModules, capacity: int, *, dtype: torch.dtype, device: torch.device
@@ -115,21 +129,36 @@ class AdapterPool:
         self._rows = {
             path: ModuleRows(module, capacity, dtype, device) for path, module in modules.by_path.items()
         }
+        self.copies: Copies | None = SideStream(device) if device.type == "cuda" else None
 
     def rows(self, path: str) -> ModuleRows:
         """The rows of the module at `path`; the object stays the same for the pool's life."""
         return self._rows[path]
 
     def apply(self, changes: tuple[PoolChange, ...]) -> None:
-        """Carries out the ledger's changes in order."""
-        if changes:
-            reach_failpoint("pool.activate")
+        """Carries out the ledger's changes in order; what is computed from here on finds them made."""
+        if not changes:
+            return
+        reach_failpoint("pool.activate")
+        if self.copies is not None:
+            self.copies.join()  # they may fill rows that are moved, or fill with other weights what is written here
         for change in changes:
             if isinstance(change, MoveRows):
                 for rows in self._rows.values():
                     rows.move(change.source, change.target, change.num_rows)
             else:
-                self._write(change.resident, change.start)
+                self._write(change)
+
+    def copy_ahead(self, writes: Sequence[WriteRows]) -> None:
+        """Begins copies beside what is computed from here on. Raises CopyError for the first that cannot begin."""
+        for write in writes:
+            assert self.copies is not None, "nothing is copied ahead here"
+            try:
+                self._copy_ahead(write, self.copies)
+            except Exception as error:
+                if is_device_lost(error):
+                    raise
+                raise CopyError(write.resident) from error
 
     @property
     def layout(self) -> int:
@@ -142,6 +171,15 @@ class AdapterPool:
         tensors = [t for r in self._rows.values() for t in (r.shrink_rows, r.shrink_bias, r.expand_rows)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _write(self, resident: Resident, start: int) -> None:
+    def _write(self, write: WriteRows) -> None:
         for path, rows in self._rows.items():
-            rows.write(start, resident.num_rows, resident.pieces(path))
+            rows.write(write.start, write.resident.num_rows, write.resident.pieces(path))
+
+    def _copy_ahead(self, write: WriteRows, copies: Copies) -> None:
+        reach_failpoint("pool.activate")
+        for (
+            path,
+            rows,
+        ) in self._rows.items():  # else the side stream would, and steps would find them half made
+            rows.make_ready(write.resident.pieces(path))
+        copies.begin(write.resident.uid, partial(self._write, write))

@@ -2,16 +2,23 @@
 
 Capacity is counted in rank rows, so an adapter of rank 8 costs an eighth of one of rank 64. An adapter in use (with at
 least one hold) is never evicted or overwritten; idle ones stay until their rows are needed, least recently used first.
+
+Without `copies` a resident is written in the step that first holds it. With them it is copied ahead: placed when it is
+first asked for, and held from the round on, which is a step, in which the copy turns out to be done.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import islice
 
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
+from fusionserve.adapters.side_copies import Copies
 from fusionserve.failpoints import reach_failpoint
 
 
@@ -34,11 +41,22 @@ class MoveRows:
 
 PoolChange = WriteRows | MoveRows
 
+_MAX_BEGUN = 4  # copies begun in one round: to launch one takes the host a millisecond, and streams wait
+
+
+class _Copy(Enum):
+    """How far a resident's copy is: WANTED, BEGUN, and DONE, from which on a step may read the rows."""
+
+    WANTED = auto()
+    BEGUN = auto()
+    DONE = auto()
+
 
 @dataclass(slots=True)
 class _Place:
     resident: Resident
     start: int
+    copy: _Copy
     num_holds: int = 0
 
     @property
@@ -47,12 +65,17 @@ class _Place:
 
 
 class PoolLedger:
-    """Places adapters in `capacity` rank rows and remembers what must be copied before the next forward pass."""
+    """Places adapters in `capacity` rank rows and remembers what must be copied before the next forward pass.
 
-    def __init__(self, capacity: int) -> None:
+    With `copies` it also remembers what is to be copied beside that.
+    """
+
+    def __init__(self, capacity: int, copies: Copies | None = None) -> None:
         self.capacity = capacity
+        self._copies = copies
         self._places: OrderedDict[int, _Place] = OrderedDict()  # by uid, least recently used first
         self._changes: list[PoolChange] = []
+        self._awaited: set[int] = set()  # uids asked for in this round by those who must wait for a copy
 
     @property
     def num_used(self) -> int:
@@ -61,28 +84,52 @@ class PoolLedger:
 
     @property
     def num_held(self) -> int:
-        """Rank rows that cannot be evicted at present."""
-        return self._num_rows_kept(set())
+        """Rank rows that are in use."""
+        return sum(place.resident.num_rows for place in self._places.values() if place.num_holds > 0)
 
     @property
     def resident_uids(self) -> frozenset[int]:
         """The uids of all that is in the pool."""
         return frozenset(self._places)
 
+    @property
+    def is_copying(self) -> bool:
+        """True if residents were on their way when the round began, or have been since."""
+        return any(place.copy is not _Copy.DONE for place in self._places.values())
+
+    def begin_round(self) -> None:
+        """Takes note of the copies that are done; their residents may be held from here on."""
+        self._awaited.clear()
+        for uid, place in self._places.items():
+            if place.copy is _Copy.BEGUN and self._copies is not None and self._copies.is_done(uid):
+                place.copy = _Copy.DONE
+
     def hold(self, residents: Sequence[Resident]) -> bool:
-        """Makes `residents` resident and holds each once; or, for lack of room, changes nothing and returns False."""
-        missing = {resident.uid: resident for resident in residents if resident.uid not in self._places}
-        needed = sum(resident.num_rows for resident in missing.values())
-        if needed > self.capacity - self._num_rows_kept({resident.uid for resident in residents}):
+        """Makes `residents` resident and holds each once; or, for lack of room, changes nothing and returns False.
+
+        With `copies` it places what is missing and returns False until that is copied. Whoever asks after it in a round
+        does not get these rows.
+        """
+        if not self._bring(residents):
             return False
-        for resident in residents:  # first, so that making room for one never evicts another
-            if resident.uid not in missing:
-                self._touch(resident.uid)
-        for resident in residents:  # one that is named twice is placed once and held twice
-            if resident.uid in missing:
-                if resident.uid not in self._places:
-                    self._place(resident)
-                self._touch(resident.uid)
+        places = [self._places[resident.uid] for resident in residents]
+        if any(place.copy is not _Copy.DONE for place in places):
+            self._awaited.update(resident.uid for resident in residents)
+            return False
+        for place in places:  # one that is named twice is held twice
+            place.num_holds += 1
+        return True
+
+    def bring_ahead(self, residents: Sequence[Resident]) -> bool:
+        """Places `residents` before their turn, to be copied ahead; False if there is no room, or no copying ahead.
+
+        Takes free rows, and those of idle residents that nobody has asked for before in this round.
+        """
+        num_missing = len({resident.uid for resident in residents} - self._places.keys())
+        if self._copies is None or not self._bring(residents):
+            return False
+        self._awaited.update(resident.uid for resident in residents)
+        metrics.ADAPTER_PREFETCHES.inc(num_missing)
         return True
 
     def release(self, residents: Iterable[Resident]) -> None:
@@ -110,9 +157,24 @@ class PoolLedger:
         self._changes.clear()
         return changes
 
+    def take_copies(self) -> tuple[WriteRows, ...]:
+        """What is to be copied ahead once the changes are made, a few at a time, in the order of asking."""
+        wanted = [place for place in self._places.values() if place.copy is _Copy.WANTED]
+        for place in islice(wanted, _MAX_BEGUN):
+            place.copy = _Copy.BEGUN
+        return tuple(WriteRows(place.resident, place.start) for place in wanted[:_MAX_BEGUN])
+
     def repeat_writes(self) -> None:
         """Has every resident copied again: changes handed out before may not have been carried out."""
-        self._changes = [WriteRows(place.resident, place.start) for place in self._places.values()]
+        done = [place for place in self._places.values() if place.copy is _Copy.DONE]
+        self._changes = [WriteRows(place.resident, place.start) for place in done]
+        self.repeat_copies()
+
+    def repeat_copies(self) -> None:
+        """Has what is not yet copied copied again: not all that was handed out may have been begun."""
+        for place in self._places.values():
+            if place.copy is _Copy.BEGUN:
+                place.copy = _Copy.WANTED
 
     def check_integrity(self, num_holds: int | None = None) -> None:
         """Asserts that no rows overlap, and that there are `num_holds` holds in all if given."""
@@ -124,25 +186,38 @@ class PoolLedger:
         if num_holds is not None:
             assert sum(place.num_holds for place in self._places.values()) == num_holds, "holds do not add up"
 
-    def _touch(self, uid: int) -> None:
-        self._places[uid].num_holds += 1
-        self._places.move_to_end(uid)
+    def _bring(self, residents: Sequence[Resident]) -> bool:
+        """Places what is missing of `residents`; or, if it does not fit, changes nothing and returns False."""
+        missing = {resident.uid: resident for resident in residents if resident.uid not in self._places}
+        needed = sum(resident.num_rows for resident in missing.values())
+        kept = self._awaited.union(resident.uid for resident in residents)
+        if needed > self.capacity - self._num_rows_kept(kept):
+            return False
+        for resident in residents:
+            if resident.uid not in missing:
+                self._places.move_to_end(resident.uid)
+        for resident in missing.values():  # one that is named twice is placed once
+            self._place(resident, kept)
+        return True
 
-    def _num_rows_kept(self, wanted: set[int]) -> int:
-        """Rows that cannot be evicted while `wanted` is made resident."""
-        kept = (place for uid, place in self._places.items() if place.num_holds > 0 or uid in wanted)
-        return sum(place.resident.num_rows for place in kept)
+    def _num_rows_kept(self, kept: AbstractSet[int]) -> int:
+        """Rows that cannot be evicted as long as those of `kept` are spared."""
+        places = (place for uid, place in self._places.items() if not _may_evict(place, uid, kept))
+        return sum(place.resident.num_rows for place in places)
 
-    def _place(self, resident: Resident) -> None:
+    def _place(self, resident: Resident, kept: AbstractSet[int]) -> None:
         start = self._find_gap(resident.num_rows)
-        while start is None and self._evict_one():
+        while start is None and self._evict_one(kept):
             start = self._find_gap(resident.num_rows)
         if start is None:
             self._compact()
             start = self._find_gap(resident.num_rows)
         assert start is not None, "room was counted before placing"
-        self._places[resident.uid] = _Place(resident, start)
-        self._changes.append(WriteRows(resident, start))
+        if self._copies is None:
+            self._places[resident.uid] = _Place(resident, start, _Copy.DONE)
+            self._changes.append(WriteRows(resident, start))
+        else:
+            self._places[resident.uid] = _Place(resident, start, _Copy.WANTED)
 
     def _find_gap(self, num_rows: int) -> int | None:
         """The lowest start of `num_rows` free rows in a row, so that adapters in use lie close together."""
@@ -157,9 +232,9 @@ class PoolLedger:
         """All places in order; one without rank rows comes before the rows at its start."""
         return sorted(self._places.values(), key=lambda place: (place.start, place.end))
 
-    def _evict_one(self) -> bool:
+    def _evict_one(self, kept: AbstractSet[int]) -> bool:
         for uid, place in self._places.items():
-            if place.num_holds == 0:
+            if _may_evict(place, uid, kept):
                 reach_failpoint("pool.evict")
                 self._remove(uid)
                 metrics.ADAPTER_EVICTIONS.labels("device").inc()
@@ -172,10 +247,16 @@ class PoolLedger:
         self._changes = [c for c in self._changes if not (isinstance(c, WriteRows) and c.resident.uid == uid)]
 
     def _compact(self) -> None:
-        """Moves every resident down to close the gaps."""
+        """Moves every resident down to close the gaps; one whose copy has not begun leaves nothing to move."""
         start = 0
         for place in self._in_order():
             if place.start != start:
-                self._changes.append(MoveRows(place.start, start, place.resident.num_rows))
+                if place.copy is not _Copy.WANTED:
+                    self._changes.append(MoveRows(place.start, start, place.resident.num_rows))
                 place.start = start
             start = place.end
+
+
+def _may_evict(place: _Place, uid: int, kept: AbstractSet[int]) -> bool:
+    """Neither what is in use nor what `kept` spares, nor what is on its way: it was asked for a moment ago."""
+    return place.num_holds == 0 and place.copy is _Copy.DONE and uid not in kept

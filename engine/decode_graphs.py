@@ -155,7 +155,8 @@ class DecodeGraphs:
             function()  # compiles kernels, which cannot be recorded
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Other threads go on meanwhile: one that loads an adapter pins memory, which must not spoil the recording.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             function()
         return graph.replay
 

@@ -17,7 +17,7 @@ from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request, RequestStatus
 from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduler import ScheduledBatch, Scheduler
-from fusionserve.engine.step_execution import Runner, StepExecution
+from fusionserve.engine.step_execution import Runner, StepExecution, StepResults
 from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.generation import (
@@ -34,6 +34,7 @@ from fusionserve.generation import (
     TokenLogprobs,
     Usage,
 )
+from fusionserve.kernels.torch_errors import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +82,11 @@ class Engine:
         """True if a step would compute something or has something to say."""
         return bool(self._generations or self._outputs)
 
+    @property
+    def is_copying(self) -> bool:
+        """True if the last step left adapters on their way to the pool."""
+        return self.scheduler.ledger.is_copying
+
     def add(self, generation: Generation) -> None:
         """Takes over a generation and its leases."""
         self._generations.add(generation)
@@ -99,7 +105,7 @@ class Engine:
 
     def abort_users(self, resident: Resident, error: FusionServeError) -> None:
         """Ends every request that uses this version of an adapter or a fusion with `error`."""
-        for generation in [g for g in self._generations if resident in g.adaptation.residents]:
+        for generation in self._users(resident):
             self._finish(generation, error)
 
     def abort_all(self, error: FusionServeError) -> None:
@@ -119,9 +125,7 @@ class Engine:
         batch = self.scheduler.schedule()
         self._note_scheduled(batch, started_s)
         step = self._execution.execute(batch)
-        self._fail(step.failed)
-        for generation in step.without_memory:
-            self._finish(generation, _out_of_memory())
+        self._end_failed(step)
         self._update(step.results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)
         elapsed_s = time.monotonic() - started_s
@@ -274,6 +278,20 @@ class Engine:
         self._measure_holdings()
         if last is not None:
             self._outputs.append(Output(generation, last))
+
+    def _end_failed(self, step: StepResults) -> None:
+        """Ends whatever cannot go on, with those who wait for an adapter that cannot be copied."""
+        self._fail(step.failed)
+        for generation in step.without_memory:
+            self._finish(generation, _out_of_memory())
+        for resident, error in step.uncopied:
+            if is_out_of_memory(error):
+                self.abort_users(resident, _out_of_memory())
+            else:
+                self._fail(self._users(resident))
+
+    def _users(self, resident: Resident) -> list[Generation]:
+        return [g for g in self._generations if resident in g.adaptation.residents]
 
     def _fail(self, generations: Iterable[Generation]) -> None:
         for generation in generations:

@@ -42,7 +42,7 @@ def build_engine(
     )
     scheduler = Scheduler(
         BlockPool(num_blocks, config.block_size),
-        PoolLedger(config.adapter_pool_ranks),
+        PoolLedger(config.adapter_pool_ranks, base.pool.copies),
         limits,
         enable_prefix_cache=config.enable_prefix_cache,
         fair_weights=config.fair_weights,

@@ -15,6 +15,7 @@ _log = logging.getLogger(__name__)
 Command = Callable[[Engine], None]
 
 _STALLED_WAIT_S = 0.02  # between steps that had nothing to compute although requests wait
+_COPYING_WAIT_S = 0.001  # the same while adapters are copied, which takes milliseconds
 
 
 class EngineThread:
@@ -68,7 +69,9 @@ class EngineThread:
         outputs = engine.step()
         if outputs:
             self._deliver(outputs)
-        return _STALLED_WAIT_S if engine.is_stalled else 0.0
+        if not engine.is_stalled:
+            return 0.0
+        return _COPYING_WAIT_S if engine.is_copying else _STALLED_WAIT_S
 
     def _run_commands(self, timeout_s: float | None) -> bool:
         """Runs all commands in the inbox, waiting up to `timeout_s` for the first; False once told to stop."""

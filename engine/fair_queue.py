@@ -111,10 +111,10 @@ class FairQueue:
         if not self._lanes[key]:
             del self._lanes[key]
 
-    def first(self) -> list[Request]:
-        """The one whose turn it is, if there is one."""
+    def first(self, num_flows: int = 1) -> list[Request]:
+        """The one whose turn it is, if there is one; or of several flows, those whose turn is next, in turn."""
         heads = (lane[0] for lane in self._lanes.values())
-        return heapq.nsmallest(1, heads, key=lambda head: (self.service.rank(head), head.order))
+        return heapq.nsmallest(num_flows, heads, key=lambda head: (self.service.rank(head), head.order))
 
     def in_turn(self) -> Iterator[Request]:
         """The requests in the order in which their turn comes, if those handed out before are charged at once.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusionserve import metrics
-from fusionserve.adapters.pool_ledger import PoolChange, WriteRows
+from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.adapters.row_plan import RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
@@ -110,8 +110,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
-        """Runs the batch; one result per chunk, in any order."""
-        self._apply(batch.pool_changes)
+        """Runs the batch; one result per chunk, in any order. Raises CopyError before anything is computed."""
+        self._copy_adapters(batch)
         if not batch.chunks:
             return []
         chunks = sorted(batch.chunks, key=_batch_order)
@@ -126,9 +126,11 @@ class ModelRunner:
         weights = gather_weights(fused)
         return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
 
-    def _apply(self, changes: tuple[PoolChange, ...]) -> None:
-        self._base.pool.apply(changes)
-        metrics.ADAPTER_ACTIVATIONS.inc(sum(isinstance(change, WriteRows) for change in changes))
+    def _copy_adapters(self, batch: ScheduledBatch) -> None:
+        self._base.pool.apply(batch.pool_changes)
+        metrics.ADAPTER_ACTIVATIONS.inc(sum(isinstance(change, WriteRows) for change in batch.pool_changes))
+        self._base.pool.copy_ahead(batch.copies)
+        metrics.ADAPTER_ACTIVATIONS.inc(len(batch.copies))
 
     def _forward(
         self,

@@ -10,13 +10,14 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fusionserve import metrics
-from fusionserve.adapters.pool_ledger import PoolChange, PoolLedger
+from fusionserve.adapters.pool_ledger import PoolChange, PoolLedger, WriteRows
 from fusionserve.engine.block_pool import BlockPool, chain_hashes
 from fusionserve.engine.fair_queue import FairQueue, FlowService, Rank
 from fusionserve.engine.prompt_pace import PromptPace
 from fusionserve.engine.request import Request, RequestStatus
 
-_MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapter pool
+_MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapter pool, or for a copy to it
+_MAX_PREFETCHES = 4  # flows whose next request may have its adapters copied before its turn
 _MAX_FAIR_PREEMPTIONS = (
     4  # per step, for flows that have less than their share: each costs a prompt's computation
 )
@@ -44,10 +45,14 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """One step's work; the only thing that crosses from the scheduler to the model runner, which does not change it."""
+    """One step's work; the only thing that crosses from the scheduler to the model runner, which does not change it.
+
+    `pool_changes` are made before the chunks are computed, `copies` are begun beside them.
+    """
 
     chunks: tuple[ScheduledChunk, ...]
     pool_changes: tuple[PoolChange, ...]
+    copies: tuple[WriteRows, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -117,6 +122,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Chooses the tokens of the next step: decoding requests first, then prompts, running and waiting, in turn."""
+        self.ledger.begin_round()
         plan = _Plan(self._limits.max_batch_tokens)
         decoding, newcomer = self._in_turn(decoding=True), self._newcomer()
         yielding = self._yielding(decoding, newcomer)
@@ -133,11 +139,12 @@ class Scheduler:
             for request in yielding:
                 self._continue(request, plan)
         chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
-        return ScheduledBatch(chunks, self.ledger.take_changes())
+        self._prefetch()
+        return ScheduledBatch(chunks, self.ledger.take_changes(), self.ledger.take_copies())
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learns from how long a step took; an empty one, or one that copied adapters, says nothing about the next."""
-        if batch.chunks and not batch.pool_changes:
+        if batch.chunks and not (batch.pool_changes or batch.copies):
             self._pace.observe(batch.num_prompt_tokens, seconds)
 
     def advance(self, chunk: ScheduledChunk) -> None:
@@ -217,6 +224,12 @@ class Scheduler:
         if may_admit:
             self._admit_waiting(plan)
 
+    def _prefetch(self) -> None:
+        """Has what is next in turn copied ahead, as far as it fits: a later one takes no room of an earlier."""
+        for request in self.waiting.first(_MAX_PREFETCHES):
+            if not self.ledger.bring_ahead(request.generation.adaptation.residents):
+                return
+
     def _continue(self, request: Request, plan: _Plan) -> None:
         """Plans the next tokens of a running request; one that was preempted since gets none."""
         if plan.budget == 0 or request.status is not RequestStatus.RUNNING:
@@ -262,7 +275,7 @@ class Scheduler:
     def _admit_waiting(self, plan: _Plan, before: Rank | None = None) -> None:
         """Admits requests in turn, as far as it comes `before`, if that is given.
 
-        One that waits for room in the adapter pool lets others pass, but not for ever.
+        One that waits for room in the adapter pool, or for a copy to it, lets others pass, but not for ever.
         """
         overtaken: list[Request] = []
         stuck: set[str] = set()  # flows with no right to a place

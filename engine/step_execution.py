@@ -2,7 +2,8 @@
 
 A step that raised is computed again without the culprit: keys and values are written to the same slots and the next
 token is a function of its request, so computing twice changes nothing. A step that fails for want of memory loses its
-newest requests, one, two, four and so on, until the rest fits; any other failure is narrowed down by halves.
+newest requests, one, two, four and so on, until the rest fits; any other failure is narrowed down by halves. A resident
+whose copy ahead cannot begin is given up, which is nobody's business but of those who wait for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fusionserve.adapters.pool_ledger import PoolLedger
+from fusionserve.adapters.resident import Resident
+from fusionserve.adapters.side_copies import CopyError
 from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation
 from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
@@ -26,16 +29,17 @@ class Runner(Protocol):
     """Carries out a scheduled batch: the model runner, or a fake in tests."""
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
-        """One result per chunk."""
+        """One result per chunk. Raises CopyError once the changes are made and before anything is computed."""
 
 
 @dataclass(slots=True)
 class StepResults:
-    """What came of a batch: results, and the generations that cannot go on."""
+    """What came of a batch: results, the generations that cannot go on, and residents not copied, with the reasons."""
 
     results: list[ChunkResult] = field(default_factory=list)
     failed: set[Generation] = field(default_factory=set)
     without_memory: set[Generation] = field(default_factory=set)
+    uncopied: list[tuple[Resident, BaseException]] = field(default_factory=list)
 
 
 class StepExecution:
@@ -60,7 +64,7 @@ class StepExecution:
     def _run(self, batch: ScheduledBatch, step: StepResults) -> None:
         try:
             reach_failpoint("engine.step")
-            step.results += self._runner.execute(batch)
+            self._run_once(batch, step)
         except Exception as error:
             if is_device_lost(error):
                 raise
@@ -72,6 +76,18 @@ class StepExecution:
                 _log.exception("a step of %d requests failed", len(batch.chunks))
                 self._run_halves(batch.chunks, step)
 
+    def _run_once(self, batch: ScheduledBatch, step: StepResults) -> None:
+        """Runs the batch, giving up residents that cannot be copied ahead."""
+        try:
+            step.results += self._runner.execute(batch)
+        except CopyError as error:
+            _log.exception("an adapter could not be copied ahead")
+            self._ledger.repeat_copies()
+            self._ledger.forget(error.resident.uid)
+            step.uncopied.append((error.resident, error.__cause__ or error))
+            rest = ScheduledBatch(batch.chunks, self._ledger.take_changes(), self._ledger.take_copies())
+            self._run_once(rest, step)
+
     def _run_fewer(self, chunks: Sequence[ScheduledChunk], step: StepResults) -> None:
         """Ends the newest generations until the rest fits; `chunks` have just failed."""
         kept = sorted({chunk.request.generation for chunk in chunks}, key=lambda g: g.requests[0].order)
@@ -81,7 +97,7 @@ class StepExecution:
             kept = kept[:-num_ended]
             num_ended *= 2
             try:
-                step.results += self._runner.execute(self._batch(chunks, kept))
+                self._run_once(self._batch(chunks, kept), step)
                 return
             except Exception as error:
                 if is_device_lost(error):
@@ -103,4 +119,4 @@ class StepExecution:
         """The chunks of some generations; it copies to the pool whatever was not copied for sure."""
         members = set(kept)
         chosen = tuple(chunk for chunk in chunks if chunk.request.generation in members)
-        return ScheduledBatch(chosen, self._ledger.take_changes())
+        return ScheduledBatch(chosen, self._ledger.take_changes(), self._ledger.take_copies())

@@ -119,6 +119,11 @@ ADAPTER_ACTIVATIONS = Counter(
     "Copies of an adapter from host to the device pool.",
     registry=REGISTRY,
 )
+ADAPTER_PREFETCHES = Counter(
+    "fusionserve_adapter_prefetches_total",
+    "Of these copies, those begun for the next requests of the queue before their turn; on a GPU only.",
+    registry=REGISTRY,
+)
 ADAPTER_EVICTIONS = Counter(
     "fusionserve_adapter_evictions_total",
     "Adapters dropped to make room, by tier.",

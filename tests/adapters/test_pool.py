@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 
+import pytest
 import torch
+from delayed_copies import DelayedCopies
 from loose_adapters import (
     D_IN,
     D_OUT,
@@ -21,6 +25,7 @@ from loose_adapters import (
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.pool_ledger import MoveRows, PoolLedger, WriteRows
+from fusionserve.adapters.side_copies import CopyError, SideStream
 
 
 def make_pool(capacity: int = 16, dtype: torch.dtype = torch.float32) -> AdapterPool:
@@ -45,9 +50,9 @@ def assert_resident(pool: AdapterPool, adapter: Adapter, start: int) -> None:
         rank = 0 if lora is None else lora.rank
         if lora is not None:
             bias = torch.zeros(rank) if lora.shrink_bias is None else lora.shrink_bias
-            assert torch.equal(rows.shrink_rows[start : start + rank], lora.shrink)
-            assert torch.equal(rows.expand_rows[start : start + rank], lora.expand)
-            assert torch.equal(rows.shrink_bias[start : start + rank], bias)
+            assert torch.equal(rows.shrink_rows[start : start + rank].cpu(), lora.shrink)
+            assert torch.equal(rows.expand_rows[start : start + rank].cpu(), lora.expand)
+            assert torch.equal(rows.shrink_bias[start : start + rank].cpu(), bias)
         for tensor in (rows.shrink_rows, rows.expand_rows, rows.shrink_bias):
             assert tensor[start + rank : end].count_nonzero() == 0
 
@@ -129,3 +134,82 @@ def test_random_traffic_keeps_every_resident_true() -> None:
                 assert_resident(pool, adapter, ledger.start_of(adapter))
         ledger.check_integrity(len(held))
     assert num_moves > 10, "the traffic is too tame"
+
+
+def test_copies_ahead_reach_the_rows_when_they_are_due_and_not_before() -> None:
+    """The modules are made ready at once: what computes meanwhile must find them so."""
+    pool, copies = make_pool(), DelayedCopies(None)
+    pool.copies = copies
+    a, b = make_two_module_adapter(1, 4, 3, bias=True), make_two_module_adapter(2, 5, 0)
+    pool.copy_ahead((WriteRows(a, 0), WriteRows(b, 4)))
+    rows = pool.rows(FIRST)
+    assert not rows.is_empty and not rows.shrink_rows.any() and rows.part.bias is not None
+    layout = pool.layout
+    copies.finish()
+    assert pool.layout == layout
+    assert_resident(pool, a, 0)
+    assert_resident(pool, b, 4)
+
+
+def test_changes_wait_for_the_copies_under_way() -> None:
+    pool, copies = make_pool(), DelayedCopies(None)
+    pool.copies = copies
+    a, b = make_two_module_adapter(1, 4, 3), make_two_module_adapter(2, 4, 4)
+    pool.copy_ahead((WriteRows(a, 4),))
+    pool.apply(())
+    assert copies.num_under_way == 1, "nothing to wait for"
+    pool.apply((MoveRows(4, 0, 4), WriteRows(b, 4)))
+    assert copies.num_under_way == 0
+    assert_resident(pool, a, 0)
+    assert_resident(pool, b, 4)
+
+
+def test_copy_that_cannot_begin_is_told_with_its_adapter_and_the_rest_is_left() -> None:
+    pool, copies = make_pool(), DelayedCopies(None)
+    pool.copies = copies
+    a, b, c = (make_two_module_adapter(seed, 4, 4) for seed in (1, 2, 3))
+    full = RuntimeError("the device is full")
+    _fail_at(copies, b.uid, full)
+    with pytest.raises(CopyError) as caught:
+        pool.copy_ahead((WriteRows(a, 0), WriteRows(b, 4), WriteRows(c, 8)))
+    assert caught.value.resident is b and caught.value.__cause__ is full
+    assert copies.num_begun == 1
+
+
+def test_lost_device_is_no_adapters_fault() -> None:
+    pool, copies = make_pool(), DelayedCopies(None)
+    pool.copies = copies
+    a = make_two_module_adapter(1, 4, 4)
+    _fail_at(copies, a.uid, torch.AcceleratorError("gone"))
+    with pytest.raises(torch.AcceleratorError):
+        pool.copy_ahead((WriteRows(a, 0),))
+
+
+def _fail_at(copies: DelayedCopies, uid: int, error: Exception) -> None:
+    begin = copies.begin
+
+    def failing(begun: int, write: Callable[[], None]) -> None:
+        if begun == uid:
+            raise error
+        begin(begun, write)
+
+    copies.begin = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a stream beside another needs a GPU")
+def test_side_stream_copies_while_the_current_stream_is_busy() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = AdapterPool(make_modules(), 16, dtype=torch.float32, device=device)
+    assert isinstance(pool.copies, SideStream)
+    loras = {path: make_lora(rank, seed=1, bias=True).pinned() for path, rank in ((FIRST, 8), (SECOND, 5))}
+    a = make_adapter(make_content(loras))
+    pool.copy_ahead((WriteRows(a, 3),))
+    torch.cuda._sleep(200_000_000)  # cycles, some 100 ms, of the current stream
+    end_s = time.monotonic() + 10
+    while not pool.copies.is_done(a.uid):
+        assert time.monotonic() < end_s
+    assert not torch.cuda.current_stream().query(), "it waited for what was computed after it"
+    pool.apply((MoveRows(3, 1, 8),))
+    torch.cuda.synchronize()
+    assert_resident(pool, a, 1)

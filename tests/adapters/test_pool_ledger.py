@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
+from delayed_copies import DelayedCopies
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
@@ -166,15 +168,64 @@ def test_repeat_writes_hands_out_every_resident_again() -> None:
     rows.assert_holds(ledger, [b, c])
 
 
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_gaps_are_closed_under_a_copy_that_is_not_done(has_begun: bool) -> None:
+    """Rows that are being filled move when they are full; rows that are to be filled need not."""
+    copies, rows = DelayedCopies(None), Rows(12)
+    ledger = PoolLedger(12, copies)
+    a, b, c, wide = make_ranked(3), make_ranked(3), make_ranked(3), make_ranked(5)
+
+    def begin() -> list[WriteRows]:
+        writes = ledger.take_copies()
+        for write in writes:
+            copies.begin(write.resident.uid, partial(rows.apply, [write]))
+        return list(writes)
+
+    assert not ledger.hold([a, b])
+    begin()
+    copies.finish()
+    ledger.begin_round()
+    assert ledger.hold([a, b])
+    assert not ledger.hold([c])
+    if has_begun:
+        begin()
+    ledger.release([a])
+    assert not ledger.hold([wide])
+    changes = ledger.take_changes()
+    assert changes == (MoveRows(3, 0, 3), *([MoveRows(6, 3, 3)] if has_begun else []))
+    copies.join()
+    rows.apply(changes)
+    assert begin() == [*([] if has_begun else [WriteRows(c, 3)]), WriteRows(wide, 6)]
+    copies.finish()
+    ledger.begin_round()
+    assert ledger.hold([c, wide])
+    rows.assert_holds(ledger, [b, c, wide])
+
+
+def test_copies_are_handed_out_a_few_at_a_time_in_the_order_of_asking() -> None:
+    ledger, adapters = PoolLedger(16, DelayedCopies()), [make_ranked(1) for _ in range(9)]
+    for adapter in adapters:
+        assert not ledger.hold([adapter])
+    handed = [[write.resident for write in ledger.take_copies()] for _ in range(4)]
+    assert handed == [adapters[:4], adapters[4:8], adapters[8:], []]
+
+
 class LedgerMachine(RuleBasedStateMachine):
-    """Any order of holds, releases and forgets: adapters in use keep their rows, and the changes make them true."""
+    """Any order of holds, releases and forgets: adapters in use keep their rows, and the changes make them true.
+
+    With copies, what fits may have to wait for them, and no hold is granted before.
+    """
 
     adapters = Bundle("adapters")
     held = Bundle("held")
 
-    @initialize(capacity=st.integers(1, 24))
-    def start(self, capacity: int) -> None:
-        self.ledger = PoolLedger(capacity)
+    @initialize(
+        capacity=st.integers(1, 24),
+        copies=st.one_of(st.none(), st.builds(DelayedCopies, st.integers(0, 3))),
+    )
+    def start(self, capacity: int, copies: DelayedCopies | None) -> None:
+        self.copies = copies
+        self.ledger = PoolLedger(capacity, copies)
         self.rows = Rows(capacity)
         self.holds: Counter[Adapter] = Counter()
 
@@ -187,9 +238,11 @@ class LedgerMachine(RuleBasedStateMachine):
         residents = self.ledger.resident_uids
         in_use = {*self.holds, *wanted}
         fits = sum(adapter.num_rows for adapter in in_use) <= self.ledger.capacity
-        assert self.ledger.hold(wanted) == fits
+        is_held = self.ledger.hold(wanted)
+        assert is_held == fits or (self.copies is not None and not is_held)
         if not fits:
             assert self.ledger.resident_uids == residents
+        if not is_held:
             return multiple()
         self.holds.update(wanted)
         return wanted
@@ -205,16 +258,35 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.forget(adapter.uid)
             assert adapter.uid not in self.ledger.resident_uids
 
+    @rule(wanted=st.lists(adapters, max_size=2))
+    def bring_ahead(self, wanted: list[Adapter]) -> None:
+        is_there = self.ledger.bring_ahead(wanted)
+        assert not is_there or {adapter.uid for adapter in wanted} <= self.ledger.resident_uids
+        assert not is_there or self.copies is not None
+
     @rule()
     def step(self) -> None:
-        self.rows.apply(self.ledger.take_changes())
+        self.apply(self.ledger.take_changes())
         self.rows.assert_holds(self.ledger, list(self.holds))
+        self.begin(self.ledger.take_copies())
+        self.ledger.begin_round()
 
     @rule()
     def failed_step(self) -> None:
-        changes = self.ledger.take_changes()
-        self.rows.apply(changes[: len(changes) // 2])
+        changes, copies = self.ledger.take_changes(), self.ledger.take_copies()
+        self.apply(changes[: len(changes) // 2])
+        self.begin(copies[: len(copies) // 2])
         self.ledger.repeat_writes()
+
+    def apply(self, changes: Sequence[PoolChange]) -> None:
+        if changes and self.copies is not None:
+            self.copies.join()
+        self.rows.apply(changes)
+
+    def begin(self, writes: Sequence[WriteRows]) -> None:
+        for write in writes:
+            assert self.copies is not None
+            self.copies.begin(write.resident.uid, partial(self.rows.apply, [write]))
 
     @invariant()
     def is_consistent(self) -> None:

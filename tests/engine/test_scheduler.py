@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from delayed_copies import DelayedCopies
 from fake_runner import EngineHarness, expected_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -338,6 +339,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     max_batch_requests=st.integers(1, 6),
     max_logit_tokens=st.integers(1, 8),
     enable_prefix_cache=st.booleans(),
+    copies=st.one_of(st.none(), st.builds(DelayedCopies, st.integers(0, 4))),
 )
 def test_all_requests_finish_with_their_own_tokens_when_everything_is_tight(
     arrivals: list[tuple[int, dict[str, Any]]], **limits: Any

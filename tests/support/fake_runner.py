@@ -8,13 +8,17 @@ token is a function of the adaptation, the tokens so far, the seed and the candi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+from delayed_copies import DelayedCopies
 from schedules import BLOCK_SIZE, as_made, make_scheduler
 
 from fusionserve.adapters.adapter import Adapter
-from fusionserve.adapters.pool_ledger import MoveRows, PoolChange
+from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
+from fusionserve.adapters.resident import Resident
+from fusionserve.adapters.side_copies import CopyError
 from fusionserve.engine.engine import Engine, Output
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.model_runner import ChunkResult
@@ -33,11 +37,16 @@ class FakeRunner:
     """`choose(request)` may stand in for the next token; None means logits that are not finite.
 
     `error` is raised by the next step, with `loses_copies` before its copies into the pool; `poison` by every step in
-    which one of its generations takes part; MemoryError by every step of more than `max_requests` requests.
+    which one of its generations takes part; MemoryError by every step of more than `max_requests` requests. Residents
+    are copied ahead by `copies`, those in `uncopied` fail to be.
     """
 
-    def __init__(self, choose: Callable[[Request], int | None] | None = None) -> None:
+    def __init__(
+        self, choose: Callable[[Request], int | None] | None = None, copies: DelayedCopies | None = None
+    ) -> None:
         self._choose = choose or next_token
+        self._copies = copies
+        self.uncopied: dict[Resident, Exception] = {}
         self._slots: dict[int, bytes] = {}
         self._rows: dict[int, int] = {}
         self.error: Exception | None = None
@@ -50,6 +59,7 @@ class FakeRunner:
         self.batches.append(batch)
         if not self.loses_copies:
             self._copy(batch.pool_changes)
+            self._copy_ahead(batch.copies)
         if self.error is not None:
             error, self.error, self.loses_copies = self.error, None, False
             raise error
@@ -66,7 +76,16 @@ class FakeRunner:
         """Tokens computed so far."""
         return sum(batch.num_tokens for batch in self.batches)
 
+    def _copy_ahead(self, writes: Sequence[WriteRows]) -> None:
+        for write in writes:
+            assert self._copies is not None
+            if write.resident in self.uncopied:
+                raise CopyError(write.resident) from self.uncopied[write.resident]
+            self._copies.begin(write.resident.uid, partial(self._write, write))
+
     def _copy(self, changes: Sequence[PoolChange]) -> None:
+        if changes and self._copies is not None:
+            self._copies.join()
         for change in changes:
             if isinstance(change, MoveRows):
                 moved = [self._rows.get(change.source + row) for row in range(change.num_rows)]
@@ -74,8 +93,11 @@ class FakeRunner:
                     assert uid is not None, "rows are moved that nobody wrote"
                     self._rows[change.target + row] = uid
             else:
-                for row in range(change.resident.num_rows):
-                    self._rows[change.start + row] = change.resident.uid
+                self._write(change)
+
+    def _write(self, write: WriteRows) -> None:
+        for row in range(write.resident.num_rows):
+            self._rows[write.start + row] = write.resident.uid
 
     def _check(self, chunk: ScheduledChunk) -> None:
         request = chunk.request
@@ -108,13 +130,16 @@ class EngineHarness:
     """An Engine over a fake runner, with what it told and released by generation."""
 
     def __init__(
-        self, choose: Callable[[Request], int | None] | None = None, **scheduler_fields: Any
+        self,
+        choose: Callable[[Request], int | None] | None = None,
+        copies: DelayedCopies | None = None,
+        **scheduler_fields: Any,
     ) -> None:
-        self.runner = FakeRunner(choose)
+        self.runner = FakeRunner(choose, copies)
         self.released: list[Adapter] = []
         self.events: dict[Generation, list[Any]] = {}
         self.engine = Engine(
-            make_scheduler(**scheduler_fields),
+            make_scheduler(copies=copies, **scheduler_fields),
             self.runner,
             eos_token_ids=frozenset({EOS}),
             release_leases=lambda adaptation: self.released.extend(adaptation.adapters),

@@ -12,6 +12,7 @@ import torch
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
 from fusionserve.adapters.pool_ledger import PoolLedger
+from fusionserve.adapters.side_copies import Copies
 from fusionserve.engine.block_pool import BlockPool
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
@@ -126,6 +127,7 @@ def make_scheduler(
     max_logit_tokens: int = 128,
     enable_prefix_cache: bool = True,
     fair_weights: Mapping[str, float] | None = None,
+    copies: Copies | None = None,
 ) -> Scheduler:
     """A scheduler over blocks of BLOCK_SIZE tokens."""
     limits = SchedulerLimits(
@@ -137,7 +139,7 @@ def make_scheduler(
     )
     return Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
-        PoolLedger(pool_ranks),
+        PoolLedger(pool_ranks, copies),
         limits,
         enable_prefix_cache=enable_prefix_cache,
         fair_weights=fair_weights,

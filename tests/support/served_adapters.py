@@ -17,8 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fusionserve.adapters.adapter import AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.side_copies import Copies
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.engine.base_model import load_base_model
 from fusionserve.engine.engine import Engine
 from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.scheduler import ScheduledBatch
@@ -216,8 +218,17 @@ class TestedEngine(AsyncEngine):
             self.load_gate.set()
 
 
+def load_engine(config: EngineConfig, copies: Copies | None = None) -> TestedEngine:
+    """An engine that copies adapters ahead by `copies`, if there are any."""
+    base = load_base_model(config)
+    base.pool.copies = copies or base.pool.copies
+    return TestedEngine(config, base, AdapterLabels(8))
+
+
 @asynccontextmanager
-async def running_engine(model: Path, root: Path, **options: object) -> AsyncIterator[TestedEngine]:
+async def running_engine(
+    model: Path, root: Path, copies: Copies | None = None, **options: object
+) -> AsyncIterator[TestedEngine]:
     """A started engine; at the end nothing may be left of any request."""
     config = EngineConfig(
         **{
@@ -231,8 +242,7 @@ async def running_engine(model: Path, root: Path, **options: object) -> AsyncIte
             **options,
         }
     )
-    engine = TestedEngine.load(config, AdapterLabels(8))
-    assert isinstance(engine, TestedEngine)
+    engine = load_engine(config, copies)
     await engine.start()
     try:
         yield engine
