@@ -366,9 +366,9 @@ class LifeCycle(RuleBasedStateMachine):
         self.unloads.clear()
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("world"))
+@pytest.fixture(scope="module", params=[None, 2], ids=["copied in the step", "copied beside it"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(tmp_path_factory.mktemp("world"), request.param)
     yield made
     made.close()
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from served_adapters import TestedEngine, lora_bytes, make_prompt, write_lora, write_model
+from delayed_copies import DelayedCopies
+from served_adapters import TestedEngine, load_engine, lora_bytes, make_prompt, write_lora, write_model
 from served_fusions import write_fusion
 
+from fusionserve.adapters.side_copies import Copies
 from fusionserve.config import EngineConfig
 from fusionserve.errors import FusionServeError
 from fusionserve.generation import (
@@ -27,7 +29,6 @@ from fusionserve.generation import (
     StoppingCriteria,
     TokenPrompt,
 )
-from fusionserve.metrics import AdapterLabels
 
 NAMES = ("a", "b", "c", "d")
 MEMBERS = ("a", "b")
@@ -121,7 +122,7 @@ class Files:
         """Where a content lies under the adapters' folder; the first is the one found by its name alone."""
         return name if content == 0 else f"contents/{name}-{content}"
 
-    async def engine(self, **options: object) -> TestedEngine:
+    async def engine(self, copies: Copies | None = None, **options: object) -> TestedEngine:
         """A started engine over these files."""
         fields: dict[str, object] = {
             "model": str(self.model),
@@ -133,8 +134,7 @@ class Files:
             "num_threads": 1,
             **options,
         }
-        engine = TestedEngine.load(EngineConfig(**fields), AdapterLabels(8))  # type: ignore[arg-type]
-        assert isinstance(engine, TestedEngine)
+        engine = load_engine(EngineConfig(**fields), copies)  # type: ignore[arg-type]
         await engine.start()
         return engine
 
@@ -145,9 +145,13 @@ def oracle_name(name: str, content: int) -> str:
 
 
 class World:
-    """One event loop, the engine under test, and an oracle that serves one request at a time."""
+    """One event loop, the engine under test, and an oracle that serves one request at a time.
 
-    def __init__(self, root: Path) -> None:
+    The engine's copies to the pool are late by `copy_delay` questions after them, or are made in the step (None).
+    """
+
+    def __init__(self, root: Path, copy_delay: int | None) -> None:
+        self._copy_delay = copy_delay
         self._runner = asyncio.Runner()
         self.files = Files(root)
         self._tokens: dict[Wish, tuple[int, ...]] = {}
@@ -168,6 +172,7 @@ class World:
         if self._engine is None:
             self._engine = self._runner.run(
                 self.files.engine(
+                    None if self._copy_delay is None else DelayedCopies(self._copy_delay),
                     adapter_host_bytes=3 * lora_bytes(4) + 1,
                     adapter_pool_ranks=28,
                     kv_cache_bytes=12 * 8192,
