@@ -225,6 +225,21 @@ class TestPrefetch:
         assert steps.copied == [idle.name, held.name, second.name]
         assert steps.scheduler.ledger.resident_uids == {held.uid, second.uid}
 
+    def test_prefetch_takes_no_row_that_the_first_in_turn_waits_for(self) -> None:
+        steps = Steps(max_batch_requests=1, pool_ranks=16)
+        running = make_request(prompt=[1], adapters=(make_adapter(8),))
+        steps.add(running)
+        steps.step()
+        steps.copies.finish()
+        steps.step()
+        wide, small = (make_request(prompt=[2], adapters=(make_adapter(rank),)) for rank in (16, 4))
+        steps.add(wide, small)
+        steps.step()
+        assert steps.copies.num_begun == 1
+        steps.scheduler.remove(running)
+        steps.step()
+        assert steps.copied[1:] == [wide.generation.adapters[0].name]
+
     def test_nothing_is_prefetched_where_copies_are_made_in_the_step(self) -> None:
         scheduler = make_scheduler(max_batch_requests=1)
         scheduler.add(make_request(prompt=[1]))
@@ -356,15 +371,6 @@ class TestPace:
         num_steps, waited_s = len(harness.runner.batches), copies.waited_s
         assert num_steps <= waited_s / 0.001 + 3, "it spins"
         assert copies.num_answers >= min(5, delay_s / 0.01), "it sleeps for as long as without copies"
-
-    def test_steps_with_copies_teach_no_pace(self) -> None:
-        steps = Steps(min_prompt_tokens=6, prompt_step_s=0.1)
-        steps.add(make_request(prompt=[1], adapters=(make_adapter(),)), make_request(prompt=[2] * 9))
-        before = steps.scheduler._pace.num_tokens
-        batch = steps.step()
-        assert batch.chunks and batch.copies
-        steps.scheduler.observe(batch, 50.0)
-        assert steps.scheduler._pace.num_tokens == before
 
 
 class TimedCopies(DelayedCopies):

@@ -68,6 +68,7 @@ def test_steps_that_say_nothing_teach_nothing() -> None:
     complete(scheduler, step)
     scheduler.observe(step, 0.012)  # 1.5 ms a token
     scheduler.observe(replace(step, pool_changes=(WriteRows(make_adapter(), 0),)), 5.0)
+    scheduler.observe(replace(step, copies=(WriteRows(make_adapter(), 0),)), 5.0)
     scheduler.add(second)
     assert sizes(scheduler.schedule()) == {first: 1, second: 40}
 

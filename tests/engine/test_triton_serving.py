@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from delayed_copies import DelayedCopies
 from device_kernels import DEVICE
 from served_adapters import (
     GREEDY,
@@ -59,10 +60,12 @@ def folders(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def serving(folders: Path, device: str) -> AsyncIterator[TestedEngine]:
+async def serving(
+    folders: Path, device: str, copies: DelayedCopies | None = None
+) -> AsyncIterator[TestedEngine]:
     options = {"device": device, "fusion_dirs": (folders / "fusions",), "adapter_pool_ranks": 160}
     options |= {"max_batch_tokens": 40}
-    async with running_engine(folders / "model", folders / "adapters", **options) as engine:
+    async with running_engine(folders / "model", folders / "adapters", copies, **options) as engine:
         yield engine
         for name in ("mix", "duo"):
             await engine.unload_fusion(name, force=False)
@@ -102,7 +105,8 @@ async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
         expected = await collect_all(engine, requests())
     monkeypatch.setattr(native_call, "native_library", lambda: None)
     monkeypatch.setattr(triton_use, "INTERPRETS", True)
-    async with serving(folders, DEVICE.type) as engine:
+    late = None if DEVICE.type == "cuda" else DelayedCopies()  # a GPU has late ones of its own
+    async with serving(folders, DEVICE.type, late) as engine:
         found = await collect_all(engine, requests())
         again = await collect(engine, requests()[0])
         sizes = graph_sizes(engine)
