@@ -138,8 +138,8 @@ class Scheduler:
             plan.budget = self._limits.max_batch_tokens - sum(plan.num_tokens.values())
             for request in yielding:
                 self._continue(request, plan)
+        self._prefetch()  # may move rows, so that chunks are made after it
         chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
-        self._prefetch()
         return ScheduledBatch(chunks, self.ledger.take_changes(), self.ledger.take_copies())
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:

@@ -225,6 +225,20 @@ class TestPrefetch:
         assert steps.copied == [idle.name, held.name, second.name]
         assert steps.scheduler.ledger.resident_uids == {held.uid, second.uid}
 
+    def test_prefetch_may_move_what_runs(self) -> None:
+        harness = EngineHarness(copies=DelayedCopies(1), pool_ranks=16, max_batch_requests=2)
+        low = make_generation(prompt=[1], adapters=(make_adapter(6),), max_new_tokens=6)
+        kept = make_generation(prompt=[2], adapters=(make_adapter(4),), max_new_tokens=30)
+        harness.add(low, kept)
+        while len(harness.engine.scheduler.running) < 2:
+            harness.step()
+        full = make_generation(prompt=[3], max_new_tokens=20)
+        wide = make_generation(prompt=[4], adapters=(make_adapter(12),))
+        run_with(harness, full, wide)
+        moving = [batch for batch in harness.runner.batches if batch.pool_changes]
+        assert {chunk.request.generation for batch in moving for chunk in batch.chunks} == {kept, full}
+        assert_expected(harness, low, kept, full, wide)
+
     def test_prefetch_takes_no_row_that_the_first_in_turn_waits_for(self) -> None:
         steps = Steps(max_batch_requests=1, pool_ranks=16)
         running = make_request(prompt=[1], adapters=(make_adapter(8),))

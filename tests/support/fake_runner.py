@@ -88,7 +88,8 @@ class FakeRunner:
             self._copies.join()
         for change in changes:
             if isinstance(change, MoveRows):
-                moved = [self._rows.get(change.source + row) for row in range(change.num_rows)]
+                # Nothing is left where they were: others may be written there in this very step.
+                moved = [self._rows.pop(change.source + row, None) for row in range(change.num_rows)]
                 for row, uid in enumerate(moved):
                     assert uid is not None, "rows are moved that nobody wrote"
                     self._rows[change.target + row] = uid
