@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum, auto
-from itertools import islice
 
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
@@ -159,10 +158,10 @@ class PoolLedger:
 
     def take_copies(self) -> tuple[WriteRows, ...]:
         """What is to be copied ahead once the changes are made, a few at a time, in the order of asking."""
-        wanted = [place for place in self._places.values() if place.copy is _Copy.WANTED]
-        for place in islice(wanted, _MAX_BEGUN):
+        begun = [place for place in self._places.values() if place.copy is _Copy.WANTED][:_MAX_BEGUN]
+        for place in begun:
             place.copy = _Copy.BEGUN
-        return tuple(WriteRows(place.resident, place.start) for place in wanted[:_MAX_BEGUN])
+        return tuple(WriteRows(place.resident, place.start) for place in begun)
 
     def repeat_writes(self) -> None:
         """Has every resident copied again: changes handed out before may not have been carried out."""
