@@ -19,7 +19,8 @@ from transformers.activations import SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.engine.attention import AttentionBatch
-from fusionserve.engine.layer_stack import LayerStack
+from fusionserve.engine.layer_stack import LayerStack, StackedLayers
+from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import LayerNorm, LayerParts, NativeLayer
 from fusionserve.kernels.paged_attention import AttentionOptions
@@ -34,7 +35,7 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 
-def install_decoder_layers(model: PreTrainedModel) -> int:
+def install_decoder_layers(model: PreTrainedModel, max_context_tokens: int) -> int:
     """Puts a DecoderLayer in place of every layer that one can stand in for; returns how many.
 
     Call it once the linear modules are adapted ones.
@@ -51,7 +52,9 @@ def install_decoder_layers(model: PreTrainedModel) -> int:
         stack = LayerStack(own)
         for layer in own:
             layer.stack = stack
+        base.layers = StackedLayers(own, stack)
         base.norm = FinalNorm(base.norm)
+        base.rotary_emb = RotaryTable(base.rotary_emb, max_context_tokens, model.dtype)
     return len(own)
 
 

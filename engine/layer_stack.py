@@ -5,10 +5,10 @@ Between two layers there is then no Python, which is a twentieth of a decoding s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.adapters.fused_tokens import FusedSegment
@@ -37,6 +37,7 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
+        self.is_computed = False  # since whoever goes through the layers began
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
         self._rows: tuple[ModuleRows, ...] = ()
@@ -60,6 +61,7 @@ class LayerStack:
         segments = None if plan.segments is None else plan.segments.together
         native.compute_(x, batch.native_step(angles, segments))
         batch.computed_stack = self
+        self.is_computed = True
         return True
 
     def _native_layers(self, batch: AttentionBatch) -> NativeLayers | None:
@@ -86,3 +88,25 @@ class LayerStack:
         for layer, native_layer in zip(self._layers, native.layers, strict=True):
             native_layer.set_additions([group.additions(segments) for group in layer.groups])
         self._source = source
+
+
+class StackedLayers(nn.ModuleList):
+    """A model's layers, all of one stack. Who goes through them meets no more once one has computed them all."""
+
+    def __init__(self, layers: Sequence[nn.Module], stack: LayerStack) -> None:
+        super().__init__(layers)
+        self._stack = stack
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """The layers that are still to be called."""
+        self._stack.is_computed = False
+        for layer in self._modules.values():
+            assert layer is not None
+            yield layer
+            if self._stack.is_computed:
+                return
+
+    def __getitem__(self, index: Any) -> Any:
+        """A layer, or some; all of them are this list itself, because models ask for them in every step."""
+        is_all = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
+        return self if is_all else super().__getitem__(index)

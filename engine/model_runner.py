@@ -154,9 +154,9 @@ class ModelRunner:
                 ],
                 position_ids=self._tensor([p for c in chunks for p in range(c.start, c.end)])[None],
                 use_cache=False,
-                logits_to_keep=self._tensor([position for positions in wanted for position in positions]),
+                logits_to_keep=self._to_keep([p for positions in wanted for p in positions], starts[-1]),
                 attention_batch=AttentionBatch(
-                    self._caches, PagedBatch(sequences, self._block_size, base.device)
+                    self._caches, PagedBatch(sequences, self._block_size, self._like.device)
                 ),
             )
         if self._device_planner is not None and plan.items is not None:
@@ -189,8 +189,12 @@ class ModelRunner:
         blocks = chunk.request.blocks[:num_blocks]
         return PackedSequence(start, start + chunk.num_tokens, chunk.start, blocks)
 
+    def _to_keep(self, positions: Sequence[int], num_tokens: int) -> Tensor | int:
+        """Which logits to compute, as transformers models are told: 0 is all, without copying what they are made of."""
+        return 0 if len(positions) == num_tokens else self._tensor(positions)
+
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._base.device)
+        return torch.tensor(values, dtype=torch.long, device=self._like.device)
 
 
 def cache_bytes_per_token(shapes: Mapping[nn.Module, CacheShape], dtype: torch.dtype) -> int:
@@ -295,7 +299,7 @@ def _sampler_row(request: Request, eos_token_ids: frozenset[int]) -> SamplerRow:
         generation.prompt_token_ids,
         request.generated_ids,
         banned,
-        request.uniforms(),
+        () if generation.params.sampling.is_greedy else request.uniforms(),
     )
 
 

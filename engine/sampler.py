@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class SamplerRow:
     prompt_ids: Sequence[int]
     generated_ids: Sequence[int]
     banned_ids: Sequence[int]
-    uniforms: Sequence[float]  # NUM_UNIFORMS in [0, 1)
+    uniforms: Sequence[float]  # NUM_UNIFORMS in [0, 1); a greedy one needs none
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,16 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         tokens[drawn] = _draw(logits[drawn].float(), [rows[index] for index in drawn])
-    # Together, because a GPU is waited for each time.
-    ids, are_finite = torch.stack((tokens, torch.isfinite(best_values).to(tokens.dtype))).tolist()
-    return [token if is_finite else None for token, is_finite in zip(ids, are_finite, strict=True)]
+    ids, values = _read(tokens, best_values)
+    return [token if isfinite(value) else None for token, value in zip(ids, values, strict=True)]
+
+
+def _read(ids: Tensor, values: Tensor) -> tuple[list[int], list[float]]:
+    """Both on the host; from a GPU together, because it is waited for each time."""
+    if ids.device.type == "cpu":
+        return ids.tolist(), values.tolist()
+    both = torch.stack((ids.double(), values.double())).tolist()
+    return [int(token) for token in both[0]], both[1]
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:

@@ -88,16 +88,22 @@ void rotate_and_store(const Heads& heads) {
 // The largest number of a row and its first place; not a number if one is not.
 template <typename Number>
 static inline void largest_of_row(const Number* row, Index width, float* value, Index* place) {
+    constexpr Index BLOCK = 1024;  // numbers, of which one block is searched for the place
     float largest = -INFINITY;
     int num_bad = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : num_bad)
-    for (Index i = 0; i < width; ++i) {
-        const float number = to_float(row[i]);
-        largest = number > largest ? number : largest;
-        num_bad += number != number;
+    Index first = 0;
+    for (Index begin = 0; begin < width; begin += BLOCK) {
+        float here = -INFINITY;
+#pragma omp simd reduction(max : here) reduction(+ : num_bad)
+        for (Index i = begin; i < std::min(begin + BLOCK, width); ++i) {
+            const float number = to_float(row[i]);
+            here = number > here ? number : here;
+            num_bad += number != number;
+        }
+        if (here > largest) largest = here, first = begin;
     }
     *value = num_bad ? NAN : largest;
-    *place = 0;
+    *place = num_bad ? 0 : first;
     while (!num_bad && *place < width - 1 && to_float(row[*place]) != largest) ++*place;
 }
 
