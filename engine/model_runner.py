@@ -124,7 +124,10 @@ class ModelRunner:
             logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
         weights = gather_weights(fused)
-        return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
+        return [
+            replace(result, fusion_weights=weights[result.chunk]) if result.chunk in weights else result
+            for result in results
+        ]
 
     def _copy_adapters(self, batch: ScheduledBatch) -> None:
         self._base.pool.apply(batch.pool_changes)
