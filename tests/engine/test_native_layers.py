@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from served_adapters import blend, collect_all, lora, make_params, make_prompt, running_engine
 from tiny_models import CONFIGS, save_tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
@@ -50,6 +52,39 @@ def test_layer_with_another_activation_stays(tmp_path: Path) -> None:
 def test_layer_without_adapted_modules_stays(tmp_path: Path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path))
     assert install_decoder_layers(model, 64) == 0
+
+
+@pytest.mark.parametrize("name", sorted(OWN_LAYERS))
+def test_angles_are_those_that_the_model_computes(name: str, tmp_path: Path) -> None:
+    directory = save_tiny_model(name, tmp_path)
+    ours: Any = load(directory, "bfloat16").model.base_model
+    original: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    x, positions = torch.empty(0, dtype=torch.bfloat16), torch.tensor([[7, 0, 63, 3]])
+    expected = original.base_model.rotary_emb(x, position_ids=positions)
+    for mine, theirs in zip(ours.rotary_emb(x, position_ids=positions), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@needs_packing
+@pytest.mark.parametrize("is_native", [True, False])
+async def test_layers_that_one_call_has_computed_are_not_called(
+    is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
+    called: list[DecoderLayer] = []
+    forward = DecoderLayer.forward
+
+    def spy(layer: DecoderLayer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        called.append(layer)
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(DecoderLayer, "forward", spy)
+    async with running_engine(EMBEDDED_MODEL, (), model_name="fusionserve-tiny", dtype="bfloat16") as engine:
+        await collect_all(engine, [make_params("1", Adaptation(), make_prompt(1, 8), num_tokens=3)])
+    counts = Counter(called)
+    assert len(counts) == (1 if is_native else AutoConfig.from_pretrained(EMBEDDED_MODEL).num_hidden_layers)
+    assert len(set(counts.values())) == 1  # each in every step
 
 
 @needs_packing

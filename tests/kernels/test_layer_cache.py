@@ -132,6 +132,24 @@ def test_attention_over_tiles_equals_the_definition(
         torch.testing.assert_close(output[here].double(), expected, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("largest_scores", [(0, 400), (400, 0), (0, 8), (300, 300)], ids=str)
+@pytest.mark.parametrize("num_new", [1, 40])
+def test_scores_may_grow_from_stretch_to_stretch(num_new: int, largest_scores: tuple[int, int]) -> None:
+    """By more than the sums so far can keep, by less, and down to weights of nothing."""
+    length, blocks = 290, list(range(19))
+    cache, slots = used_before(304, 2, 64, 64), slots_of_blocks(blocks, length, TILE, CPU)
+    ramp = (
+        torch.linspace(*largest_scores, length)[:, None, None] / 8
+    )  # a query's numbers are about 1, there are 64
+    key, value = (make(length, 2, 64, seed=11).abs() * ramp / 2).to(LIKE.dtype), make(length, 2, 64, seed=12)
+    cache.store_(slots, key, value)
+    query = make(num_new, 6, 64, seed=13).abs()
+    batch = PagedBatch([PackedSequence(0, num_new, length - num_new, blocks)], TILE, CPU)
+    output = batch.attend(query, cache, OPTIONS["plain"])
+    expected = expected_rows(query, key, value, length - num_new, OPTIONS["plain"])
+    torch.testing.assert_close(output.double(), expected, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_token_gets_the_same_bits_however_its_prompt_is_cut() -> None:
     blocks, outputs = [3, 0, 5, 1], []
     key, value, query = make(60, 2, 64, seed=8), make(60, 2, 64, seed=9), make(60, 6, 64, seed=10)
