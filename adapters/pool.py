@@ -177,9 +177,7 @@ class AdapterPool:
 
     def _copy_ahead(self, write: WriteRows, copies: Copies) -> None:
         reach_failpoint("pool.activate")
-        for (
-            path,
-            rows,
-        ) in self._rows.items():  # else the side stream would, and steps would find them half made
+        # Here, because what the side stream allocates steps would find half made.
+        for path, rows in self._rows.items():
             rows.make_ready(write.resident.pieces(path))
         copies.begin(write.resident.uid, partial(self._write, write))
