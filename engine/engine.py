@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
-from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request, RequestStatus
 from fusionserve.engine.sampler import Logprobs
-from fusionserve.engine.scheduler import ScheduledBatch, Scheduler
+from fusionserve.engine.scheduled_batch import ScheduledBatch
+from fusionserve.engine.scheduler import Scheduler
 from fusionserve.engine.step_execution import Runner, StepExecution, StepResults
 from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
 from fusionserve.fusion.fusion import Fusion

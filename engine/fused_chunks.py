@@ -13,7 +13,7 @@ from fusionserve.adapters.fused_tokens import FusedRange, FusedSegment, FusedTok
 from fusionserve.adapters.fusion_rows import FusionRows
 from fusionserve.adapters.row_plan import suits_segment
 from fusionserve.engine.fusion_report import ChunkWeights
-from fusionserve.engine.scheduler import ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.kernels.device.triton_use import uses_triton
 
 ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end) in the batch

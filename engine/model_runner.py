@@ -15,6 +15,7 @@ from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.adapters.row_plan import RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fit_check import CacheShape
 from fusionserve.engine.fused_chunks import (
     ChunkRange,
@@ -23,11 +24,10 @@ from fusionserve.engine.fused_chunks import (
     fused_ranges,
     gather_weights,
 )
-from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.request import Request
 from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
-from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.layer_cache import LayerCache, can_tile
@@ -37,21 +37,6 @@ from fusionserve.kernels.paged_sequence import PackedSequence
 if TYPE_CHECKING:
     from fusionserve.engine.decode_graphs import DecodeGraphs, DecodeStep
     from fusionserve.engine.device_plan import DevicePlanner
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What a chunk gave: a token if it was the last one, and the log-probabilities asked for.
-
-    `is_finite` False means that the logits were not, so there is no token.
-    """
-
-    chunk: ScheduledChunk
-    token_id: int | None = None
-    is_finite: bool = True
-    logprobs: Logprobs | None = None
-    prompt_logprobs: tuple[Logprobs, ...] = ()
-    fusion_weights: ChunkWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)

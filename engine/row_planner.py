@@ -18,7 +18,7 @@ from fusionserve.adapters.row_plan import (
     suits_segment,
 )
 from fusionserve.engine.fused_chunks import ChunkRange, FusedChunks
-from fusionserve.engine.scheduler import ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledChunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from typing import Protocol
 from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.side_copies import CopyError
-from fusionserve.engine.model_runner import ChunkResult
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.request import Generation
-from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.torch_errors import is_device_lost, is_out_of_memory
 

@@ -24,7 +24,8 @@ from schedules import (
 from fusionserve import metrics
 from fusionserve.engine.engine_thread import EngineThread
 from fusionserve.engine.request import Request
-from fusionserve.engine.scheduler import _MAX_OVERTAKES, _MAX_PREFETCHES, ScheduledBatch, Scheduler
+from fusionserve.engine.scheduled_batch import ScheduledBatch
+from fusionserve.engine.scheduler import _MAX_OVERTAKES, _MAX_PREFETCHES, Scheduler
 from fusionserve.errors import CapacityError, DeadlineError, InternalError
 from fusionserve.generation import GenerationFinished
 

@@ -9,7 +9,7 @@ from schedules import complete, make_adapter, make_request, make_scheduler, size
 
 from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.engine.prompt_pace import PromptPace
-from fusionserve.engine.scheduler import ScheduledBatch
+from fusionserve.engine.scheduled_batch import ScheduledBatch
 
 LEAST, STEP_S = 128, 0.06
 

@@ -11,7 +11,7 @@ import torch
 from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.engine.fused_chunks import ChunkRange, FusedPlanner
 from fusionserve.engine.row_planner import RowPlanner
-from fusionserve.engine.scheduler import ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.kernels.segments import can_add
 
 LIKE = torch.empty(0)

@@ -19,12 +19,12 @@ from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
 from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.side_copies import CopyError
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.engine import Engine, Output
 from fusionserve.engine.fusion_metrics import FusionMetrics
-from fusionserve.engine.model_runner import ChunkResult
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.sampler import Logprobs
-from fusionserve.engine.scheduler import ScheduledBatch, ScheduledChunk
+from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import FusionServeError
 from fusionserve.generation import GenerationFinished
 from fusionserve.metrics import AdapterLabels, FusionLabels

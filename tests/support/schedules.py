@@ -16,7 +16,8 @@ from fusionserve.adapters.side_copies import Copies
 from fusionserve.engine.block_pool import BlockPool
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
-from fusionserve.engine.scheduler import ScheduledBatch, Scheduler, SchedulerLimits
+from fusionserve.engine.scheduled_batch import ScheduledBatch
+from fusionserve.engine.scheduler import Scheduler, SchedulerLimits
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.generation import (
     Adaptation,

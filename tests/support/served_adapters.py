@@ -21,9 +21,9 @@ from fusionserve.adapters.side_copies import Copies
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import load_base_model
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.engine import Engine
-from fusionserve.engine.model_runner import ChunkResult
-from fusionserve.engine.scheduler import ScheduledBatch
+from fusionserve.engine.scheduled_batch import ScheduledBatch
 from fusionserve.generation import (
     Adaptation,
     AdapterTerm,
