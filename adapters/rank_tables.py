@@ -66,10 +66,13 @@ def collect_weights(fused: Sequence[FusedRange], items: RankItems) -> None:
     start = 0
     for tokens in fused:
         here = slice(start, start + tokens.end - tokens.start)
-        columns = [*range(tokens.rows.num_members), *([-1] if tokens.rows.has_base_member else [])]
+        num_members, num_base = tokens.rows.num_members, int(tokens.rows.has_base_member)
         for path, module in tokens.rows.modules.items():
             if module.has_attention:
-                tokens.weights[path] = items.weights[items.module_ids[path], here][:, columns]
+                found = items.weights[items.module_ids[path], here]
+                # Not by a list of columns, for which a GPU would be waited for.
+                columns = found[:, :num_members], found[:, found.shape[1] - num_base :]
+                tokens.weights[path] = torch.cat(columns, dim=1)
         start = here.stop
 
 

@@ -13,6 +13,7 @@ from fusionserve.adapters.fused_tokens import FusedRange, FusedSegment, FusedTok
 from fusionserve.adapters.fusion_rows import FusionRows
 from fusionserve.adapters.row_plan import suits_segment
 from fusionserve.engine.fusion_report import ChunkWeights
+from fusionserve.engine.host_copy import HostCopy
 from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.kernels.device.triton_use import uses_triton
 
@@ -66,15 +67,23 @@ def fused_ranges(groups: Sequence[FusedChunks]) -> list[FusedRange]:
     return [group.tokens for group in groups if isinstance(group.tokens, FusedRange)]
 
 
-def gather_weights(groups: Sequence[FusedChunks]) -> dict[ScheduledChunk, ChunkWeights]:
-    """The fusion weights of every fused chunk after the forward pass."""
-    found: dict[ScheduledChunk, ChunkWeights] = {}
-    for group in groups:
-        if group.tokens.weights:
-            weights = ChunkWeights.gather(group.tokens.weights)
-            first = group.ranges[0][1]
-            found |= {chunk: weights.part(start - first, end - first) for chunk, start, end in group.ranges}
-    return found
+class LateWeights:
+    """The fusion weights of every fused chunk after the forward pass, on their way to the host."""
+
+    def __init__(self, groups: Sequence[FusedChunks]) -> None:
+        self._late = [
+            (group.ranges, tuple(weights), HostCopy(torch.stack(list(weights.values()))))
+            for group in groups
+            if (weights := group.tokens.weights)
+        ]
+
+    def read(self) -> dict[ScheduledChunk, ChunkWeights]:
+        """Waits until they are there."""
+        found: dict[ScheduledChunk, ChunkWeights] = {}
+        for ranges, modules, late in self._late:
+            weights, first = ChunkWeights.of(modules, late.read()), ranges[0][1]
+            found |= {chunk: weights.part(start - first, end - first) for chunk, start, end in ranges}
+        return found
 
 
 def _kind(

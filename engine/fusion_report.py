@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +26,10 @@ class ChunkWeights:
     entropy: Tensor  # [tokens] in nats, mean over the attentions
 
     @classmethod
-    def gather(cls, by_module: Mapping[str, Tensor]) -> ChunkWeights:
-        """From the weights [tokens, members (+ 1)] of each attention by its path."""
-        stacked = torch.stack(list(by_module.values())).cpu()
-        entropy = torch.special.entr(stacked).sum(dim=-1).mean(dim=0)
-        return cls(tuple(by_module), stacked, stacked.mean(dim=0), entropy)
+    def of(cls, modules: tuple[str, ...], by_module: Tensor) -> ChunkWeights:
+        """From the weights [attentions, tokens, members (+ 1)] of these attentions."""
+        entropy = torch.special.entr(by_module).sum(dim=-1).mean(dim=0)
+        return cls(modules, by_module, by_module.mean(dim=0), entropy)
 
     def part(self, start: int, end: int) -> ChunkWeights:
         """The tokens [start, end) of these."""

@@ -21,8 +21,8 @@ from fusionserve.engine.fused_chunks import (
     ChunkRange,
     FusedChunks,
     FusedPlanner,
+    LateWeights,
     fused_ranges,
-    gather_weights,
 )
 from fusionserve.engine.request import Request
 from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
@@ -108,7 +108,7 @@ class ModelRunner:
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
-        weights = gather_weights(fused)
+        weights = LateWeights(fused).read()
         return [
             replace(result, fusion_weights=weights[result.chunk]) if result.chunk in weights else result
             for result in results

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 from torch import Tensor
 
+from fusionserve.engine.host_copy import to_device
 from fusionserve.generation import SamplingParams
 from fusionserve.kernels.pointwise import largest
 
@@ -44,24 +44,31 @@ class Logprobs:
 
 def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
     """The next token of each row of logits [rows, vocab]; None where the logits are not finite."""
-    if any(_changes_logits(row) for row in rows):
+    return to_tokens(choose(logits, rows))
+
+
+def to_tokens(drawn: Tensor) -> list[int | None]:
+    """The tokens of what `choose` returned; a GPU is waited for, once."""
+    ids, are_finite = drawn.tolist()
+    return [token if is_finite else None for token, is_finite in zip(ids, are_finite, strict=True)]
+
+
+def choose(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    """The next token of each row of logits [rows, vocab], and 1 if the logits are finite: [2, rows].
+
+    A GPU is waited for only if a row changes its logits. Where they are not finite the token is one of no meaning.
+    """
+    if any(row.params.changes_logits or row.banned_ids for row in rows):
         logits = logits.to(torch.float32, copy=True)
         for index, row in enumerate(rows):
             _apply_penalties_(logits[index], row)
     best_values, tokens = largest(logits)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        tokens[drawn] = _draw(logits[drawn].float(), [rows[index] for index in drawn])
-    ids, values = _read(tokens, best_values)
-    return [token if isfinite(value) else None for token, value in zip(ids, values, strict=True)]
-
-
-def _read(ids: Tensor, values: Tensor) -> tuple[list[int], list[float]]:
-    """Both on the host; from a GPU together, because it is waited for each time."""
-    if ids.device.type == "cpu":
-        return ids.tolist(), values.tolist()
-    both = torch.stack((ids.double(), values.double())).tolist()
-    return [int(token) for token in both[0]], both[1]
+        places = to_device(drawn, torch.long, logits.device)
+        new = _draw(logits.index_select(0, places).float(), [rows[index] for index in drawn])
+        tokens = tokens.index_copy(0, places, new)
+    return torch.stack((tokens, torch.isfinite(best_values).to(tokens.dtype)))
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
@@ -82,12 +89,6 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[
             token_ids, chosen[:, 0].tolist(), ranks.tolist(), indices.tolist(), values.tolist(), strict=True
         )
     ]
-
-
-def _changes_logits(row: SamplerRow) -> bool:
-    params = row.params
-    penalties = (params.repetition_penalty - 1.0, params.presence_penalty, params.frequency_penalty)
-    return bool(params.logit_bias or row.banned_ids or any(penalties))
 
 
 def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
@@ -116,12 +117,12 @@ def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """
     params = [row.params for row in rows]
     shifted = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature overflows
-    scaled = shifted / logits.new_tensor([max(p.temperature, _MIN_TEMPERATURE) for p in params])[:, None]
+    scaled = shifted / _column([max(p.temperature, _MIN_TEMPERATURE) for p in params], shifted)
     scaled = _keep_top_k(scaled, params)
     probabilities = torch.softmax(scaled, dim=-1)
     probabilities = _keep_top_p(probabilities, params)
     probabilities = _keep_min_p(probabilities, params)
-    uniforms = torch.tensor([row.uniforms for row in rows], dtype=torch.float64, device=logits.device)
+    uniforms = to_device([row.uniforms for row in rows], torch.float64, logits.device)
     return _descend(probabilities.double().cumsum(dim=-1), uniforms)
 
 
@@ -167,9 +168,7 @@ def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tens
     """Keeps the smallest set of most likely tokens whose probability reaches top_p; ties with the last one stay."""
     if all(p.top_p >= 1.0 for p in params):
         return probabilities
-    limits = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=probabilities.device)[
-        :, None
-    ]
+    limits = to_device([p.top_p for p in params], torch.float64, probabilities.device)[:, None]
     ordered = _most_likely(probabilities, limits)
     before = ordered.double().cumsum(dim=-1) - ordered
     num_kept = (before < limits).sum(dim=-1, keepdim=True).clamp(min=1)
@@ -195,6 +194,11 @@ def _keep_min_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tens
     """Drops tokens less likely than min_p times the most likely one."""
     if all(p.min_p == 0.0 for p in params):
         return probabilities
-    limits = probabilities.new_tensor([p.min_p for p in params])[:, None]
+    limits = _column([p.min_p for p in params], probabilities)
     lowest = limits * probabilities.max(dim=-1, keepdim=True).values
     return probabilities.masked_fill(probabilities < lowest, 0.0)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """[rows, 1], of the type and device of `like`."""
+    return to_device(values, like.dtype, like.device)[:, None]

@@ -84,6 +84,12 @@ class SamplingParams:
         """True if the most likely token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def changes_logits(self) -> bool:
+        """True if a bias or a penalty comes before the draw."""
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias) or any(penalties)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingCriteria:

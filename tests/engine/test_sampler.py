@@ -20,7 +20,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fusionserve.engine.sampler import NUM_UNIFORMS, SamplerRow, _draw, _most_likely, logprobs_of, sample
+from fusionserve.engine.sampler import (
+    NUM_UNIFORMS,
+    SamplerRow,
+    _draw,
+    _most_likely,
+    choose,
+    logprobs_of,
+    sample,
+)
 from fusionserve.generation import SamplingParams
 
 VOCAB = 40
@@ -381,6 +389,15 @@ def test_drawing_never_looks_at_what_a_device_has_computed(name: str) -> None:
     rows = [make_row(SamplingParams(**PARAMETERS[name])), make_row(SamplingParams(top_p=0.9))]
     tokens = _draw(make_logits(2).to("meta"), rows)
     assert tokens.shape == (2,) and tokens.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PARAMETERS if not SamplingParams(**PARAMETERS[name]).changes_logits]
+)
+def test_choosing_waits_for_a_device_only_to_change_logits(name: str) -> None:
+    rows = [make_row(SamplingParams(**PARAMETERS[name])), make_row(SamplingParams(temperature=0.0))]
+    chosen = choose(make_logits(2).to("meta"), rows)
+    assert chosen.shape == (2, 2) and chosen.device.type == "meta"
 
 
 def test_a_device_sorts_what_a_processor_searches_first() -> None:
