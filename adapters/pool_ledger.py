@@ -96,6 +96,11 @@ class PoolLedger:
         """True if residents were on their way when the round began, or have been since."""
         return any(place.copy is not _Copy.DONE for place in self._places.values())
 
+    @property
+    def has_work(self) -> bool:
+        """True if there is something to copy that was not handed out."""
+        return bool(self._changes) or any(p.copy is _Copy.WANTED for p in self._places.values())
+
     def begin_round(self) -> None:
         """Takes note of the copies that are done; their residents may be held from here on."""
         self._awaited.clear()

@@ -57,12 +57,16 @@ class GraphSize:
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One new token of each request: ids, packed places, and what adapts them."""
+    """One new token of each request: ids, packed places, and what adapts them.
+
+    `late_ids` [num_tokens] stand in for ids that only the device knows yet.
+    """
 
     token_ids: Sequence[int]
     sequences: Sequence[PackedSequence]
     adapted: Sequence[AdaptedTokens]
     fused: Sequence[FusedRange]
+    late_ids: Tensor | None = None
 
 
 class DecodeGraphs:
@@ -182,6 +186,8 @@ class _Graph:
         positions = [sequence.position for sequence in step.sequences]
         self._numbers.copy_(self._nobody)
         _copy(torch.tensor([list(step.token_ids), positions, slots]), self._numbers[:, :num_tokens])
+        if step.late_ids is not None:
+            self._numbers[0, :num_tokens].copy_(step.late_ids)
         singles = self._queries.singles
         queries = make_query_tables(step.sequences, 1, singles.blocks.shape[1])
         singles.tiles.zero_()

@@ -19,6 +19,7 @@ from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduled_batch import ScheduledBatch
 from fusionserve.engine.scheduler import Scheduler
 from fusionserve.engine.step_execution import Runner, StepExecution, StepResults
+from fusionserve.engine.step_pipeline import StepPipeline
 from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.generation import (
@@ -68,7 +69,7 @@ class Engine:
         fusion_metrics: FusionMetrics,
     ) -> None:
         self.scheduler = scheduler
-        self._execution = StepExecution(runner, scheduler.ledger)
+        self._pipeline = StepPipeline(scheduler, StepExecution(runner, scheduler.ledger))
         self._eos_token_ids = eos_token_ids
         self._release_leases = release_leases
         self._token_text = token_text
@@ -123,9 +124,8 @@ class Engine:
         """Schedules, executes and updates once; returns what the requests' clients are to be told."""
         started_s = time.monotonic()
         self._expire(started_s)
-        batch = self.scheduler.schedule()
+        batch, step = self._pipeline.run()
         self._note_scheduled(batch, started_s)
-        step = self._execution.execute(batch)
         self._end_failed(step)
         self._update(step.results, time.monotonic())
         self.is_stalled = not batch.chunks and bool(self._generations)
@@ -173,7 +173,7 @@ class Engine:
         for result in results:
             generation = result.chunk.request.generation
             if result.chunk.request.status is not RequestStatus.RUNNING:
-                continue  # its generation was ended by an earlier result of this step
+                continue  # ended before the step was read, or by an earlier result of it
             fusion, weights = generation.adaptation.fusion, result.fusion_weights
             if fusion is not None and weights is not None:
                 fused.setdefault(fusion, []).append(weights)

@@ -24,9 +24,9 @@ from fusionserve.engine.fused_chunks import (
     LateWeights,
     fused_ranges,
 )
-from fusionserve.engine.request import Request
+from fusionserve.engine.launched_step import LaunchedStep
 from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
-from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
+from fusionserve.engine.sampler import Logprobs, SamplerRow, choose, logprobs_of, sample
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
@@ -103,8 +103,9 @@ class ModelRunner:
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
         logit_rows = _plan_logits(chunks)
         fused = self._fused.plan(_ranges(chunks, starts))
-        if self._graphs is not None and _is_decoding(chunks):
-            logits = self._graphs.run(self._decode_step(chunks, starts, fused))
+        if self._graphs is not None and all(chunk.is_plain for chunk in chunks):
+            ids = [chunk.request.token_ids[chunk.start] for chunk in chunks]
+            logits = self._graphs.run(self._decode_step(ids, chunks, fused))
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
@@ -113,6 +114,30 @@ class ModelRunner:
             replace(result, fusion_weights=weights[result.chunk]) if result.chunk in weights else result
             for result in results
         ]
+
+    @property
+    def runs_ahead(self) -> bool:
+        """True if `launch` comes back before the device is done."""
+        return self._graphs is not None and self._base.device.type == "cuda"
+
+    @torch.inference_mode()
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
+        """Begins a step of plain chunks, without changes to the pool; their tokens are those of `before`, if given.
+
+        All is in the order of one stream: what this step reads is written before, and what follows, be it to blocks or
+        rank rows that the host gives away meanwhile, comes behind it.
+        """
+        chunks = sorted(batch.chunks, key=_batch_order)
+        fused = self._fused.plan(_ranges(chunks, range(len(chunks))))
+        if before is None:
+            step = self._decode_step([c.request.token_ids[c.start] for c in chunks], chunks, fused)
+        else:
+            step = self._decode_step([0] * len(chunks), chunks, fused)
+            step = replace(step, late_ids=before.drawn_ids(chunks))
+        assert self._graphs is not None
+        logits = self._graphs.run(step)
+        drawn = choose(logits, [_sampler_row(chunk, self._base.eos_token_ids) for chunk in chunks])
+        return LaunchedStep(batch, chunks, drawn, LateWeights(fused))
 
     def _copy_adapters(self, batch: ScheduledBatch) -> None:
         self._base.pool.apply(batch.pool_changes)
@@ -161,14 +186,14 @@ class ModelRunner:
         return RowPlan(num_tokens, items=items, whole_modules=whole_modules(ranges))
 
     def _decode_step(
-        self, chunks: Sequence[ScheduledChunk], starts: Sequence[int], fused: Sequence[FusedChunks]
+        self, token_ids: Sequence[int], chunks: Sequence[ScheduledChunk], fused: Sequence[FusedChunks]
     ) -> DecodeStep:
         from fusionserve.engine.decode_graphs import DecodeStep
 
         return DecodeStep(
-            [chunk.request.token_ids[chunk.start] for chunk in chunks],
-            [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)],
-            adapted_tokens(_ranges(chunks, starts)),
+            token_ids,
+            [self._pack(chunk, place) for place, chunk in enumerate(chunks)],
+            adapted_tokens(_ranges(chunks, range(len(chunks)))),
             fused_ranges(fused),
         )
 
@@ -220,16 +245,6 @@ def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[Chu
     return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
 
 
-def _is_decoding(chunks: Sequence[ScheduledChunk]) -> bool:
-    """True for one new token of each request, with rank rows at most, and logits for its next."""
-    return all(
-        chunk.num_tokens == 1
-        and chunk.is_last
-        and all(adapter.weights.is_low_rank_only for adapter in chunk.request.generation.adapters)
-        for chunk in chunks
-    )
-
-
 def _plan_logits(chunks: Sequence[ScheduledChunk]) -> list[_LogitRows]:
     """Which logit rows each chunk gets, in batch order; chunks that need none are left out."""
     planned, start = [], 0
@@ -265,7 +280,7 @@ def _to_results(
     if sampled:
         last_rows = [rows.end - 1 for rows in sampled]
         last = logits if last_rows == list(range(len(logits))) else logits[last_rows]
-        tokens = sample(last, [_sampler_row(rows.chunk.request, eos_token_ids) for rows in sampled])
+        tokens = sample(last, [_sampler_row(rows.chunk, eos_token_ids) for rows in sampled])
     for rows, token in zip(sampled, tokens, strict=True):
         results[rows.chunk] = _sampled_result(rows.chunk, token, logits[rows.end - 1])
     for rows in logit_rows:
@@ -276,18 +291,18 @@ def _to_results(
     return list(results.values())
 
 
-def _sampler_row(request: Request, eos_token_ids: frozenset[int]) -> SamplerRow:
-    generation = request.generation
+def _sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
+    request, generation = chunk.request, chunk.request.generation
     stopping = generation.params.stopping
     banned: tuple[int, ...] = ()
-    if request.num_generated < stopping.min_new_tokens:
+    if chunk.num_generated < stopping.min_new_tokens:
         banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids))
     return SamplerRow(
         generation.params.sampling,
         generation.prompt_token_ids,
         request.generated_ids,
         banned,
-        () if generation.params.sampling.is_greedy else request.uniforms(),
+        () if generation.params.sampling.is_greedy else request.uniforms(chunk.num_generated),
     )
 
 

@@ -149,12 +149,12 @@ class Request:
         """Sort key of the queue: higher priority first, then first come, first served."""
         return (-self.generation.params.priority, self.generation.arrival_s, self.index)
 
-    def uniforms(self) -> tuple[float, ...]:
-        """Numbers in [0, 1) for the next token, from the seed, the candidate and the position alone.
+    def uniforms(self, num_generated: int) -> tuple[float, ...]:
+        """Numbers in [0, 1) for the token after so many, from the seed, the candidate and that number alone.
 
         No generator state: the same seed gives the same draws whatever else runs, and after preemption.
         """
-        key = f"{self.generation.seed}:{self.index}:{self.num_generated}".encode()
+        key = f"{self.generation.seed}:{self.index}:{num_generated}".encode()
         digest = blake2b(key, digest_size=8 * NUM_UNIFORMS).digest()
         words = (int.from_bytes(digest[at : at + 8], "big") for at in range(0, len(digest), 8))
         return tuple((word >> 11) * 2.0**-53 for word in words)

@@ -27,6 +27,21 @@ class ScheduledChunk:
         """True if all tokens are computed after this chunk, so that the next one can be sampled."""
         return self.end == len(self.request.token_ids)
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens that the request has generated when the one after this chunk is drawn."""
+        return self.end - self.request.prompt_length
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a single last token, with rank rows at most: what a recorded step computes."""
+        adapters = self.request.generation.adapters
+        return (
+            self.num_tokens == 1
+            and self.is_last
+            and all(adapter.weights.is_low_rank_only for adapter in adapters)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
@@ -48,3 +63,9 @@ class ScheduledBatch:
     def num_prompt_tokens(self) -> int:
         """Of these, tokens of prompts; a last single one counts as decoding."""
         return sum(chunk.num_tokens for chunk in self.chunks if chunk.num_tokens > 1)
+
+    @property
+    def still_running(self) -> ScheduledBatch:
+        """The chunks of requests that have not ended meanwhile."""
+        chunks = tuple(chunk for chunk in self.chunks if not chunk.request.is_finished)
+        return ScheduledBatch(chunks, self.pool_changes, self.copies)

@@ -72,16 +72,20 @@ class Scheduler:
         self.num_preemptions = 0
         self._num_overtakes: dict[Request, int] = {}
         self._has_yielded = False  # somebody, in the last step
+        # Nobody had a right to a place when the last step was scheduled, and nobody has come or gone since.
+        self._is_settled = False
 
     def add(self, request: Request) -> None:
         """Queues a request."""
         request.status = RequestStatus.WAITING
+        self._is_settled = False
         self._service.enter(request.flow)
         self.waiting.add(request)
 
     def schedule(self) -> ScheduledBatch:
         """Chooses the tokens of the next step: decoding requests first, then prompts, running and waiting, in turn."""
         self.ledger.begin_round()
+        self._is_settled = True
         plan = _Plan(self._limits.max_batch_tokens)
         decoding, newcomer = self._in_turn(decoding=True), self._newcomer()
         yielding = self._yielding(decoding, newcomer)
@@ -100,6 +104,27 @@ class Scheduler:
         self._prefetch()  # may move rows, so that chunks are made after it
         chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
         return ScheduledBatch(chunks, self.ledger.take_changes(), self.ledger.take_copies())
+
+    def schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """What `schedule` would choose after `batch`, whose tokens nobody knows yet, if none of them ends a request.
+
+        `batch` has one token of each running request that is in it. None if `schedule` might choose something else or
+        takes blocks from somebody. Who is to have its last token in `batch` is left out.
+        """
+        chunks = [c for c in batch.chunks if c.num_generated + 1 < c.request.generation.max_new_tokens]
+        if not chunks or len(batch.chunks) < len(self.running) or self.ledger.has_work:
+            return None
+        if self.waiting and not self._is_closed(len(chunks)):
+            return None
+        missing = (self.blocks.num_blocks_for(c.end + 1) - len(c.request.blocks) for c in chunks)
+        if sum(max(0, num_blocks) for num_blocks in missing) > self.blocks.num_free:
+            return None
+        self._has_yielded, plan = False, _Plan(len(chunks))
+        for chunk in chunks:
+            self._grow(chunk.request, chunk.end + 1, plan)
+            self._service.charge(chunk.request.flow, 1)
+        ahead = (ScheduledChunk(c.request, c.end, 1, c.row_starts) for c in chunks)
+        return ScheduledBatch(tuple(ahead), pool_changes=())
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learns from how long a step took; an empty one, or one that copied adapters, says nothing about the next."""
@@ -125,6 +150,7 @@ class Scheduler:
             self._give_back(request)
         elif request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
+        self._is_settled = False
         self._service.leave(request.flow)
         self._num_overtakes.pop(request, None)
         request.status = RequestStatus.FINISHED
@@ -222,6 +248,7 @@ class Scheduler:
 
     def _preempt(self, request: Request, plan: _Plan) -> None:
         """Sends a running request back to the queue; its tokens stay, their keys and values are computed again."""
+        self._is_settled = False
         self.running.remove(request)
         plan.budget += plan.num_tokens.pop(request, 0)
         self._give_back(request)
@@ -248,6 +275,7 @@ class Scheduler:
             if self._is_full() and self._in_the_way_of(request, plan) is None:
                 stuck.add(request.flow)
                 continue
+            self._is_settled = False
             if not self.ledger.hold(request.generation.adaptation.residents):
                 overtaken.append(request)
                 continue
@@ -268,6 +296,11 @@ class Scheduler:
         self._service.admit(request.flow)
         self._plan(request, self._chunk_size(request, plan.budget), plan)
         return True
+
+    def _is_closed(self, num_requests: int) -> bool:
+        """True if so many are a full batch, in which nobody was in anybody's way when it was last looked at."""
+        limits = self._limits  # without room for a token it is not looked at
+        return self._is_settled and num_requests == limits.max_batch_requests < limits.max_batch_tokens
 
     def _is_full(self) -> bool:
         return len(self.running) >= self._limits.max_batch_requests

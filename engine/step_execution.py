@@ -17,6 +17,7 @@ from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.side_copies import CopyError
 from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.launched_step import LaunchedStep
 from fusionserve.engine.request import Generation
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.failpoints import reach_failpoint
@@ -28,8 +29,18 @@ _log = logging.getLogger(__name__)
 class Runner(Protocol):
     """Carries out a scheduled batch: the model runner, or a fake in tests."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """True if a step may be launched before the last one is read."""
+
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
         """One result per chunk. Raises CopyError once the changes are made and before anything is computed."""
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
+        """Begins a step of plain chunks without changes to the pool.
+
+        With `before`, which had all of its requests and may not have been read, it continues their tokens.
+        """
 
 
 @dataclass(slots=True)
@@ -48,6 +59,16 @@ class StepExecution:
     def __init__(self, runner: Runner, ledger: PoolLedger) -> None:
         self._runner = runner
         self._ledger = ledger
+
+    @property
+    def runs_ahead(self) -> bool:
+        """As the runner."""
+        return self._runner.runs_ahead
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
+        """Has the runner begin a step. Raises whatever goes wrong: `execute` then finds out with whom."""
+        reach_failpoint("engine.step")
+        return self._runner.launch(batch, before)
 
     def execute(self, batch: ScheduledBatch) -> StepResults:
         """The results of the batch. Raises only if the device is lost."""

@@ -327,19 +327,17 @@ def test_engine_is_stalled_where_a_step_computes_nothing_although_requests_wait(
 
 def test_seeds_of_a_request_depend_on_seed_candidate_and_position_alone() -> None:
     def draws(generation: Generation) -> list[tuple[float, ...]]:
-        return [request.uniforms() for request in generation.requests]
+        return [request.uniforms(request.num_generated) for request in generation.requests]
 
     one = draws(make_generation(seed=1, num_candidates=3))
     assert one == draws(make_generation(seed=1, num_candidates=3, prompt=range(4)))
     assert len({*one, *draws(make_generation(seed=2, num_candidates=3))}) == 6
     request = make_generation(seed=1).requests[0]
-    first = request.uniforms()
-    request.token_ids.append(1)
-    assert not set(request.uniforms()) & set(first)
+    assert not set(request.uniforms(1)) & set(request.uniforms(0))
 
 
 def test_uniforms_are_uniform() -> None:
-    draws = sorted(u for seed in range(300) for u in make_generation(seed=seed).requests[0].uniforms())
+    draws = sorted(u for seed in range(300) for u in make_generation(seed=seed).requests[0].uniforms(0))
     assert len(draws) == len(set(draws)) == 300 * NUM_UNIFORMS
     assert draws[0] >= 0.0 and draws[-1] < 1.0
     gap = max(abs(draw - (index + 0.5) / len(draws)) for index, draw in enumerate(draws))

@@ -5,8 +5,10 @@ Without a GPU Triton interprets the kernels, on CPU tensors; everything around t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from served_adapters import (
     make_params,
     make_prompt,
     running_engine,
+    until,
     write_lora,
     write_model,
 )
@@ -61,10 +64,10 @@ def folders(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def serving(
-    folders: Path, device: str, copies: DelayedCopies | None = None
+    folders: Path, device: str, copies: DelayedCopies | None = None, max_batch_tokens: int = 40
 ) -> AsyncIterator[TestedEngine]:
     options = {"device": device, "fusion_dirs": (folders / "fusions",), "adapter_pool_ranks": 160}
-    options |= {"max_batch_tokens": 40}
+    options |= {"max_batch_tokens": max_batch_tokens}
     async with running_engine(folders / "model", folders / "adapters", copies, **options) as engine:
         yield engine
         for name in ("mix", "duo"):
@@ -77,7 +80,7 @@ def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
     return list(graphs._graphs)
 
 
-def requests() -> list[GenerateParams]:
+def requests(output: OutputOptions = REPORT) -> list[GenerateParams]:
     kinds = [
         Adaptation(),
         lora("ada"),
@@ -88,7 +91,7 @@ def requests() -> list[GenerateParams]:
         Adaptation("fusion", fusion="duo"),
     ]
     return [
-        make_params(f"r{i}", kind, make_prompt(i, 5 + 4 * i), num_tokens=5, output=REPORT, sampling=sampling)
+        make_params(f"r{i}", kind, make_prompt(i, 5 + 4 * i), num_tokens=5, output=output, sampling=sampling)
         for i, (kind, sampling) in enumerate(zip(kinds, [SEEDED, *[GREEDY] * 6], strict=True))
     ]
 
@@ -117,3 +120,30 @@ async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
     for ours, theirs in zip(found, expected, strict=True):
         assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
     assert weights_of(found[-1])
+
+
+async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN))
+    async with serving(folders, "cpu") as engine:
+        expected = await collect_all(engine, plain)
+    monkeypatch.setattr(native_call, "native_library", lambda: None)
+    monkeypatch.setattr(triton_use, "INTERPRETS", True)
+    stopped = stopping_at(plain[1], expected[1].tokens[2])
+    async with serving(folders, DEVICE.type, max_batch_tokens=160) as engine:
+        engine.runner.runs_ahead = True
+        with engine.runner.paused():
+            tasks = [asyncio.create_task(collect(engine, p)) for p in (plain[0], stopped, *plain[2:])]
+            await until(lambda: len(engine._streams) == len(plain))
+        found = await asyncio.gather(*tasks)
+        most = max(engine.runner.sizes_ahead, default=0)
+    assert most == len(plain), "they did not decode side by side"
+    assert found[1].tokens == expected[1].tokens[: len(found[1].tokens)] and len(found[1].tokens) <= 3
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.tokens == theirs.tokens or index == 1
+        assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
+
+
+def stopping_at(params: GenerateParams, token_id: int) -> GenerateParams:
+    return replace(params, stopping=replace(params.stopping, stop_token_ids=(token_id,)))

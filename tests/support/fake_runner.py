@@ -22,6 +22,7 @@ from fusionserve.adapters.side_copies import CopyError
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.engine import Engine, Output
 from fusionserve.engine.fusion_metrics import FusionMetrics
+from fusionserve.engine.launched_step import LaunchedStep
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
@@ -54,6 +55,11 @@ class FakeRunner:
         self.poison: dict[Generation, Exception] = {}
         self.max_requests = 1 << 30
         self.batches: list[ScheduledBatch] = []
+
+    runs_ahead = False
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
+        raise AssertionError("it does not run ahead")
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
         self.batches.append(batch)
@@ -134,9 +140,10 @@ class EngineHarness:
         self,
         choose: Callable[[Request], int | None] | None = None,
         copies: DelayedCopies | None = None,
+        make_runner: type[FakeRunner] = FakeRunner,
         **scheduler_fields: Any,
     ) -> None:
-        self.runner = FakeRunner(choose, copies)
+        self.runner = make_runner(choose, copies)
         self.released: list[Adapter] = []
         self.events: dict[Generation, list[Any]] = {}
         self.engine = Engine(

@@ -23,6 +23,7 @@ from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import load_base_model
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.engine import Engine
+from fusionserve.engine.launched_step import LaunchedStep
 from fusionserve.engine.scheduled_batch import ScheduledBatch
 from fusionserve.generation import (
     Adaptation,
@@ -147,15 +148,28 @@ class PacedRunner:
     """The engine's runner behind a gate: while paused, only as many steps are computed as the test allows."""
 
     def __init__(self, engine: Engine) -> None:
-        self._runner = engine._execution._runner
+        self._runner = engine._pipeline.execution._runner
+        self.runs_ahead = self._runner.runs_ahead
         self._may_step = threading.Condition()
         self._num_allowed: int | None = None
         self.is_waiting = threading.Event()
         self.num_steps = 0
-        engine._execution._runner = self
+        self.sizes_ahead: list[int] = []  # requests of those launched before the last was read
+        engine._pipeline.execution._runner = self
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
         """One step, as soon as it is allowed."""
+        self._pass()
+        return self._runner.execute(batch)
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
+        """Begins one, as soon as it is allowed."""
+        self._pass()
+        if before is not None:
+            self.sizes_ahead.append(len(batch.chunks))
+        return self._runner.launch(batch, before)
+
+    def _pass(self) -> None:
         with self._may_step:
             self.is_waiting.set()
             assert self._may_step.wait_for(lambda: self._num_allowed != 0, 30), "nobody allowed a step"
@@ -163,7 +177,6 @@ class PacedRunner:
             if self._num_allowed is not None:
                 self._num_allowed -= 1
         self.num_steps += 1
-        return self._runner.execute(batch)
 
     def allow(self, num_steps: int | None) -> None:
         """Lets `num_steps` more steps pass; None is no limit."""

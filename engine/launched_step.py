@@ -1,0 +1,47 @@
+"""A decoding step that the device was given and the host has not read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.fused_chunks import LateWeights
+from fusionserve.engine.host_copy import HostCopy, to_device
+from fusionserve.engine.sampler import to_tokens
+from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
+
+
+class LaunchedStep:
+    """Holds what `batch` drew, [2, num_chunks] as by `choose`, on the device and on its way here.
+
+    `chunks` are those of the batch in the order in which they were computed.
+    """
+
+    def __init__(
+        self, batch: ScheduledBatch, chunks: Sequence[ScheduledChunk], drawn: Tensor, weights: LateWeights
+    ) -> None:
+        self.batch = batch
+        self._chunks = chunks
+        self._drawn, self._on_host = drawn, HostCopy(drawn)
+        self._weights = weights
+
+    def drawn_ids(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
+        """The tokens [chunks] that the requests of `chunks` were given, on the device.
+
+        Those of logits that are not finite are tokens, too, and nobody's: their requests end when they are read.
+        """
+        places = {chunk.request: place for place, chunk in enumerate(self._chunks)}
+        wanted = [places[chunk.request] for chunk in chunks]
+        return self._drawn[0].index_select(0, to_device(wanted, torch.long, self._drawn.device))
+
+    def read(self) -> list[ChunkResult]:
+        """One result per chunk; waits for the step to end."""
+        tokens = to_tokens(self._on_host.read())
+        weights = self._weights.read()
+        return [
+            ChunkResult(chunk, token, token is not None, fusion_weights=weights.get(chunk))
+            for chunk, token in zip(self._chunks, tokens, strict=True)
+        ]
