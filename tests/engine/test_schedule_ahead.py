@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules import BLOCK_SIZE, complete, make_adapter, make_request, make_scheduler
 
+from fusionserve.engine.fair_queue import Rank
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduled_batch import ScheduledBatch
 from fusionserve.engine.scheduler import Scheduler
@@ -37,11 +38,15 @@ def finish_step(scheduler: Scheduler, batch: ScheduledBatch) -> None:
             scheduler.remove(chunk.request)
 
 
-def chosen_after(scheduler: Scheduler, batch: ScheduledBatch) -> ScheduledBatch:
-    """What a copy of the scheduler chooses once the batch is finished."""
+def chosen_after(scheduler: Scheduler, batch: ScheduledBatch) -> tuple[ScheduledBatch, list[Rank]]:
+    """What a copy of the scheduler chooses once the batch is finished, and whose turn it is then."""
     other, others_batch = copy.deepcopy((scheduler, batch))
     finish_step(other, others_batch)
-    return other.schedule()
+    return other.schedule(), ranks(other)
+
+
+def ranks(scheduler: Scheduler) -> list[Rank]:
+    return [scheduler._service.rank(request) for request in scheduler.waiting]
 
 
 def is_plain(batch: ScheduledBatch) -> bool:
@@ -102,11 +107,12 @@ def test_it_is_what_would_be_chosen_once_everything_is_read(
             assert copies is not None
             copies.begin(write.resident.uid, lambda: None)
         if is_plain(batch):
-            then = chosen_after(scheduler, batch)
+            then, ranks_then = chosen_after(scheduler, batch)
             ahead = scheduler.schedule_ahead(batch)
             scheduler.check_integrity()
             if ahead is not None:
-                assert planned(ahead) == planned(then)
+                assert planned(ahead) == planned(then) and not scheduler._has_yielded
+                assert ranks(scheduler) == ranks_then
                 assert is_plain(then) or not then.pool_changes
         finish_step(scheduler, batch)
     raise AssertionError("it does not end")
@@ -150,3 +156,27 @@ def test_one_who_waits_for_room_does_not_wait_for_a_chain_of_steps() -> None:
     assert len(batch.chunks) == 2 and scheduler.schedule_ahead(batch) is not None
     scheduler.remove(batch.chunks[0].request)
     assert scheduler.schedule_ahead(batch.still_running) is None, "there is room"
+
+
+def test_nobody_sits_out_a_step_ahead() -> None:
+    scheduler = make_scheduler()
+    batch = decoding(scheduler, make_request(prompt=[1], max_new_tokens=9))
+    scheduler._has_yielded = True
+    assert scheduler.schedule_ahead(batch) is not None and not scheduler._has_yielded
+
+
+def test_copies_for_those_who_wait_are_all_begun_first() -> None:
+    copies = DelayedCopies()
+    scheduler = make_scheduler(max_batch_requests=1, copies=copies)
+    batch = decoding(scheduler, make_request(prompt=[1], max_new_tokens=99))
+    for n in range(2, 5):  # two adapters each: more than are begun in a step
+        scheduler.add(make_request(prompt=[n], adapters=(make_adapter(), make_adapter())))
+    num_begun = []
+    while (ahead := scheduler.schedule_ahead(batch)) is None:
+        complete(scheduler, batch)
+        batch = scheduler.schedule()
+        num_begun.append(len(batch.copies))
+        for write in batch.copies:
+            copies.begin(write.resident.uid, lambda: None)
+    assert num_begun == [4, 2]
+    assert len(ahead.chunks) == 1 and len(scheduler.waiting) == 3
