@@ -53,18 +53,19 @@ class StepPipeline:
 
     def _schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
         """The step after `batch`, if that may be launched before `batch` is read."""
-        is_plain = not (batch.pool_changes or batch.copies) and all(map(_is_free, batch.chunks))
-        if not (self.execution.runs_ahead and is_plain):
+        if not self.execution.runs_ahead or batch.pool_changes or batch.copies:
+            return None
+        if not all(map(_is_free, batch.chunks)):
             return None
         return self._scheduler.schedule_ahead(batch)
 
     def _try_ahead(
         self, batch: ScheduledBatch, launched: LaunchedStep | None, ahead: ScheduledBatch | None
     ) -> list[ChunkResult] | None:
-        """The results of `batch`, `ahead` launched meanwhile; None if something failed: then nothing is launched.
+        """The results of `batch`, with `ahead` launched before they were read; None if any of that failed.
 
-        What failed, and whose fault it was, is found out by computing `batch` again. That it may be, and that its
-        requests may not know of the step ahead but for a block that they have early, is all that is needed.
+        Then both are forgotten: `batch` is computed again, which shows whose fault it was, and `ahead` is scheduled
+        anew. A request may have a block early, and that is all that is left of it.
         """
         try:
             launched = launched or self.execution.launch(batch, None)

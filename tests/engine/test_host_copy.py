@@ -1,0 +1,28 @@
+"""What goes between host and device arrives as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from device_kernels import DEVICE
+
+from fusionserve.engine.host_copy import HostCopy, to_device
+
+pytestmark = pytest.mark.gpu
+
+
+def test_copies_are_of_what_was_there_when_they_were_asked_for() -> None:
+    tensors = [torch.full((1000,), float(n), device=DEVICE) for n in range(4)]
+    copies = [HostCopy(tensor) for tensor in tensors]
+    if DEVICE.type == "cuda":  # on a CPU there is no copy
+        for tensor in tensors:
+            tensor.fill_(-1.0)
+    for number, copy in enumerate(copies):
+        assert copy.read().device.type == "cpu"
+        assert copy.read().tolist() == [float(number)] * 1000
+
+
+def test_numbers_come_with_their_type() -> None:
+    on_device = to_device([[0.1, 0.2]], torch.float64, DEVICE)
+    assert on_device.device.type == DEVICE.type and on_device.dtype is torch.float64
+    assert on_device.tolist() == [[0.1, 0.2]]
