@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -101,6 +102,11 @@ def test_metrics_follow_the_requests(server: ServerProcess, client: Client) -> N
     before = server.scrape()
     client.generate("The", adapter="perl", **GREEDY)
     after = server.scrape()
+    for _ in range(50):  # a request is counted once its answer has left
+        if after.get(key) == before.get(key, 0) + 1:
+            break
+        time.sleep(0.1)
+        after = server.scrape()
     assert after[key] == before.get(key, 0) + 1
     tokens = 'fusionserve_adapter_generated_tokens_total{adapter="perl"}'
     assert after[tokens] == before.get(tokens, 0) + GREEDY["max_new_tokens"]
