@@ -101,7 +101,7 @@ def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.forward = watch.timed("LM head", head.forward)
     base.model.forward = watch.timed("model", base.model.forward)
-    execute, step = inner._execution._runner.execute, watch.timed("step", inner.step)
+    execute, step = inner._pipeline.execution._runner.execute, watch.timed("step", inner.step)
 
     def executed(batch: Any) -> Any:
         watch._now["tokens"] = batch.num_tokens
@@ -112,7 +112,7 @@ def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
         watch.end_step()
         return result
 
-    inner._execution._runner.execute = executed  # type: ignore[method-assign]
+    inner._pipeline.execution._runner.execute = executed  # type: ignore[method-assign]
     inner.step = stepped  # type: ignore[method-assign]
 
 
