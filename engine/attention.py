@@ -33,7 +33,6 @@ class AttentionBatch:
         self._caches = caches
         self._paged = paged
         self._native_step: NativeStep | None = None
-        self.computed_stack: object = None  # the layers that one call has computed
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions

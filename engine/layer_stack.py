@@ -37,7 +37,7 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
-        self.is_computed = False  # since whoever goes through the layers began
+        self.computed: AttentionBatch | None = None  # the last batch that one call has computed
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
         self._rows: tuple[ModuleRows, ...] = ()
@@ -46,7 +46,7 @@ class LayerStack:
 
     def has_computed(self, batch: AttentionBatch) -> bool:
         """True if all layers have been computed for this batch."""
-        return batch.computed_stack is self
+        return self.computed is batch
 
     def compute_(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> bool:
         """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False.
@@ -60,8 +60,7 @@ class LayerStack:
         self._set_additions(native, plan)
         segments = None if plan.segments is None else plan.segments.together
         native.compute_(x, batch.native_step(angles, segments))
-        batch.computed_stack = self
-        self.is_computed = True
+        self.computed = batch
         return True
 
     def _native_layers(self, batch: AttentionBatch) -> NativeLayers | None:
@@ -99,11 +98,11 @@ class StackedLayers(nn.ModuleList):
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The layers that are still to be called."""
-        self._stack.is_computed = False
+        before = self._stack.computed
         for layer in self._modules.values():
             assert layer is not None
             yield layer
-            if self._stack.is_computed:
+            if self._stack.computed is not before:
                 return
 
     def __getitem__(self, index: Any) -> Any:

@@ -104,8 +104,7 @@ class ModelRunner:
         logit_rows = _plan_logits(chunks)
         fused = self._fused.plan(_ranges(chunks, starts))
         if self._graphs is not None and all(chunk.is_plain for chunk in chunks):
-            ids = [chunk.request.token_ids[chunk.start] for chunk in chunks]
-            logits = self._graphs.run(self._decode_step(ids, chunks, fused))
+            logits = self._graphs.run(self._decode_step(chunks, fused))
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
         results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
@@ -129,13 +128,8 @@ class ModelRunner:
         """
         chunks = sorted(batch.chunks, key=_batch_order)
         fused = self._fused.plan(_ranges(chunks, range(len(chunks))))
-        if before is None:
-            step = self._decode_step([c.request.token_ids[c.start] for c in chunks], chunks, fused)
-        else:
-            step = self._decode_step([0] * len(chunks), chunks, fused)
-            step = replace(step, late_ids=before.drawn_ids(chunks))
         assert self._graphs is not None
-        logits = self._graphs.run(step)
+        logits = self._graphs.run(self._decode_step(chunks, fused, before))
         drawn = choose(logits, [_sampler_row(chunk, self._base.eos_token_ids) for chunk in chunks])
         return LaunchedStep(batch, chunks, drawn, LateWeights(fused))
 
@@ -186,15 +180,20 @@ class ModelRunner:
         return RowPlan(num_tokens, items=items, whole_modules=whole_modules(ranges))
 
     def _decode_step(
-        self, token_ids: Sequence[int], chunks: Sequence[ScheduledChunk], fused: Sequence[FusedChunks]
+        self,
+        chunks: Sequence[ScheduledChunk],
+        fused: Sequence[FusedChunks],
+        before: LaunchedStep | None = None,
     ) -> DecodeStep:
+        """One token of each; those of `before`, if given, are on the device only."""
         from fusionserve.engine.decode_graphs import DecodeStep
 
         return DecodeStep(
-            token_ids,
+            [0 if before else chunk.request.token_ids[chunk.start] for chunk in chunks],
             [self._pack(chunk, place) for place, chunk in enumerate(chunks)],
             adapted_tokens(_ranges(chunks, range(len(chunks)))),
             fused_ranges(fused),
+            late_ids=None if before is None else before.drawn_ids(chunks),
         )
 
     def _pack(self, chunk: ScheduledChunk, start: int) -> PackedSequence:

@@ -18,8 +18,6 @@ class RotaryTable(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [1, num_tokens, dim] of position_ids [1, num_tokens]."""
-        shape = (*position_ids.shape, self.cos.shape[1])
-        positions = position_ids.view(-1)
-        return self.cos.index_select(0, positions).view(shape), self.sin.index_select(0, positions).view(
-            shape
-        )
+        return self.cos.index_select(0, position_ids[0])[None], self.sin.index_select(0, position_ids[0])[
+            None
+        ]

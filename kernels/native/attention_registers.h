@@ -1,5 +1,5 @@
-// Attention of up to 16 queries to a stretch in the processor's tile registers, which take the cache's tiles as they lie. What a
-// query gets does not depend on the others.
+// Attention to a stretch in the processor's tile registers, which take the cache's tiles as they lie and 16 queries at once.
+// What a query gets does not depend on the others.
 #pragma once
 
 #include "attention_tiles.h"
@@ -15,8 +15,8 @@ public:
     // True for heads that fill registers.
     static bool take(const Attention& a) { return a.dim % HALF == 0 && a.value_dim % LANES == 0 && may_use_tiles(); }
 
-    // What `attend_stretch` does, for `count` queries, MOST_QUERIES at most, whose numbers and sums lie in a row. Step by step for all of them, so that the
-    // registers of one set are at work while those of another are waited for.
+    // What `attend_stretch` does, for `count` queries, MOST_QUERIES at most, whose numbers and sums lie in a row. Step by
+    // step for all of them, so that one set's registers are at work while another's are waited for.
     void attend(const Attention& a, const Stretch& stretch, const TiledKeys& keys, const TiledValues& values,
                 const TilesAhead& keys_ahead, const TilesAhead& values_ahead, const Query<BFloat16>* queries,
                 Index count) {
@@ -54,8 +54,8 @@ private:
         alignas(64) float shrinks[QUERIES_TOGETHER];
     };
 
-    static constexpr Index PANELS = 4;                    // of 16 dims, that are summed at once
-    static constexpr Index LINES = PANELS * LANES / 2;    // of 64 bytes that their values take in a tile
+    static constexpr Index PANELS = 4;                  // of 16 dims, that are summed at once
+    static constexpr Index LINES = PANELS * LANES / 2;  // of 64 bytes that their values take in a tile
 
     // Registers: sums 0 to 3, queries 4, weights of a tile 5, keys 6, values of a tile 7.
     void shape(Index num_queries) {

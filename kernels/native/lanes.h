@@ -69,13 +69,7 @@ static inline Lanes exp_lanes(Lanes x) {
     const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, least, _CMP_NLT_UQ);
     const __m512 power = _mm512_roundscale_ps((__m512)((Lanes)clamped * 1.44269504f), 0);
     const Lanes rest = ((Lanes)clamped - (Lanes)power * 0.693359375f) + (Lanes)power * 2.12194440e-4f;
-    Lanes result = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    result = result * rest + 8.3334519073e-3f;
-    result = result * rest + 4.1665795894e-2f;
-    result = result * rest + 1.6666665459e-1f;
-    result = result * rest + 5.0000001201e-1f;
-    result = result * (rest * rest) + rest + 1.0f;
-    return (Lanes)_mm512_maskz_scalef_ps(is_normal, (__m512)result, power);
+    return (Lanes)_mm512_maskz_scalef_ps(is_normal, (__m512)exp_of_rest(rest), power);
 #else
 #pragma omp simd
     for (Index i = 0; i < LANES; ++i) x[i] = fast_exp(x[i]);

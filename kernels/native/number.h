@@ -36,18 +36,23 @@ inline BFloat16 from_float<BFloat16>(float number) {
     return {static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded)};
 }
 
+// e^x for |x| up to ln(2) / 2, of a number or of several at once.
+template <typename Real>
+static inline Real exp_of_rest(Real rest) {
+    Real result = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    result = result * rest + 8.3334519073e-3f;
+    result = result * rest + 4.1665795894e-2f;
+    result = result * rest + 1.6666665459e-1f;
+    result = result * rest + 5.0000001201e-1f;
+    return result * rest * rest + rest + 1.0f;
+}
+
 // e^x to 2e-7 of itself, in a form that compilers vectorize; 0 below -87, infinity above 88.
 static inline float fast_exp(float x) {
     const float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
     const float power = std::nearbyint(clamped * 1.44269504f);
     const float rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;
-    float result = 1.9875691500e-4f;
-    result = result * rest + 1.3981999507e-3f;
-    result = result * rest + 8.3334519073e-3f;
-    result = result * rest + 4.1665795894e-2f;
-    result = result * rest + 1.6666665459e-1f;
-    result = result * rest + 5.0000001201e-1f;
-    result = result * rest * rest + rest + 1.0f;
+    float result = exp_of_rest(rest);
     const int32_t exponent_bits = (static_cast<int32_t>(power) + 127) << 23;
     float scale;
     std::memcpy(&scale, &exponent_bits, sizeof scale);

@@ -32,8 +32,8 @@ static inline Lanes combine_rows(const Lanes (&rows)[LANES], const Combine& comb
     return (Lanes)_mm512_permutexvar_ps(places, all);
 }
 
-// 2^x to 3e-6 of itself, a thousandth of what rounding to bfloat16 takes: 2^floor(x) times a polynomial of what is left. 0 below
-// 2^-126, because numbers smaller than that take the processor a hundred times as long.
+// 2^x to 3e-6 of itself, a thousandth of what rounding to bfloat16 takes: 2^floor(x) times a polynomial of what is left.
+// 0 below 2^-126: making numbers smaller than that takes the processor many times as long.
 static inline Lanes power_of_two(Lanes x) {
     const __m512 least = _mm512_set1_ps(-126.0f), bounded = _mm512_max_ps(least, (__m512)x);
     const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, least, _CMP_NLT_UQ);

@@ -14,6 +14,7 @@ from fake_runner import EngineHarness, expected_tokens
 from schedules import (
     assert_idle,
     complete,
+    first_not_to_pass,
     make_adapter,
     make_generation,
     make_request,
@@ -22,6 +23,7 @@ from schedules import (
 )
 
 from fusionserve import metrics
+from fusionserve.adapters.adapter import Adapter
 from fusionserve.engine.engine_thread import EngineThread
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduled_batch import ScheduledBatch
@@ -55,6 +57,15 @@ class Steps:
         complete(self.scheduler, batch)
         self.scheduler.check_integrity()
         return batch
+
+    def leave_idle(self, adapter: Adapter) -> None:
+        """Has the adapter copied for a request that then goes."""
+        used = make_request(prompt=[1], adapters=(adapter,))
+        self.add(used)
+        self.step()
+        self.copies.finish()
+        assert used in sizes(self.step())
+        self.scheduler.remove(used)
 
 
 def run_with(harness: EngineHarness, *generations: Any) -> None:
@@ -100,14 +111,7 @@ class TestWaiting:
         steps = Steps(max_batch_requests=2)
         cold = make_request(prompt=[1], adapters=(make_adapter(),))
         steps.add(cold)
-        num_overtakes = 0
-        for n in range(3 * _MAX_OVERTAKES):
-            passer = make_request(prompt=[2 + n])
-            steps.add(passer)
-            if passer not in sizes(steps.step()):
-                break
-            num_overtakes += 1
-            steps.scheduler.remove(passer)
+        passer, num_overtakes = first_not_to_pass(steps.scheduler, steps.step, 3 * _MAX_OVERTAKES)
         assert num_overtakes == _MAX_OVERTAKES
         steps.copies.finish()
         assert set(sizes(steps.step())) == {cold, passer}
@@ -115,12 +119,7 @@ class TestWaiting:
     def test_blend_keeps_the_member_that_is_there_while_another_is_copied(self) -> None:
         steps = Steps(pool_ranks=24)
         there, missing, other = make_adapter(8), make_adapter(8), make_adapter(16)
-        first = make_request(prompt=[1], adapters=(there,))
-        steps.add(first)
-        steps.step()
-        steps.copies.finish()
-        steps.step()
-        steps.scheduler.remove(first)
+        steps.leave_idle(there)
         blend = make_request(prompt=[2], adapters=(there, missing), arrival_s=0.0)
         greedy = make_request(prompt=[3], adapters=(other,))
         steps.add(blend, greedy)
@@ -208,12 +207,7 @@ class TestPrefetch:
     def test_prefetch_takes_nothing_that_is_held_or_next_in_turn(self) -> None:
         steps = Steps(max_batch_requests=1, pool_ranks=16)
         held, idle, second, third = (make_adapter(8) for _ in range(4))
-        used = make_request(prompt=[9], adapters=(idle,))
-        steps.add(used)
-        steps.step()
-        steps.copies.finish()
-        steps.step()
-        steps.scheduler.remove(used)
+        steps.leave_idle(idle)
         running = make_request(prompt=[1], adapters=(held,))
         steps.add(running)
         steps.step()

@@ -12,6 +12,7 @@ from schedules import (
     as_made,
     assert_idle,
     complete,
+    first_not_to_pass,
     make_adapter,
     make_generation,
     make_request,
@@ -272,14 +273,7 @@ def test_request_waiting_for_the_pool_is_overtaken_a_bounded_number_of_times() -
     holder = add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
     blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
     scheduler.add(blocked)
-    num_overtakes = 0
-    for n in range(3 * _MAX_OVERTAKES):
-        passer = make_request(prompt=[3 + n])
-        scheduler.add(passer)
-        if passer not in sizes(scheduler.schedule()):
-            break
-        num_overtakes += 1
-        scheduler.remove(passer)
+    _, num_overtakes = first_not_to_pass(scheduler, scheduler.schedule, 3 * _MAX_OVERTAKES)
     assert num_overtakes == _MAX_OVERTAKES
     scheduler.remove(holder)
     assert blocked in sizes(scheduler.schedule())

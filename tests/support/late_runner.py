@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fake_runner import EOS, FakeRunner
+from fake_runner import EOS, EngineHarness, FakeRunner, next_token
 
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fused_chunks import LateWeights
 from fusionserve.engine.launched_step import LaunchedStep
-from fusionserve.engine.request import Request
+from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 
 
@@ -134,3 +134,23 @@ def launches_before_reads(log: Sequence[tuple[str, int]]) -> list[int]:
         elif what == "read" and launched > number:
             found.append(number)
     return found
+
+
+class LateHarness(EngineHarness):
+    """An engine over a runner that computes late."""
+
+    runner: LateRunner
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, make_runner=LateRunner, **fields)
+
+    def start(self, *generations: Generation) -> None:
+        """Takes steps until all decode, and the next one is launched."""
+        self.add(*generations)
+        while not self.runner.num_ahead:
+            self.step()
+
+
+def ends_at(num_tokens: int, last: int | None = EOS) -> Any:
+    """Chooses `last` after so many tokens."""
+    return lambda request: last if request.num_generated == num_tokens else next_token(request)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -166,3 +166,16 @@ def assert_idle(scheduler: Scheduler) -> None:
     assert not scheduler.running and not scheduler.waiting
     assert scheduler.blocks.num_used == 0
     scheduler.ledger.check_integrity(0)
+
+
+def first_not_to_pass(
+    scheduler: Scheduler, schedule: Callable[[], ScheduledBatch], most: int
+) -> tuple[Request, int]:
+    """Adds requests one by one until one is not scheduled in its step, as the others were; and how many those were."""
+    for num_passed in range(most):
+        passer = make_request(prompt=[3 + num_passed])
+        scheduler.add(passer)
+        if passer not in sizes(schedule()):
+            return passer, num_passed
+        scheduler.remove(passer)
+    raise AssertionError(f"{most} requests have passed")
