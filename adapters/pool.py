@@ -17,6 +17,7 @@ from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
 from fusionserve.adapters.resident import RowPiece
 from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.low_rank import expand_, shrink
 from fusionserve.kernels.segments import PartRows
 from fusionserve.kernels.torch_errors import is_device_lost
@@ -25,10 +26,10 @@ from fusionserve.kernels.torch_errors import is_device_lost
 class ModuleRows:
     """The pool's rows for one module. Empty (`is_empty`) until an adapter that touches the module arrives."""
 
-    def __init__(self, module: BaseModule, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, module: BaseModule, capacity: int, like: Tensor, pages: HugePages) -> None:
         self._module = module
         self._capacity = capacity
-        self._like = torch.empty(0, dtype=dtype, device=device)
+        self._like, self._pages = like, pages
         self.shrink_rows = self._like  # [capacity, d_in]
         self.shrink_bias = self._like  # [capacity]
         self.expand_rows = self._like  # [capacity, d_out]
@@ -108,7 +109,7 @@ class ModuleRows:
         return self.shrink_rows, self.shrink_bias, self.expand_rows
 
     def _allocate(self) -> None:
-        zeros, module = self._like.new_zeros, self._module
+        zeros, module = partial(self._pages.zeros, self._like), self._module
         self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
             zeros(self._capacity, module.d_in),
             zeros(self._capacity),
@@ -126,9 +127,8 @@ class AdapterPool:
     def __init__(
         self, modules: BaseModules, capacity: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._rows = {
-            path: ModuleRows(module, capacity, dtype, device) for path, module in modules.by_path.items()
-        }
+        like, pages = torch.empty(0, dtype=dtype, device=device), HugePages()
+        self._rows = {p: ModuleRows(module, capacity, like, pages) for p, module in modules.by_path.items()}
         self.copies: Copies | None = SideStream(device) if device.type == "cuda" else None
 
     def rows(self, path: str) -> ModuleRows:

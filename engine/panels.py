@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
 from fusionserve.kernels.quantized_linear import can_quantize, quantize
@@ -27,6 +28,7 @@ def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | 
     """
     embedding = model.get_input_embeddings()
     converted: list[Tensor] = []
+    pages = HugePages()
     with little_garbage():
         for path, module in modules.by_path.items():
             is_head = module.kind is ModuleKind.LM_HEAD
@@ -37,7 +39,10 @@ def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | 
             if panels is None:
                 continue
             _set(model, path, panels)
-            converted += [tensor for tensor in panels.storage() if tensor is not None]
+            for tensor in panels.storage():
+                if tensor is not None:
+                    tensor.data = pages.copy(tensor)
+                    converted.append(tensor)
             if shares:
                 model.set_input_embeddings(PanelEmbedding(panels))
     if converted:

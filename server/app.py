@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import gc
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 from fusionserve.config import EngineConfig, ServerConfig
+from fusionserve.garbage import spare_from_collection
 from fusionserve.metrics import AdapterLabels
 from fusionserve.server.daemon_thread import in_daemon_thread, is_thread_alive
 from fusionserve.server.engine_facade import EngineFacade
@@ -67,7 +67,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_
             loading = app.load(functools.partial(load_engine, engine_config))
             if not await _finishes_before(loading, signals.asked):
                 return EXIT_OK
-            _spare_from_collection()
+            spare_from_collection()
             sys.setswitchinterval(_SWITCH_S)
             print(f"ready grpc={app.grpc_address} metrics={app.metrics_address}", flush=True)
             async with loop_watched(engine_config.step_timeout_s), heap_trimmed():
@@ -137,16 +137,6 @@ class App:
             await self._engine.close()
         if self._metrics is not None:
             self._metrics.close()
-
-
-def _spare_from_collection() -> None:
-    """Takes what was loaded out of the garbage collector's sight.
-
-    A full collection stops every thread while it looks through all objects, and torch and transformers bring hundreds
-    of thousands: no stream gets a token meanwhile.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 async def _workers_end() -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.garbage import spare_from_collection
 from fusionserve.generation import GenerateParams, SamplingParams, StoppingCriteria, TokenPrompt
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
 from fusionserve.metrics import AdapterLabels
@@ -80,6 +81,7 @@ async def _profile(model: Path, arguments: argparse.Namespace) -> None:
     watch = Stopwatch()
     _watch(engine, watch, arguments.streams)
     await engine.start()
+    spare_from_collection()
     try:
         for number in range(_ROUNDS):
             watch.steps.clear()

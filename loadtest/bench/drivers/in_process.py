@@ -10,6 +10,7 @@ from pathlib import Path
 from fusionserve import __version__
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.garbage import spare_from_collection
 from fusionserve.generation import Adaptation, AdapterTerm
 from fusionserve.loadtest.bench.drivers.engine_stream import greedy_params, run_stream
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
@@ -30,6 +31,7 @@ class InProcess:
         self._loop = asyncio.Runner()
         self._engine = AsyncEngine.load(_config(setup), AdapterLabels(_NUM_LABELS))
         self._loop.run(self._engine.start())
+        spare_from_collection()
 
     def run(self, job: Job) -> Outcome:
         """All streams at once."""

@@ -1,0 +1,57 @@
+"""Tensors that live as long as the server, side by side in memory that the system is asked to hold in huge pages.
+
+Weights, keys and values, and rank rows are read from one end to the other in every step. In pages of 4 KiB a processor
+looks up an address for every 64 lines of them, and does not read ahead over the end of a page; in pages of 2 MiB
+that hardly counts (madvise(2), MADV_HUGEPAGE).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+_PAGE = 2 << 20  # bytes of a huge page
+_LEAST = 64 << 20  # bytes of a mapping; it takes memory where it has been written to
+_LINE = 64
+
+
+class HugePages:
+    """Gives out memory, never the same again; a mapping goes back to the system when nobody holds a tensor in it."""
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def zeros(self, like: Tensor, *shape: int) -> Tensor:
+        """Zeros of the type and device of `like`; for a GPU, or where there are no huge pages, as torch allocates them.
+
+        Raises MemoryError if the system has none left.
+        """
+        num_bytes = math.prod(shape) * like.itemsize
+        if like.device.type != "cpu" or num_bytes == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return like.new_zeros(shape)
+        room = -(-num_bytes // _LINE) * _LINE
+        if room > len(self._rest):
+            self._rest = _map(max(room, _LEAST))
+        taken, self._rest = self._rest[:num_bytes], self._rest[room:]
+        return taken.view(like.dtype).view(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy; raises MemoryError."""
+        return self.zeros(tensor, *tensor.shape).copy_(tensor)
+
+
+def _map(num_bytes: int) -> Tensor:
+    """Zeros [num_bytes] from the beginning of a huge page on."""
+    try:
+        mapping = mmap.mmap(-1, num_bytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no room for {num_bytes} bytes") from error
+    with suppress(OSError):  # a kernel without them: the same memory in small pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE
+    return memory[start : start + num_bytes]
