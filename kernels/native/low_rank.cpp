@@ -17,51 +17,31 @@ struct Rectangle {
     Index token, num_tokens, row, num_rows;
 };
 
-// Rectangles of a block of tokens by all rank rows; of a block of rank rows for a token alone, so that threads can share it.
-static Index num_rectangles(Index num_tokens, Index num_rows) {
-    return num_tokens == 1 ? (num_rows + ROW_BLOCK - 1) / ROW_BLOCK : (num_tokens + TOKEN_BLOCK - 1) / TOKEN_BLOCK;
-}
+// How segments are cut into rectangles, which are pieces of work: blocks of tokens by all of their rank rows or, where
+// threads would go without, by blocks of them.
+class Cut {
+public:
+    static bool are_few(Index num_pieces) { return num_pieces < 2 * num_threads(); }
 
-static Rectangle rectangle(Index num_tokens, Index num_rows, Index number) {
-    if (num_tokens == 1) return {0, 1, number * ROW_BLOCK, std::min(ROW_BLOCK, num_rows - number * ROW_BLOCK)};
-    return {number * TOKEN_BLOCK, std::min(TOKEN_BLOCK, num_tokens - number * TOKEN_BLOCK), 0, num_rows};
-}
+    static Index num_blocks(Index num_tokens) { return (num_tokens + TOKENS - 1) / TOKENS; }
 
-// A module's rank rows from `row_start`, and the tokens from `token_start` that meet them.
-struct Shrink {
-    const void* rows;
-    const void* bias;  // or null
-    Index token_start, row_start;
-};
+    // For segments of so many blocks of tokens together.
+    explicit Cut(Index num_blocks) : is_by_rows_(are_few(num_blocks)) {}
 
-// take(token, row, count, u): A x + a of a token of the rectangle with a block of its rank rows.
-template <typename Number, typename Rows, typename Take>
-static void shrink_rectangle(const Rows& rank_rows, const Shrink& shrink, const Rectangle& part, const Take& take) {
-    const auto turned = rank_rows.turn(shrink.token_start + part.token, part.num_tokens);
-    for (Index row = part.row; row < part.row + part.num_rows; row += ROW_BLOCK) {
-        const Index count = std::min(ROW_BLOCK, part.row + part.num_rows - row), first = shrink.row_start + row;
-        BlockProducts u;
-        rank_rows.shrink(turned, shrink.rows, part.num_tokens, first, count, u);
-        for (Index t = 0; t < part.num_tokens; ++t) {
-            if (shrink.bias)
-                for (Index r = 0; r < count; ++r) u[t][r] += to_float(static_cast<const Number*>(shrink.bias)[first + r]);
-            take(part.token + t, row, count, u[t]);
-        }
+    Index num_pieces(Index num_tokens, Index num_rows) const {
+        return num_blocks(num_tokens) * (is_by_rows_ ? (num_rows + ROW_BLOCK - 1) / ROW_BLOCK : 1);
     }
-}
 
-// Keeps c (A x + a) of a part of the segment, and exactly 0 where c is 0, whatever x is.
-template <typename Number, typename Rows>
-static void shrink_segment(const Rows& rank_rows, const LowRankPart& part, const Segment& segment, Index number,
-                           float* weighted) {
-    const auto weigh = [&](Index token, Index row, Index count, float* u) {
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
-        for (Index r = 0; r < count; ++r) u[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
-        Rows::keep(segment, token, row, count, u, weighted);
-    };
-    shrink_rectangle<Number>(rank_rows, {part.shrink_rows, part.shrink_bias, segment.token_start, segment.row_start},
-                             rectangle(segment.num_tokens, segment.num_rows, number), weigh);
-}
+    Rectangle piece(Index num_tokens, Index num_rows, Index number) const {
+        const Index token = number % num_blocks(num_tokens) * TOKENS, row = number / num_blocks(num_tokens) * ROW_BLOCK;
+        const Index most = is_by_rows_ ? ROW_BLOCK : num_rows;
+        return {token, std::min(TOKENS, num_tokens - token), row, std::min(most, num_rows - row)};
+    }
+
+private:
+    static constexpr Index TOKENS = 64;
+    bool is_by_rows_;
+};
 
 // Numbers that one part's weighed rows take.
 template <typename Rows>
@@ -71,23 +51,33 @@ static Index weighted_size(const Additions& additions) {
     return size;
 }
 
-// The rows of an addition's parts, one behind the other.
-template <typename Number, typename Rows>
+// The rows of an addition's parts, one behind the other. Parts share the tokens that were turned for one of them.
+template <typename Rows>
 static void shrink_parts(const Rows& rank_rows, const Addition& addition, const Additions& additions, float* all_weighted) {
+    const Segment *const first = additions.segments, *const end = first + additions.num_segments;
     const Index size = weighted_size<Rows>(additions);
-    Index shrinks = 0;
-    for (Index s = 0; s < additions.num_segments; ++s)
-        shrinks += num_rectangles(additions.segments[s].num_tokens, additions.segments[s].num_rows);
-    parallel(shrinks * addition.num_parts, [&](Index item) {
-        const Index p = item / shrinks;
-        Index number = item % shrinks;
-        float* weighted = all_weighted + p * size;
-        const Segment* segment = additions.segments;
-        for (Index count; number >= (count = num_rectangles(segment->num_tokens, segment->num_rows)); ++segment) {
+    Index num_blocks = 0, num_pieces = 0;
+    for (const Segment* s = first; s < end; ++s) num_blocks += Cut::num_blocks(s->num_tokens);
+    const Cut cut(num_blocks);
+    for (const Segment* s = first; s < end; ++s) num_pieces += cut.num_pieces(s->num_tokens, s->num_rows);
+    const Index together = Cut::are_few(num_pieces) ? 1 : addition.num_parts;
+    parallel(num_pieces * (addition.num_parts / together), [&](Index item) {
+        const Index first_part = item / num_pieces * together;
+        Index number = item % num_pieces;
+        const Segment* segment = first;
+        float* weighted = all_weighted + first_part * size;
+        for (Index count; number >= (count = cut.num_pieces(segment->num_tokens, segment->num_rows)); ++segment) {
             number -= count;
             weighted += Rows::weighted_size(*segment);
         }
-        shrink_segment<Number>(rank_rows, addition.parts[p], *segment, number, weighted);
+        const Rectangle some = cut.piece(segment->num_tokens, segment->num_rows, number);
+        const auto turned = rank_rows.turn(segment->token_start + some.token, some.num_tokens);
+        for (Index p = first_part; p < first_part + together; ++p, weighted += size)
+            rank_rows.shrink(turned, addition.parts[p].shrink_rows, addition.parts[p].shrink_bias, some.num_tokens,
+                             segment->row_start + some.row, some.num_rows,
+                             [&](Index token, Index row, Index count, const float* u) {
+                                 Rows::keep(*segment, some.token + token, some.row + row, count, u, weighted);
+                             });
     });
 }
 
@@ -131,25 +121,28 @@ static void weigh_members(const FusionAttention& fusion, Index token, const floa
         fusion.coefficients[token * fusion.num_rows + r] = weights[fusion.member_of_row[r]];
 }
 
-template <typename Number, typename Rows>
+template <typename Rows>
 static void attend_members(const Rows& rank_rows, const FusionAttention& fusion) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
     workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows));
     float* const u = workspace.data();
-    const Shrink shrink{fusion.shrink_rows, fusion.shrink_bias, fusion.token_start, fusion.row_start};
-    parallel(num_rectangles(fusion.num_tokens, num_rows), [&](Index number) {
-        shrink_rectangle<Number>(rank_rows, shrink, rectangle(fusion.num_tokens, num_rows, number),
-                                 [&](Index token, Index row, Index count, const float* products) {
-                                     std::copy(products, products + count, u + token * num_rows + row);
-                                 });
+    const Cut cut(Cut::num_blocks(fusion.num_tokens));
+    parallel(cut.num_pieces(fusion.num_tokens, num_rows), [&](Index number) {
+        const Rectangle some = cut.piece(fusion.num_tokens, num_rows, number);
+        const auto turned = rank_rows.turn(fusion.token_start + some.token, some.num_tokens);
+        float* const first = u + some.token * num_rows + some.row;
+        rank_rows.shrink(turned, fusion.shrink_rows, fusion.shrink_bias, some.num_tokens, fusion.row_start + some.row,
+                         some.num_rows, [&](Index token, Index row, Index count, const float* products) {
+                             std::copy(products, products + count, first + token * num_rows + row);
+                         });
     });
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
         for (Index token = begin; token < end; ++token) weigh_members(fusion, token, u + token * num_rows);
     });
 }
 
-template <typename Number, typename Rows>
+template <typename Rows>
 static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
     const Index size = weighted_size<Rows>(additions);
@@ -160,8 +153,8 @@ static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
     float* weighted = workspace.data();
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
-        for (Index f = 0; f < addition.num_attentions; ++f) attend_members<Number>(rank_rows, addition.attentions[f]);
-        shrink_parts<Number>(rank_rows, addition, additions, weighted);
+        for (Index f = 0; f < addition.num_attentions; ++f) attend_members(rank_rows, addition.attentions[f]);
+        shrink_parts(rank_rows, addition, additions, weighted);
         weighted += addition.num_parts * size;
     }
     return {additions, workspace.data(), expand_part<Rows>};
@@ -169,15 +162,15 @@ static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
 
 template <>
 WeighedRows weigh_rows<float>(const Tokens& tokens, const Additions& additions) {
-    return weigh_all<float, RankRows<float>>(tokens, additions);
+    return weigh_all<RankRows<float>>(tokens, additions);
 }
 
 template <>
 WeighedRows weigh_rows<BFloat16>(const Tokens& tokens, const Additions& additions) {
 #ifdef HAS_TILE_REGISTERS
-    if (RankTiles::takes(tokens)) return weigh_all<BFloat16, RankTiles>(tokens, additions);
+    if (RankTiles::takes(tokens)) return weigh_all<RankTiles>(tokens, additions);
 #endif
-    return weigh_all<BFloat16, RankRows<BFloat16>>(tokens, additions);
+    return weigh_all<RankRows<BFloat16>>(tokens, additions);
 }
 
 static Index num_column_blocks(const LowRankPart& part) { return (part.d_out + COLUMN_BLOCK - 1) / COLUMN_BLOCK; }

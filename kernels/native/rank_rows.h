@@ -8,12 +8,8 @@
 #include <algorithm>
 
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
-constexpr Index TOKEN_BLOCK = 16;    // tokens that meet them in one piece of work
 constexpr Index COLUMN_BLOCK = 256;  // outputs that are one piece of work
 constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
-
-// What a block of rank rows makes of a block of tokens.
-typedef float BlockProducts[TOKEN_BLOCK][ROW_BLOCK];
 
 // y[token, columns] += sum_r weighted[token, r] B[r, columns] for TOKENS tokens and NUM_LANES * LANES columns.
 template <int TOKENS, int NUM_LANES, typename Number>
@@ -72,24 +68,36 @@ public:
 
     Turned turn(Index token, Index) const { return static_cast<const Number*>(tokens_.x) + token * tokens_.x_stride; }
 
-    // u[t][r] = A_r x_t for a block of tokens and rank rows from `row`, a block of them at most.
-    void shrink(Turned x, const void* rows, Index num_tokens, Index row, Index num_rows, BlockProducts& u) const {
+    // take(token, row, count, u): A x + a of a token with a block of the rank rows from `first_row`, counted from there.
+    template <typename Take>
+    void shrink(Turned x, const void* rows, const void* bias, Index num_tokens, Index first_row, Index num_rows,
+                const Take& take) const {
         const Index d_in = tokens_.d_in;
-        const Number* first = static_cast<const Number*>(rows) + row * d_in;
-        for (Index t = 0; t < num_tokens; ++t, x += tokens_.x_stride) {
-            if (num_rows == ROW_BLOCK)
-                dot_rows<ROW_BLOCK>(x, first, d_in, d_in, u[t]);
-            else
-                for (Index r = 0; r < num_rows; ++r) dot_rows<1>(x, first + r * d_in, d_in, d_in, u[t] + r);
+        for (Index row = 0; row < num_rows; row += ROW_BLOCK) {
+            const Index count = std::min(ROW_BLOCK, num_rows - row);
+            const Number* first = static_cast<const Number*>(rows) + (first_row + row) * d_in;
+            for (Index t = 0; t < num_tokens; ++t) {
+                const Number* token = x + t * tokens_.x_stride;
+                float u[ROW_BLOCK];
+                if (count == ROW_BLOCK)
+                    dot_rows<ROW_BLOCK>(token, first, d_in, d_in, u);
+                else
+                    for (Index r = 0; r < count; ++r) dot_rows<1>(token, first + r * d_in, d_in, d_in, u + r);
+                if (bias)
+                    for (Index r = 0; r < count; ++r) u[r] += to_float(static_cast<const Number*>(bias)[first_row + row + r]);
+                take(t, row, count, u);
+            }
         }
     }
 
     // Numbers that a segment's weighted products take, [num_tokens, num_rows].
     static Index weighted_size(const Segment& segment) { return segment.num_tokens * segment.num_rows; }
 
-    // Keeps the products of a token of the segment with its rank rows [row, + count).
-    static void keep(const Segment& segment, Index token, Index row, Index count, const float* products, float* weighted) {
-        std::copy(products, products + count, weighted + token * segment.num_rows + row);
+    // Keeps c u of a token of the segment with its rank rows [row, + count), and exactly 0 where c is 0, whatever u is.
+    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
+        float* place = weighted + token * segment.num_rows + row;
+        for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
     }
 
     // Columns [column, + count) of the part for a segment's tokens.
