@@ -63,6 +63,8 @@ static inline void store_turned(const Heads& heads, Index token, const BFloat16*
     tiles.store(heads.slots[token], num_to_clear(heads.slots, heads.num_tokens, token), turned.data(), value);
 }
 
+constexpr Index TILE_STORE = 8;  // elements whose time it takes to store one in tiles, where a key's pairs are lines apart
+
 // Turns queries and keys to their positions, and writes keys and values to their slots of the cache.
 template <typename Number>
 void rotate_and_store(const Heads& heads) {
@@ -80,7 +82,8 @@ void rotate_and_store(const Heads& heads) {
         rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, cos, sin);
         std::memcpy(static_cast<Number*>(heads.values) + slot, value, width * sizeof(Number));
     };
-    parallel_ranges(heads.num_tokens, heads.num_tokens * heads.num_heads * heads.dim, [&](Index begin, Index end) {
+    const Index num_keys = heads.num_tokens * width * (heads.is_tiled ? TILE_STORE : 1);
+    parallel_ranges(heads.num_tokens, heads.num_tokens * heads.num_heads * heads.dim + num_keys, [&](Index begin, Index end) {
         for (Index token = begin; token < end; ++token) one_token(token);
     });
 }
