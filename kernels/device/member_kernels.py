@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _sum_of_splits(u: Any, cells: Any, mask: Any, num_items: Any, SPLITS: tl.constexpr) -> Any:
+def _sum_of_splits(
+    u: tl.tensor, cells: tl.tensor, mask: tl.tensor, num_items: tl.tensor, SPLITS: tl.constexpr
+) -> tl.tensor:
     total = tl.load(u + cells, mask=mask, other=0.0)
     for split in range(1, SPLITS):
         total += tl.load(u + split * num_items * 256 + cells, mask=mask, other=0.0)
@@ -23,22 +23,22 @@ def _sum_of_splits(u: Any, cells: Any, mask: Any, num_items: Any, SPLITS: tl.con
 
 @triton.jit
 def _scores(
-    u: Any,
-    first_item: Any,
-    whose_row: Any,
-    num_rows: Any,
-    num_keys: Any,
-    num_items: Any,
+    u: tl.tensor,
+    first_item: tl.tensor,
+    whose_row: tl.tensor,
+    num_rows: tl.tensor,
+    num_keys: tl.tensor,
+    num_items: tl.tensor,
     SPLITS: tl.constexpr,
     BLOCK_MEMBERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """Scores [BLOCK_MEMBERS] of a token whose row in every item begins at u; the keys' part is the last items'."""
     members = tl.arange(0, BLOCK_MEMBERS)
     score_item = first_item + (num_rows + 15) // 16
     keys = num_rows + members
-    cells = (score_item + keys // 16) * 256 + keys % 16
-    scores = _sum_of_splits(u, cells, members < num_keys, num_items, SPLITS)
+    key_cells = (score_item + keys // 16) * 256 + keys % 16
+    scores = _sum_of_splits(u, key_cells, members < num_keys, num_items, SPLITS)
     for start in range(0, num_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         inside = rows < num_rows
@@ -52,7 +52,7 @@ def _scores(
 
 
 @triton.jit
-def _softmax(scores: Any, may: Any, has_base: Any) -> Any:
+def _softmax(scores: tl.tensor, may: tl.tensor, has_base: tl.tensor) -> tl.tensor:
     """Shares of the members that may, zero for the others, and of the base member, whose score is 0."""
     scores = tl.where(may, scores, float("-inf"))
     best = tl.max(scores, axis=0)
@@ -67,10 +67,10 @@ def _softmax(scores: Any, may: Any, has_base: Any) -> Any:
 
 @triton.jit
 def _spread(
-    shares: Any,
-    coefficients: Any,
-    whose_row: Any,
-    num_rows: Any,
+    shares: tl.tensor,
+    coefficients: tl.tensor,
+    whose_row: tl.tensor,
+    num_rows: tl.tensor,
     BLOCK_MEMBERS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ) -> None:
@@ -85,16 +85,16 @@ def _spread(
 
 @triton.jit
 def weigh_kernel(
-    u: Any,
-    attended: Any,
-    shares: Any,
-    weights: Any,
-    fused_tokens: Any,
-    groups: Any,
-    member_of_row: Any,
-    attends: Any,
-    present: Any,
-    modules: Any,
+    u: tl.tensor,
+    attended: tl.tensor,
+    shares: tl.tensor,
+    weights: tl.tensor,
+    fused_tokens: tl.tensor,
+    groups: tl.tensor,
+    member_of_row: tl.tensor,
+    attends: tl.tensor,
+    present: tl.tensor,
+    modules: tl.tensor,
     num_items: int,
     num_fused: int,
     num_modules: int,

@@ -9,16 +9,19 @@ The softmax runs along the context in blocks, over which SPLITS programs take tu
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def _load_slots(
-    cache: Any, slots: Any, inside: Any, DIM: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr
-) -> Any:
+    cache: tl.tensor,
+    slots: tl.tensor,
+    inside: tl.tensor,
+    DIM: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
     """Keys or values of slots: [slots, LANES], zeros beyond DIM and where not inside."""
     dims = tl.arange(0, LANES)
     mask = inside[:, None] & (dims < DIM)[None, :]
@@ -29,7 +32,7 @@ def _load_slots(
 
 
 @triton.jit
-def _capped(scores: Any, softcap: Any, HAS_SOFTCAP: tl.constexpr) -> Any:
+def _capped(scores: tl.tensor, softcap: tl.tensor, HAS_SOFTCAP: tl.constexpr) -> tl.tensor:
     """cap * tanh(s / cap), if there is a cap."""
     if HAS_SOFTCAP:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
@@ -37,7 +40,9 @@ def _capped(scores: Any, softcap: Any, HAS_SOFTCAP: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _join(scores: Any, value: Any, best: Any, total: Any, output: Any) -> Any:
+def _join(
+    scores: tl.tensor, value: tl.tensor, best: tl.tensor, total: tl.tensor, output: tl.tensor
+) -> tl.tensor:
     """The softmax so far, with one block of scores and values more."""
     highest = tl.maximum(best, tl.max(scores, axis=1))
     ground = tl.where(highest == float("-inf"), 0.0, highest)
@@ -48,13 +53,13 @@ def _join(scores: Any, value: Any, best: Any, total: Any, output: Any) -> Any:
 
 @triton.jit
 def attend_kernel(
-    query: Any,
-    keys: Any,
-    values: Any,
-    parts: Any,
-    statistics: Any,
-    tiles: Any,
-    tables: Any,
+    query: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    parts: tl.tensor,
+    statistics: tl.tensor,
+    tiles: tl.tensor,
+    tables: tl.tensor,
     table_width: int,
     num_tokens: int,
     num_kv_heads: int,
@@ -117,10 +122,10 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(
-    parts: Any,
-    statistics: Any,
-    output: Any,
-    tiles: Any,
+    parts: tl.tensor,
+    statistics: tl.tensor,
+    output: tl.tensor,
+    tiles: tl.tensor,
     num_rows: int,
     num_heads: int,
     VALUE_DIM: tl.constexpr,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(x: Any, weight: Any, y: Any, width: int, epsilon: float, LANES: tl.constexpr) -> None:
+def rms_norm_kernel(
+    x: tl.tensor, weight: tl.tensor, y: tl.tensor, width: int, epsilon: float, LANES: tl.constexpr
+) -> None:
     """y = x / sqrt(mean(x^2) + epsilon) * weight for rows of `width`; programs (row,)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
@@ -23,7 +23,7 @@ def rms_norm_kernel(x: Any, weight: Any, y: Any, width: int, epsilon: float, LAN
 
 
 @triton.jit
-def silu_product_kernel(gate: Any, up: Any, y: Any, size: int, BLOCK: tl.constexpr) -> None:
+def silu_product_kernel(gate: tl.tensor, up: tl.tensor, y: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
     """y = silu(gate) * up; programs (block,)."""
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < size
@@ -35,7 +35,7 @@ def silu_product_kernel(gate: Any, up: Any, y: Any, size: int, BLOCK: tl.constex
 
 
 @triton.jit
-def _halves(start: Any, lanes: Any, inside: Any, DIM: tl.constexpr) -> Any:
+def _halves(start: tl.tensor, lanes: tl.tensor, inside: tl.tensor, DIM: tl.constexpr) -> tl.tensor:
     """Both halves of DIM numbers, float32."""
     low = tl.load(start + lanes, mask=inside, other=0.0)
     high = tl.load(start + DIM // 2 + lanes, mask=inside, other=0.0)
@@ -43,7 +43,14 @@ def _halves(start: Any, lanes: Any, inside: Any, DIM: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _turn(heads: Any, target: Any, cos: Any, sin: Any, DIM: tl.constexpr, LANES: tl.constexpr) -> None:
+def _turn(
+    heads: tl.tensor,
+    target: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    DIM: tl.constexpr,
+    LANES: tl.constexpr,
+) -> None:
     lanes = tl.arange(0, LANES)
     inside = lanes < DIM // 2
     low, high = _halves(heads, lanes, inside, DIM)
@@ -56,14 +63,14 @@ def _turn(heads: Any, target: Any, cos: Any, sin: Any, DIM: tl.constexpr, LANES:
 
 @triton.jit
 def rotate_and_store_kernel(
-    query: Any,
-    key: Any,
-    value: Any,
-    keys: Any,
-    values: Any,
-    cos: Any,
-    sin: Any,
-    slots: Any,
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
     num_heads: int,
     num_kv_heads: int,
     DIM: tl.constexpr,

@@ -9,14 +9,12 @@ depends on its item alone, so a token gets the same in any company. `rank_items.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def pick(place: Any, first: Any, second: Any, third: Any) -> Any:
+def pick(place: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor) -> tl.tensor:
     """What belongs to a module of the group."""
     chosen = first
     if place == 1:
@@ -28,17 +26,17 @@ def pick(place: Any, first: Any, second: Any, third: Any) -> Any:
 
 @triton.jit
 def shrink_kernel(
-    x: Any,
-    u: Any,
-    items: Any,
-    attends: Any,
-    rows_0: Any,
-    rows_1: Any,
-    rows_2: Any,
-    bias_0: Any,
-    bias_1: Any,
-    bias_2: Any,
-    modules: Any,
+    x: tl.tensor,
+    u: tl.tensor,
+    items: tl.tensor,
+    attends: tl.tensor,
+    rows_0: tl.tensor,
+    rows_1: tl.tensor,
+    rows_2: tl.tensor,
+    bias_0: tl.tensor,
+    bias_1: tl.tensor,
+    bias_2: tl.tensor,
+    modules: tl.tensor,
     d_in: int,
     num_items: int,
     num_modules: int,
@@ -80,7 +78,9 @@ def shrink_kernel(
 
 
 @triton.jit
-def shrink_ids_kernel(ids: Any, u: Any, items: Any, rows: Any, bias: Any, vocab: int) -> None:
+def shrink_ids_kernel(
+    ids: tl.tensor, u: tl.tensor, items: tl.tensor, rows: tl.tensor, bias: tl.tensor, vocab: int
+) -> None:
     """The shrink of one-hot inputs: token ids [num_tokens] -> u [num_items, 16, 16]; programs (item,)."""
     item = tl.program_id(0)
     token_start, num_tokens = tl.load(items + item * 6), tl.load(items + item * 6 + 1)
@@ -96,16 +96,16 @@ def shrink_ids_kernel(ids: Any, u: Any, items: Any, rows: Any, bias: Any, vocab:
 
 @triton.jit
 def _weighted(
-    u: Any,
-    items: Any,
-    given: Any,
-    attended: Any,
-    item: Any,
-    place: Any,
-    scale: Any,
-    num_items: Any,
+    u: tl.tensor,
+    items: tl.tensor,
+    given: tl.tensor,
+    attended: tl.tensor,
+    item: tl.tensor,
+    place: tl.tensor,
+    scale: tl.tensor,
+    num_items: tl.tensor,
     SPLITS: tl.constexpr,
-) -> Any:
+) -> tl.tensor:
     """c u of an item, [16, 16]: exactly zero where the coefficient is, whatever u is."""
     lanes = tl.arange(0, 16)
     cells = item * 256 + lanes[:, None] * 16 + lanes[None, :]
@@ -121,17 +121,17 @@ def _weighted(
 
 @triton.jit
 def expand_kernel(
-    u: Any,
-    items: Any,
-    tiles: Any,
-    given: Any,
-    attended: Any,
-    y_0: Any,
-    y_1: Any,
-    y_2: Any,
-    rows_0: Any,
-    rows_1: Any,
-    rows_2: Any,
+    u: tl.tensor,
+    items: tl.tensor,
+    tiles: tl.tensor,
+    given: tl.tensor,
+    attended: tl.tensor,
+    y_0: tl.tensor,
+    y_1: tl.tensor,
+    y_2: tl.tensor,
+    rows_0: tl.tensor,
+    rows_1: tl.tensor,
+    rows_2: tl.tensor,
     d_out_0: int,
     d_out_1: int,
     d_out_2: int,

@@ -1,0 +1,112 @@
+"""Compiles what `kernels/device` launches for a Hopper GPU, which needs no GPU, and prints each kernel's name.
+
+To be run by itself, without TRITON_INTERPRET: the interpreter takes much that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fusionserve.kernels.device import paged_launch, pointwise_launch
+from fusionserve.kernels.device.group_parts import GroupParts
+from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
+from fusionserve.kernels.paged_attention import AttentionOptions
+from fusionserve.kernels.segments import PartRows
+
+_HOPPER = GPUTarget("cuda", 90, 32)
+_HIDDEN, _INNER, _HEADS, _KV_HEADS, _DIM = 2048, 5632, 16, 4, 128
+
+
+class _Driver:
+    """Of a GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return _HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+@contextmanager
+def compiling_only() -> Iterator[set[str]]:
+    """Launches in the block compile and do not run; the names of their kernels."""
+    launched: set[str] = set()
+    run = JITFunction.run
+
+    def compile_only(kernel: JITFunction, *args: object, **options: object) -> object:
+        launched.add(kernel.__name__)
+        return run(kernel, *args, **{**options, "warmup": True})
+
+    driver.set_active(_Driver())
+    JITFunction.run = compile_only
+    try:
+        yield launched
+    finally:
+        JITFunction.run = run
+
+
+def number(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a device, without memory; of torch's default type."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_pointwise() -> None:
+    """Norm, gate and rotation."""
+    num_tokens = 3
+    pointwise_launch.rms_norm(number(num_tokens, _HIDDEN), number(_HIDDEN), 1e-5)
+    pointwise_launch.silu_product(number(num_tokens, _INNER), number(num_tokens, _INNER))
+    heads, cache = number(num_tokens, _KV_HEADS, _DIM), number(64, _KV_HEADS, _DIM)
+    angles, slots = number(num_tokens, _DIM), number(num_tokens, dtype=torch.long)
+    query = number(num_tokens, _HEADS, _DIM)
+    pointwise_launch.rotate_and_store(query, heads, heads, cache, cache, angles, angles, slots)
+
+
+def launch_attention() -> None:
+    """Single tokens and chunks."""
+    query, cache = number(40, _HEADS, _DIM), number(640, _KV_HEADS, _DIM)
+    for tokens in (1, paged_launch.chunk_tokens(_HEADS, _KV_HEADS)):
+        tables = paged_launch.QueryTables(
+            number(5, 4, dtype=torch.int32), number(5, 9, dtype=torch.int32), tokens
+        )
+        for options in (AttentionOptions(0.1), AttentionOptions(0.1, sliding_window=64, softcap=30.0)):
+            paged_launch.attend_(query, cache, cache, tables, 16, options, number(40, _HEADS, _DIM))
+
+
+def launch_rank_items() -> None:
+    """Shrink, the attention of fusions, expand; and embeddings."""
+    sizes = {"tiles": (4, 4), "items": (4, 6), "groups": (2, 5), "member_of_row": (64,), "attends": (2, 3)}
+    tables = RankTables(
+        **{name: number(*shape, dtype=torch.int32) for name, shape in sizes.items()},
+        given=number(4, BLOCK, BLOCK, dtype=torch.float32),
+        fused=number(8, 4, dtype=torch.long),
+        present=number(2, 3, dtype=torch.long),
+    )
+    ids = {"q": 0, "k": 1, "v": 2}
+    for d_in, places in ((_HIDDEN, 3), (_INNER, 1)):
+        parts = [PartRows(number(256, d_in), number(256), number(256, _HIDDEN)) for _ in range(places)]
+        for width in (0, 4):
+            items = RankItems(tables, number(0), max_d_in=_INNER, module_ids=ids, fusion_width=width)
+            outputs = [number(9, _HIDDEN) for _ in range(places)]
+            items.add_(number(9, d_in), GroupParts(parts, range(places)), outputs)
+    embedded = PartRows(number(256, 32000), number(256), number(256, _HIDDEN))
+    items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), number(9, _HIDDEN), 1.0)
+
+
+if __name__ == "__main__":
+    with compiling_only() as launched:
+        for dtype in (torch.bfloat16, torch.float32):
+            torch.set_default_dtype(dtype)
+            launch_pointwise()
+            launch_attention()
+            launch_rank_items()
+    print(*sorted(launched))
