@@ -138,7 +138,7 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     num_panels = bring_into_panels(model, fit.modules, BITS.get(config.quantize))
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    num_layers = install_decoder_layers(model, max_context_tokens)
+    num_layers = install_decoder_layers(model, max_context_tokens, base_dtype)
     logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(
         model=model,

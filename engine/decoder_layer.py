@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
@@ -35,10 +36,11 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 
-def install_decoder_layers(model: PreTrainedModel, max_context_tokens: int) -> int:
+def install_decoder_layers(model: PreTrainedModel, max_context_tokens: int, dtype: torch.dtype) -> int:
     """Puts a DecoderLayer in place of every layer that one can stand in for; returns how many.
 
-    Call it once the linear modules are adapted ones.
+    Call it once the linear modules are adapted ones. `dtype` is that of activations: of a quantized model the first
+    parameter may be of another.
     """
     base: Any = model.base_model
     layers = getattr(base, "layers", None)
@@ -54,7 +56,7 @@ def install_decoder_layers(model: PreTrainedModel, max_context_tokens: int) -> i
             layer.stack = stack
         base.layers = StackedLayers(own, stack)
         base.norm = FinalNorm(base.norm)
-        base.rotary_emb = RotaryTable(base.rotary_emb, max_context_tokens, model.dtype)
+        base.rotary_emb = RotaryTable(base.rotary_emb, max_context_tokens, dtype)
     return len(own)
 
 

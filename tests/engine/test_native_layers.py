@@ -51,7 +51,7 @@ def test_layer_with_another_activation_stays(tmp_path: Path) -> None:
 
 def test_layer_without_adapted_modules_stays(tmp_path: Path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path))
-    assert install_decoder_layers(model, 64) == 0
+    assert install_decoder_layers(model, 64, torch.float32) == 0
 
 
 @pytest.mark.parametrize("name", sorted(OWN_LAYERS))
@@ -114,19 +114,19 @@ def test_float32_base_is_not_packed() -> None:
 
 
 @needs_packing
-@pytest.mark.parametrize("bits", ["none", "int8"])
+@pytest.mark.parametrize(("bits", "dtype"), [("none", "bfloat16"), ("int8", "bfloat16"), ("int8", "float32")])
 async def test_native_layer_gives_the_bits_of_its_kernels_one_by_one(
-    bits: str, monkeypatch: pytest.MonkeyPatch
+    bits: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_call = await logprobs_of_every_kind(bits)
+    one_call = await logprobs_of_every_kind(bits, dtype)
     monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
-    assert await logprobs_of_every_kind(bits) == one_call
+    assert await logprobs_of_every_kind(bits, dtype) == one_call
 
 
-async def logprobs_of_every_kind(bits: str) -> list[object]:
+async def logprobs_of_every_kind(bits: str, dtype: str) -> list[object]:
     """Of prompt and continuation: base, LoRA, blend and fusion, together in a batch."""
     kinds = (Adaptation(), lora("cpp"), blend(perl=0.5, spanish=0.5), Adaptation("fusion", fusion="domains"))
-    settings = {"dtype": "bfloat16", "quantize": bits, "fusion_dirs": (EMBEDDED_FUSIONS,)} | {
+    settings = {"dtype": dtype, "quantize": bits, "fusion_dirs": (EMBEDDED_FUSIONS,)} | {
         "adapter_pool_ranks": 512
     }
     async with running_engine(
