@@ -44,7 +44,7 @@ class AdaptedEmbedding(nn.Module):
             saved = tokens.whole_module.weights.replacements.get(self._path)
             if saved is not None:
                 here = slice(tokens.start, tokens.end)
-                y[here] = functional.embedding(token_ids[here], saved) * self._scale
+                y[here] = functional.embedding(token_ids[here], saved.to(y.device)) * self._scale
         if self._rows.is_empty:
             return
         if plan.items is not None:

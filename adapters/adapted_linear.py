@@ -160,12 +160,12 @@ def _add_spans_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> N
 
 
 def _replace_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:
-    """The tokens of adapters that saved the whole module."""
+    """The tokens of adapters that saved the whole module, which to a GPU is copied in every step."""
     for tokens in plan.whole_modules:
         saved = tokens.whole_module.weights.replacements.get(module.path)
         if saved is not None:
             here = slice(tokens.start, tokens.end)
-            y[here] = functional.linear(x[here], saved, module.bias)
+            y[here] = functional.linear(x[here], saved.to(x.device), module.bias)
 
 
 def _scale_columns_(module: AdaptedLinear, y: Tensor, plan: RowPlan) -> None:
@@ -178,4 +178,4 @@ def _scale_tokens_(module: AdaptedLinear, y: Tensor, adapter: Adapter) -> None:
     scale = adapter.content.column_scales.get(module.path)
     if scale is not None:
         bias = 0 if module.bias is None else module.bias
-        y.copy_((y - bias) * scale + bias)
+        y.copy_((y - bias) * scale.to(y.device) + bias)

@@ -25,7 +25,9 @@ def column_scales(weights: LoRAWeights, base_weight: Callable[[str], Tensor]) ->
 
 
 def _column_scale(module: ModuleLoRA, base_weight: Tensor) -> Tensor:
+    """On the host, as the adapter is; computed where the base is."""
     assert module.magnitude is not None
-    adapted = torch.addmm(base_weight.float(), module.expand.float().T, module.shrink.float())
-    lengths: Tensor = torch.linalg.vector_norm(adapted, dim=1)
-    return module.magnitude / lengths
+    device = base_weight.device
+    expand, shrink = module.expand.to(device).float(), module.shrink.to(device).float()
+    lengths: Tensor = torch.linalg.vector_norm(torch.addmm(base_weight.float(), expand.T, shrink), dim=1)
+    return module.magnitude / lengths.to(module.magnitude.device)

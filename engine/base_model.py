@@ -123,19 +123,23 @@ def load_base_model(config: EngineConfig) -> BaseModel:
 
 
 def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokenizer) -> BaseModel:
-    """The base of a model, whose layers are replaced by adapted ones; it must be where it is to compute.
+    """The base of a model, whose layers are replaced by adapted ones, on the configured device.
 
-    Raises StartupError as `load_base_model` does.
+    A model on the host whose weights are to be quantized for a GPU is tried out on the host and follows module by
+    module, so that one may be larger than the GPU's memory. Raises StartupError as `load_base_model` does.
     """
+    device, bits = find_device(config.device), BITS.get(config.quantize)
+    if bits is None and model.device != device:
+        model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     max_context_tokens = _max_context(model.config, config.max_context_tokens)
     modules = describe_base_modules(model, model_name=config.model_name)
     fit = check_fit(model, modules, max_context_tokens)
     base_dtype: torch.dtype = (
         model.dtype
     )  # asked before scales, with a type of their own, are among its parameters
-    pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=base_dtype, device=model.device)
+    pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=base_dtype, device=device)
     token_rows, logit_rows = PlanCell(), PlanCell()
-    num_panels = bring_into_panels(model, fit.modules, BITS.get(config.quantize))
+    num_panels = bring_into_panels(model, fit.modules, bits, device)
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
     num_layers = install_decoder_layers(model, max_context_tokens, base_dtype)
@@ -215,8 +219,6 @@ def _read_weights(
     model, report = loaded
     _check_complete(directory, report, misshapen_weights(model))
     model.train(mode=False).requires_grad_(requires_grad=False)
-    if not options:
-        model = model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     settle(model, quantize)
     return model
 

@@ -31,9 +31,12 @@ def little_garbage() -> Iterator[None]:
 
 @torch.no_grad()
 def let_go_of_files(model: PreTrainedModel, converted: Iterable[Tensor]) -> None:
-    """Copies what was not converted: a view of the mapped checkpoint would keep all of that in memory."""
+    """Copies what was not converted: a view of the mapped checkpoint would keep all of that in memory.
+
+    On a GPU nothing is one.
+    """
     own = {id(parameter) for parameter in converted}
     for parameter in model.parameters():
-        if id(parameter) not in own:
+        if id(parameter) not in own and parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
     heap.trim()  # converting leaves holes of the size of whole weights, which glibc keeps unless asked

@@ -1,4 +1,4 @@
-"""Brings the base's weights into panels for the native products, module by module, so that none is held twice."""
+"""Brings the base's weights into panels for products of our own, module by module, so that none is held twice."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
+from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
 from fusionserve.kernels.quantized_linear import can_quantize, quantize
+from fusionserve.kernels.tiled_linear import quantize_on
 
 _HEAD_BITS = 8  # of a quantized LM head: all logits depend on it, and a tied embedding reads it
 
 
 @torch.no_grad()
-def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | None) -> int:
+def bring_into_panels(
+    model: PreTrainedModel, modules: BaseModules, bits: int | None, device: torch.device
+) -> int:
     """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
 
     With `bits`, 8 or 4, weights are quantized, else packed as they are. An embedding tied to the LM head reads the
     head's panels; if it is of a kind that cannot, the head stays as it is, because the embedding would keep the weight.
+    The panels are on `device`, to which the rest of the model follows: full weights on the host never are.
     """
     embedding = model.get_input_embeddings()
     converted: list[Tensor] = []
@@ -35,29 +40,43 @@ def bring_into_panels(model: PreTrainedModel, modules: BaseModules, bits: int | 
             shares = is_head and modules.is_tied
             if shares and type(embedding) is not nn.Embedding:
                 continue
-            panels = _to_panels(model.get_submodule(path), _HEAD_BITS if bits and is_head else bits)
+            own_bits = _HEAD_BITS if bits and is_head else bits
+            panels = _to_panels(model.get_submodule(path), own_bits, device)
             if panels is None:
                 continue
             _set(model, path, panels)
-            for tensor in panels.storage():
-                if tensor is not None:
-                    tensor.data = pages.copy(tensor)
-                    converted.append(tensor)
+            converted += _into_pages(panels, pages)
             if shares:
                 model.set_input_embeddings(PanelEmbedding(panels))
+    if bits is not None:
+        model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:
         let_go_of_files(model, converted)
     return sum(isinstance(module, PanelLinear) for module in model.modules())
 
 
-def _to_panels(module: Any, bits: int | None) -> PanelLinear | None:
+def _to_panels(module: Any, bits: int | None, device: torch.device) -> PanelLinear | None:
     """The module in panels, or None if it is of another kind or does not divide into them."""
     if type(module) not in (nn.Linear, Conv1D):
         return None
     weight = module.weight.T if type(module) is Conv1D else module.weight
+    if bits is not None and not can_quantize(weight):
+        return None
     if bits is not None:
-        return quantize(weight, module.bias, bits) if can_quantize(weight) else None
+        on_gpu = uses_triton(device)
+        return (
+            quantize_on(device, weight, module.bias, bits) if on_gpu else quantize(weight, module.bias, bits)
+        )
     return PackedLinear(pack(weight), module.bias) if can_pack(weight) else None
+
+
+def _into_pages(panels: PanelLinear, pages: HugePages) -> list[Tensor]:
+    """The tensors of the panels, which on a CPU from here on lie in these pages."""
+    tensors = [tensor for tensor in panels.storage() if tensor is not None]
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            tensor.data = pages.copy(tensor)
+    return tensors
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

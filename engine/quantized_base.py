@@ -22,6 +22,7 @@ from fusionserve.adapters.nf4 import (
 )
 from fusionserve.engine.loading_memory import let_go_of_files
 from fusionserve.errors import StartupError
+from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.quantized_linear import GROUP, has_quantized_product
 
 BITS = {"int8": 8, "int4": 4}
@@ -39,11 +40,6 @@ def load_options(quantize: str, config: PreTrainedConfig, device: torch.device) 
             reason="QUANTIZATION_UNAVAILABLE",
         )
     if quantize in BITS:
-        if device.type != "cpu":
-            raise StartupError(
-                f"{quantize} weights are for processors; on a GPU there is nf4",
-                reason="QUANTIZATION_UNAVAILABLE",
-            )
         return {}
     try:
         options = quantization_options(quantize, config)
@@ -73,12 +69,12 @@ def settle(model: PreTrainedModel, quantize: str) -> None:
 
 
 def check_panels(model: PreTrainedModel, num_panels: int, quantize: str) -> None:
-    """Raises StartupError if nothing could be quantized; warns where the processor has no product for it."""
+    """Raises StartupError if nothing could be quantized; warns if it is a processor that has no product for it."""
     if quantize not in BITS:
         return
     if num_panels == 0:
         raise _nothing_to_quantize(model, GROUP)
-    if not has_quantized_product():
+    if not uses_triton(model.device) and not has_quantized_product():
         what = "a compiler, and AVX2 or AVX-512 VNNI"
         logger.warning("computing with %s weights many times slower: it needs %s", quantize, what)
 

@@ -3,6 +3,7 @@
     y = x W^T + b       or, onto a residual, y += x W^T + b
 
 Every output is summed in an order that does not depend on the batch, so a token gets the same bits in any company.
+Panels that lie on a GPU have products of their own (`tiled_linear.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PANEL = 16  # outputs that lie together
 class PanelLinear(nn.Module, ABC):
     """Stands in for an nn.Linear [d_out, d_in]; holds its weight in panels, and no other copy."""
 
-    kernel: str | None  # the native product; None: there is none on this processor
+    kernel: str | None  # the product, a native one or one on a GPU; None: there is none on this processor
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -46,9 +47,14 @@ class PanelLinear(nn.Module, ABC):
     def reference(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out] with torch's operations: the definition, rounded to x's type."""
 
+    @staticmethod
+    def product(modules: Sequence[PanelLinear]) -> LinearProduct:
+        """The product of modules of this kind that share an input."""
+        return LinearProduct(modules)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out]."""
-        return LinearProduct([self])(x)[0]
+        return self.product([self])(x)[0]
 
 
 class PanelEmbedding(nn.Module):
@@ -82,17 +88,17 @@ class LinearProduct:
     """The product of one input with the weights of several modules of one kind, in one call."""
 
     def __init__(self, modules: Sequence[PanelLinear]) -> None:
-        self._modules = tuple(modules)  # their memory must outlive the pointers
+        self.modules = tuple(modules)  # their memory must outlive the pointers
         self._kernel, self._d_in = modules[0].kernel, modules[0].in_features
         self.parts = (NativePart * len(modules))(*map(_to_part, modules))
 
-    @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> LinearProduct | None:
+    @staticmethod
+    def of(modules: Sequence[nn.Module]) -> LinearProduct | None:
         """The product of these modules, or None if they are not all in panels of one kind."""
         in_panels = [module for module in modules if isinstance(module, PanelLinear)]
         kernels = {module.kernel for module in in_panels}
         is_one = len(in_panels) == len(modules) and len(kernels) == 1 and None not in kernels
-        return cls(in_panels) if is_one else None
+        return in_panels[0].product(in_panels) if is_one else None
 
     def native(self, like: Tensor) -> NativeFunction | None:
         """The kernel for inputs of this type and device, or None."""
@@ -100,25 +106,26 @@ class LinearProduct:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., d_in] -> y [..., d_out] of each module."""
-        outputs = [x.new_empty(*x.shape[:-1], module.out_features) for module in self._modules]
-        self._compute(x, outputs, add=False)
+        outputs = [x.new_empty(*x.shape[:-1], module.out_features) for module in self.modules]
+        self.compute(x, outputs, add=False)
         return outputs
 
     def add_(self, x: Tensor, residual: Tensor) -> None:
         """residual += W x + b, in place, for a single module; natively rounded once."""
-        self._compute(x, [residual], add=True)
+        self.compute(x, [residual], add=True)
 
-    def _compute(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> None:
+    def compute(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> None:
+        """Writes each module's W x + b to its output [..., d_out], or adds it."""
         native = self.native(x)
         if native is None:
-            for module, y in zip(self._modules, outputs, strict=True):
+            for module, y in zip(self.modules, outputs, strict=True):
                 y.copy_(y + module.reference(x) if add else module.reference(x))
             return
         x = x.reshape(-1, x.shape[-1])
         if x.stride(-1) != 1:
             x = x.contiguous()
         assert x.shape[1] == self._d_in
-        for part, module, y in zip(self.parts, self._modules, outputs, strict=True):
+        for part, module, y in zip(self.parts, self.modules, outputs, strict=True):
             assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
             assert module.bias is None or module.bias.dtype == x.dtype
             part.y, part.add = y.data_ptr(), add

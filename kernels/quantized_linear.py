@@ -5,6 +5,7 @@
 
 The formats are those of GGUF's Q8_0 and Q4_0 but for the type of the scales. What a token gets does not depend on its
 company. Without native products of bytes (AVX-512 VNNI or AVX2) the same is computed in float64, many times slower.
+`tiled_linear.py` is the same for a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from fusionserve.kernels.linear_product import PANEL, PanelLinear
 from fusionserve.kernels.native_library import native_library
 
 GROUP = 32  # inputs that share a scale
-_LEAST = 1e-30  # a group of inputs with nothing as large is zeros: 127 / largest would overflow
+LEAST = 1e-30  # a group of inputs with nothing as large is zeros: 127 / largest would overflow
 _FOUR = 4  # inputs that the processor multiplies at once
-_ROWS_AT_ONCE = 1024  # outputs, so that quantizing a large head takes little memory
+ROWS_AT_ONCE = 1024  # outputs, so that quantizing a large head takes little memory
 
 
 def can_quantize(weight: Tensor) -> bool:
@@ -37,14 +38,17 @@ def has_quantized_product() -> bool:
 class QuantizedLinear(PanelLinear):
     """Stands in for an nn.Linear; its weight in 8 or 4 bits. Make it with `quantize`."""
 
-    def __init__(self, levels: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, levels: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int, dtype: torch.dtype
+    ) -> None:
         """levels uint8 [d_out / 16, d_in / 32, bits, 16, 4], scales bfloat16 [d_out / 16, d_in / 32, 16].
 
         `dtype` is that of the weight that was quantized.
         """
-        num_panels, num_groups, self.bits = levels.shape[:3]
+        num_panels, num_groups = scales.shape[:2]
         super().__init__(num_groups * GROUP, num_panels * PANEL, bias)
-        self.kernel = f"int{self.bits}_linear" if has_quantized_product() else None
+        self.bits = bits
+        self.kernel = f"int{bits}_linear" if has_quantized_product() else None
         self.levels = nn.Parameter(levels, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self._dtype = dtype
@@ -65,12 +69,15 @@ class QuantizedLinear(PanelLinear):
 
     def _exact_rows(self, ids: Tensor) -> Tensor:
         panels, outputs = ids // PANEL, ids % PANEL
+        scales = self.scales[panels, :, outputs]
+        return (self.levels_of(panels, outputs) * scales.float()[..., None]).flatten(1)
+
+    def levels_of(self, panels: Tensor, outputs: Tensor) -> Tensor:
+        """Levels [n, d_in / 32, 32] of outputs by their panels [n] and places in these [n]."""
         levels = self.levels[panels, :, :, outputs].to(torch.int16)  # [n, groups, bits, 4]
         if self.bits == 4:
             levels = torch.stack((levels & 15, levels >> 4), dim=-2)
-        levels = levels.flatten(2) - (1 << self.bits - 1)  # [n, groups, 32]
-        scales = self.scales[panels, :, outputs]
-        return (levels * scales.float()[..., None]).flatten(1)
+        return levels.flatten(2) - (1 << self.bits - 1)
 
     def storage(self) -> tuple[Tensor, Tensor]:
         """Levels and scales."""
@@ -85,36 +92,34 @@ class QuantizedLinear(PanelLinear):
 
     def _row_ids(self) -> tuple[Tensor, ...]:
         """All outputs, some at a time."""
-        return torch.split(torch.arange(self.out_features), _ROWS_AT_ONCE)
+        return torch.split(torch.arange(self.out_features, device=self.levels.device), ROWS_AT_ONCE)
 
 
 @torch.no_grad()
 def quantize(weight: Tensor, bias: Tensor | None, bits: int) -> QuantizedLinear:
     """weight [d_out, d_in] in 8 or 4 bits; `can_quantize` must hold."""
-    parts = [_quantize_rows(rows, bits) for rows in torch.split(weight, _ROWS_AT_ONCE)]
+    parts = [_to_panels(*levels_and_scales(rows, bits), bits) for rows in torch.split(weight, ROWS_AT_ONCE)]
     levels, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return QuantizedLinear(levels, scales, bias, weight.dtype)
+    return QuantizedLinear(levels, scales, bias, bits=bits, dtype=weight.dtype)
 
 
 def in_eight_bits(x: Tensor) -> Tensor:
     """x [..., d_in] as the product sees it, in float32: whole steps of 1/127 of the largest number of each group."""
     groups = x.float().view(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = groups.abs().amax(-1, keepdim=True)
-    levels = torch.where(largest >= _LEAST, (groups * (127 / largest)).round(), 0.0)
+    steps = torch.full_like(largest, 127.0) / largest  # 127 / tensor would be 127 times a rounded reciprocal
+    levels = torch.where(largest >= LEAST, (groups * steps).round(), 0.0)
     return (levels * (largest / 127)).flatten(-2)
 
 
-def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Levels and scales of some outputs' weights [n, d_in], in panels."""
-    groups = weight.float().reshape(len(weight), -1, GROUP)  # [n, groups, 32]
+def levels_and_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Levels int8 [n, d_in / 32, 32] and scales bfloat16 [n, d_in / 32] of some outputs' weights [n, d_in]."""
+    groups = weight.float().reshape(len(weight), -1, GROUP)
     scales = _scales(groups, bits).bfloat16()
     middle = 1 << bits - 1
     lowest = -middle if bits == 4 else 1 - middle
     levels = torch.where(scales != 0, (groups / scales.float()).round(), 0.0).clamp(lowest, middle - 1)
-    levels = (levels + middle).to(torch.uint8).view(*levels.shape[:2], -1, _FOUR)  # [n, groups, 8, 4]
-    if bits == 4:
-        levels = levels[:, :, 0::2] | levels[:, :, 1::2] << 4
-    return _to_panels(levels), _to_panels(scales).squeeze(-1)
+    return levels.to(torch.int8), scales.squeeze(-1)
 
 
 def _scales(groups: Tensor, bits: int) -> Tensor:
@@ -125,6 +130,15 @@ def _scales(groups: Tensor, bits: int) -> Tensor:
     return groups.gather(-1, furthest) / -8
 
 
-def _to_panels(rows: Tensor) -> Tensor:
+def _to_panels(levels: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Without a sign, fours of inputs together, and in 4 bits two fours in one."""
+    unsigned = (levels.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    fours = unsigned.view(*levels.shape[:2], -1, _FOUR)  # [n, groups, 8, 4]
+    if bits == 4:
+        fours = fours[:, :, 0::2] | fours[:, :, 1::2] << 4
+    return side_by_side(fours), side_by_side(scales[..., None]).squeeze(-1)
+
+
+def side_by_side(rows: Tensor) -> Tensor:
     """[n, groups, ...] -> [n / 16, groups, ..., 16, the last of ...]: the 16 outputs of a panel side by side."""
     return rows.view(-1, PANEL, *rows.shape[1:]).movedim(1, -2).contiguous()

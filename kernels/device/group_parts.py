@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from fusionserve.kernels.segments import PartRows
 
 MAX_PLACES = 3  # modules of a group
+
+_T = TypeVar("_T")
+
+
+def three(values: Sequence[_T]) -> Sequence[_T]:
+    """Filled up with the first: a launch names three of everything."""
+    return [*values, *[values[0]] * (MAX_PLACES - len(values))]
 
 
 class GroupParts:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fusionserve.kernels.device.group_parts import MAX_PLACES, GroupParts
+from fusionserve.kernels.device.group_parts import MAX_PLACES, GroupParts, three
 from fusionserve.kernels.device.member_kernels import weigh_kernel
 from fusionserve.kernels.device.rank_kernels import expand_kernel, shrink_ids_kernel, shrink_kernel
 from fusionserve.kernels.device.triton_use import dot_in_float32, num_programs
@@ -29,8 +28,6 @@ BLOCK = 16
 _BLOCK_K, _BLOCK_N, _BLOCK_ROWS = 128, 128, 64
 _SPLIT_WIDTH = 512  # inputs that one program sums over, at least
 _MAX_SPLITS = 16
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +98,8 @@ class RankItems:
             self._u,
             tables.items,
             tables.attends,
-            *_three(parts.shrink),
-            *_three(parts.bias),
+            *three(parts.shrink),
+            *three(parts.bias),
             parts.module_ids,
             parts.d_in,
             num_items,
@@ -154,17 +151,12 @@ class RankItems:
             tables.tiles,
             tables.given,
             attended,
-            *_three(outputs),
-            *_three(parts.expand),
-            *_three(parts.d_outs),
+            *three(outputs),
+            *three(parts.expand),
+            *three(parts.d_outs),
             len(tables.items),
             scale,
             SPLITS=splits,
             BLOCK_N=_BLOCK_N,
             WIDE_DOT=self._wide_dot,
         )
-
-
-def _three(values: Sequence[_T]) -> Sequence[_T]:
-    """Filled up with the first: a launch names three of everything."""
-    return [*values, *[values[0]] * (MAX_PLACES - len(values))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from delayed_copies import DelayedCopies
-from device_kernels import DEVICE
+from device_kernels import DEVICE, serve_in_triton
 from served_adapters import (
     GREEDY,
     Outcome,
@@ -40,8 +40,6 @@ from fusionserve.generation import (
     OutputOptions,
     SamplingParams,
 )
-from fusionserve.kernels import native_call
-from fusionserve.kernels.device import triton_use
 
 pytestmark = pytest.mark.gpu
 
@@ -106,8 +104,7 @@ async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
 ) -> None:
     async with serving(folders, "cpu") as engine:
         expected = await collect_all(engine, requests())
-    monkeypatch.setattr(native_call, "native_library", lambda: None)
-    monkeypatch.setattr(triton_use, "INTERPRETS", True)
+    serve_in_triton(monkeypatch)
     late = None if DEVICE.type == "cuda" else DelayedCopies()  # a GPU has late ones of its own
     async with serving(folders, DEVICE.type, late) as engine:
         found = await collect_all(engine, requests())
@@ -128,8 +125,7 @@ async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
     plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN))
     async with serving(folders, "cpu") as engine:
         expected = await collect_all(engine, plain)
-    monkeypatch.setattr(native_call, "native_library", lambda: None)
-    monkeypatch.setattr(triton_use, "INTERPRETS", True)
+    serve_in_triton(monkeypatch)
     stopped = stopping_at(plain[1], expected[1].tokens[2])
     async with serving(folders, DEVICE.type, max_batch_tokens=160) as engine:
         engine.runner.runs_ahead = True

@@ -19,6 +19,7 @@ from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.segments import PartRows
+from fusionserve.kernels.tiled_linear import TiledLinear
 
 _HOPPER = GPUTarget("cuda", 90, 32)
 _HIDDEN, _INNER, _HEADS, _KV_HEADS, _DIM = 2048, 5632, 16, 4, 128
@@ -102,6 +103,27 @@ def launch_rank_items() -> None:
     items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), number(9, _HIDDEN), 1.0)
 
 
+def launch_few_bits() -> None:
+    """Products of one module and of three, with and without bias, of few tokens and many."""
+    for bits in (8, 4):
+        for d_outs, has_bias in (((_HIDDEN,), False), ((_HIDDEN, 512, 512), True)):
+            modules = [tiled_linear(_INNER, d_out, bits, has_bias=has_bias) for d_out in d_outs]
+            product = TiledLinear.product(modules)
+            for num_tokens in (1, 20, 64, 4096):
+                x = number(num_tokens, _INNER)
+                product(x)
+                if len(modules) == 1:
+                    product.add_(x, number(num_tokens, _HIDDEN))
+
+
+def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLinear:
+    """A module without weights."""
+    levels = number(d_out // 16, d_in // (32 if bits == 8 else 64), 16, 32, dtype=torch.int8)
+    scales = number(d_out // 16, d_in // 32, 16, dtype=torch.bfloat16)
+    bias = number(d_out) if has_bias else None
+    return TiledLinear(levels, scales, bias, bits=bits, dtype=torch.get_default_dtype())
+
+
 if __name__ == "__main__":
     with compiling_only() as launched:
         for dtype in (torch.bfloat16, torch.float32):
@@ -109,4 +131,6 @@ if __name__ == "__main__":
             launch_pointwise()
             launch_attention()
             launch_rank_items()
+        torch.set_default_dtype(torch.bfloat16)
+        launch_few_bits()
     print(*sorted(launched))
