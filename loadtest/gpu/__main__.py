@@ -1,4 +1,4 @@
-"""Measures the GPU path: decoding steps beside the floor, adapters beside the base, peers, and many adapters.
+"""Measures the GPU path: decoding steps beside the floor, adapters beside the base, few bits, peers, many adapters.
 
     python -P -m fusionserve.loadtest.gpu [--shape llama-3-8b] [--out build/gpu]
 
@@ -26,11 +26,12 @@ from fusionserve.loadtest.gpu.churn import ChurnWorkload, measure_churn
 from fusionserve.loadtest.gpu.device_limit import measure_device_limit
 from fusionserve.loadtest.gpu.engine_rounds import EngineRounds
 from fusionserve.loadtest.gpu.peer_rounds import PeerRounds
-from fusionserve.loadtest.gpu.report import GpuFigures, peers, to_table
+from fusionserve.loadtest.gpu.report import BaseRound, GpuFigures, peers, to_table
 from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
 from fusionserve.loadtest.model_shapes import SHAPES
 
 BASE = Case(name="base")
+FEW_BITS = ("int8", "int4")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,6 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
         _say("making adapters")
         workload.make_files(Path(folder))
         _measure_engine(figures, Path(folder), device, options.repeats)
+        for quantize in FEW_BITS:
+            if time.monotonic() < end_s:
+                _measure_few_bits(figures, Path(folder), device, quantize, options.repeats)
         if time.monotonic() < end_s:
             _measure_churn(figures, Path(folder) / "churn", device, options)
         if time.monotonic() < end_s:
@@ -91,10 +95,9 @@ def _measure_engine(figures: GpuFigures, folder: Path, device: torch.device, rep
     _say("making the model")
     rounds = EngineRounds(figures.workload, folder, device)
     for repeat in range(-1, repeats):  # the first warms up
-        base, prompt_s = rounds.run(BASE, f"base {repeat}"), rounds.read_prompt(f"long {repeat}")
+        base = _run_base(rounds, repeat)
         if repeat >= 0:
             figures.base.append(base)
-            figures.prompts_s.append(prompt_s)
     _say("base done")
     for case in figures.workload.cases():
         all_of = [rounds.run(case, f"{case.name} {repeat}") for repeat in range(-1, repeats)]
@@ -103,6 +106,25 @@ def _measure_engine(figures: GpuFigures, folder: Path, device: torch.device, rep
     rounds.close()
     del rounds
     _free(device)
+
+
+def _run_base(rounds: EngineRounds, repeat: int) -> BaseRound:
+    return BaseRound(
+        all_streams=rounds.run(BASE, f"base {repeat}"),
+        one_stream=rounds.run_alone(f"alone {repeat}"),
+        prompt_s=rounds.read_prompt(f"long {repeat}"),
+    )
+
+
+def _measure_few_bits(
+    figures: GpuFigures, folder: Path, device: torch.device, quantize: str, repeats: int
+) -> None:
+    rounds = EngineRounds(figures.workload, folder, device, quantize)
+    figures.few_bits[quantize] = [_run_base(rounds, repeat) for repeat in range(-1, repeats)][1:]
+    rounds.close()
+    del rounds
+    _free(device)
+    _say(f"{quantize} done")
 
 
 def _measure_churn(

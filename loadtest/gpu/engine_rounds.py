@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,11 +40,13 @@ class Round:
 
 
 class EngineRounds:
-    """An engine over a random model on the device, until closed."""
+    """An engine over a random model on the device, held as `quantize` says, until closed."""
 
-    def __init__(self, workload: GpuWorkload, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, workload: GpuWorkload, folder: Path, device: torch.device, quantize: str = "none"
+    ) -> None:
         self._workload = workload
-        config = workload.engine_config(folder, device.type)
+        config = replace(workload.engine_config(folder, device.type), quantize=quantize)
         base = adapt_model(make_model(workload.shape, device), config, Tokenizer(None))
         self._engine = AsyncEngine(config, base, AdapterLabels(_NUM_LABELS))
         self._request_ids = itertools.count()
@@ -53,7 +55,14 @@ class EngineRounds:
 
     def run(self, case: Case, label: str) -> Round:
         """A round of all streams with the prompts of the label."""
-        prompts, new_tokens = self._workload.prompts(label), self._workload.new_tokens
+        return self._round(case, self._workload.prompts(label))
+
+    def run_alone(self, label: str) -> Round:
+        """A round of one stream on the base."""
+        return self._round(Case(name="base"), self._workload.prompts(label)[:1])
+
+    def _round(self, case: Case, prompts: Sequence[list[int]]) -> Round:
+        new_tokens = self._workload.new_tokens
         adaptations = [case.adaptation(stream) for stream in range(len(prompts))]
         fresh, cached = (self._run(prompts, adaptations, new_tokens) for _ in range(2))
         return Round(fresh, cached, new_tokens - 1)

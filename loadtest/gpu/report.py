@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusionserve.loadtest.bench.floor import MachineLimit, floor
@@ -15,6 +15,15 @@ from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
 Line = tuple[str, str, str, str]  # what, how much, of what, aim
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRound:
+    """What the base took: decoding with all streams and with one, and reading a long prompt."""
+
+    all_streams: Round
+    one_stream: Round
+    prompt_s: float
+
+
 @dataclass(slots=True)
 class GpuFigures:
     """All that was measured."""
@@ -23,38 +32,60 @@ class GpuFigures:
     device: str
     versions: dict[str, str]
     limit: MachineLimit
-    base: list[Round] = field(default_factory=list)
-    prompts_s: list[float] = field(default_factory=list)
+    base: list[BaseRound] = field(default_factory=list)
+    few_bits: dict[str, list[BaseRound]] = field(default_factory=dict)
     cases: dict[str, list[Round]] = field(default_factory=dict)
     peers_s: dict[str, list[float]] = field(default_factory=dict)
     churn: tuple[ChurnRound, ChurnRound] | None = None
 
     def lines(self, cases: Sequence[Case]) -> list[Line]:
         """A line per figure."""
-        workload, lines = self.workload, []
-        base_s = step_s(self.base)
-        least = floor(workload.size, workload.load(), self.limit)
-        least_step_s = least.decode_s / (workload.new_tokens - 1)
-        lines.append(
-            ("base, decoding step", _ms(base_s), f"{least_step_s / base_s:.2f} of the floor", "0.75")
-        )
-        if self.prompts_s:
-            flops_share = self._prompt_floor_s() / statistics.median(self.prompts_s)
-            what = f"prompt of {workload.long_prompt} tokens"
-            lines.append(
-                (what, _ms(statistics.median(self.prompts_s)), f"{flops_share:.2f} of the rate", "0.5")
-            )
+        lines = self._base_lines()
+        base_s = step_s(_all_streams(self.base))
         for case in cases:
             if rounds := self.cases.get(case.name):
                 share = f"{base_s / step_s(rounds):.2f} of base"
                 lines.append(
                     (case.name, _ms(step_s(rounds)), share, "" if case.aim is None else f"{case.aim}")
                 )
-        return [*lines, *self._peer_lines(), *self._churn_lines()]
+        return [*lines, *self._few_bits_lines(), *self._peer_lines(), *self._churn_lines()]
+
+    def _base_lines(self) -> list[Line]:
+        workload, lines = self.workload, []
+        for what, rounds, load, aim in (
+            ("base, decoding step", _all_streams(self.base), workload.load(), "0.75"),
+            ("base, decoding step of one stream", _alone(self.base), workload.load(1), ""),
+        ):
+            least_s = floor(workload.size, load, self.limit).decode_s / (workload.new_tokens - 1)
+            lines.append((what, _ms(step_s(rounds)), f"{least_s / step_s(rounds):.2f} of the floor", aim))
+        prompt_s = _prompt_s(self.base)
+        share = f"{self._prompt_floor_s() / prompt_s:.2f} of the rate"
+        return [*lines, (self._prompt, _ms(prompt_s), share, "0.5")]
+
+    def _few_bits_lines(self) -> list[Line]:
+        """Beside bfloat16."""
+        lines = []
+        for bits, rounds in self.few_bits.items():
+            for what, own_s, full_s in (
+                ("decoding step", step_s(_all_streams(rounds)), step_s(_all_streams(self.base))),
+                ("decoding step of one stream", step_s(_alone(rounds)), step_s(_alone(self.base))),
+                (self._prompt, _prompt_s(rounds), _prompt_s(self.base)),
+            ):
+                lines.append((f"base in {bits}, {what}", _ms(own_s), f"{full_s / own_s:.2f} x as fast", ""))
+        return lines
+
+    @property
+    def _prompt(self) -> str:
+        return f"prompt of {self.workload.long_prompt} tokens"
 
     def to_json(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Every repeat, and the lines of the table."""
-        rounds = {"base": self.base, **self.cases}
+        bases = {"base": self.base, **{f"base in {bits}": own for bits, own in self.few_bits.items()}}
+        rounds = {
+            **{name: _all_streams(own) for name, own in bases.items()},
+            **{f"{name}, one stream": _alone(own) for name, own in bases.items()},
+            **self.cases,
+        }
         return {
             "device": self.device,
             "versions": self.versions,
@@ -62,20 +93,19 @@ class GpuFigures:
             "flops_per_s": self.limit.flops_per_s,
             "step_s": {name: [each.step_s for each in all_of] for name, all_of in rounds.items()},
             "round_s": {name: [each.fresh.total_s for each in all_of] for name, all_of in rounds.items()},
-            "long_prompt_s": self.prompts_s,
+            "long_prompt_s": {name: [each.prompt_s for each in own] for name, own in bases.items()},
             "peers_round_s": self.peers_s,
             "lines": self.lines(cases),
         }
 
     def _prompt_floor_s(self) -> float:
-        load = self.workload.load()
-        one = type(load)(num_streams=1, prompt_tokens=self.workload.long_prompt, new_tokens=1)
+        one = replace(self.workload.load(1), prompt_tokens=self.workload.long_prompt, new_tokens=1)
         return floor(self.workload.size, one, self.limit).prompt_s
 
     def _peer_lines(self) -> list[Line]:
         lines = []
         for peer, (ours, aim) in peers(self.workload).items():
-            rounds = self.base if ours == "base" else self.cases.get(ours, [])
+            rounds = _all_streams(self.base) if ours == "base" else self.cases.get(ours, [])
             if rounds and (peer_s := self.peers_s.get(peer)):
                 ratio = statistics.median(peer_s) / statistics.median(each.fresh.total_s for each in rounds)
                 lines.append(
@@ -102,6 +132,18 @@ class GpuFigures:
 def peers(workload: GpuWorkload) -> dict[str, tuple[str, str]]:
     """With which case of ours a peer's round is compared, and how much faster ours should be."""
     return {"transformers": ("base", "4"), "PEFT": (workload.equal_ranks, "15")}
+
+
+def _all_streams(rounds: Sequence[BaseRound]) -> list[Round]:
+    return [each.all_streams for each in rounds]
+
+
+def _alone(rounds: Sequence[BaseRound]) -> list[Round]:
+    return [each.one_stream for each in rounds]
+
+
+def _prompt_s(rounds: Sequence[BaseRound]) -> float:
+    return statistics.median(each.prompt_s for each in rounds)
 
 
 def step_s(rounds: Sequence[Round]) -> float:

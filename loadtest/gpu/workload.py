@@ -59,10 +59,12 @@ class GpuWorkload:
         """The name of the case in which PEFT's mixed batch can be given the same work."""
         return f"{self.num_adapters} adapters, r={self.rank}"
 
-    def load(self) -> Load:
-        """What a round of base requests must multiply and read."""
+    def load(self, num_streams: int | None = None) -> Load:
+        """What a round of base requests must multiply and read, with all streams or with so many."""
         return Load(
-            num_streams=self.num_streams, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens
+            num_streams=num_streams or self.num_streams,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
         )
 
     def prompts(self, label: str) -> list[list[int]]:

@@ -12,7 +12,7 @@ from fusionserve.loadtest.bench.protocol import Outcome
 from fusionserve.loadtest.gpu.__main__ import main
 from fusionserve.loadtest.gpu.churn import ChurnRound
 from fusionserve.loadtest.gpu.engine_rounds import Round
-from fusionserve.loadtest.gpu.report import GpuFigures, to_table
+from fusionserve.loadtest.gpu.report import BaseRound, GpuFigures, to_table
 from fusionserve.loadtest.gpu.workload import GpuWorkload
 from fusionserve.loadtest.latency import Spread
 
@@ -42,7 +42,9 @@ def test_every_part_is_measured(tmp_path: Path) -> None:
         "4 adapters, r=8 to 64",
         "fusion of 4",
     }
-    assert found["step_s"].keys() == {"base", *cases}
+    bases = {"base", "base in int8", "base in int4"}
+    assert found["step_s"].keys() == {*bases, *(f"{base}, one stream" for base in bases), *cases}
+    assert found["long_prompt_s"].keys() == bases
     assert all(step_s > 0 for repeats in found["step_s"].values() for step_s in repeats)
     assert found["peers_round_s"].keys() == {"transformers", "PEFT"}
     lines = [line[0] for line in found["lines"]]
@@ -56,6 +58,11 @@ def one_round(step_s: float) -> Round:
     return Round(outcome, outcome, workload.new_tokens - 1)
 
 
+def base_round(step_s: float) -> BaseRound:
+    """One stream takes half as long for a step, and a prompt three times as long."""
+    return BaseRound(all_streams=one_round(step_s), one_stream=one_round(step_s / 2), prompt_s=3 * step_s)
+
+
 def test_shares_are_of_medians() -> None:
     workload = GpuWorkload(shape="tiny")
     spread = Spread.of([0.5, 0.5])
@@ -64,7 +71,8 @@ def test_shares_are_of_medians() -> None:
         "a GPU",
         {"torch": "1"},
         MachineLimit(bytes_per_s=1e9, flops_per_s=1e15),
-        base=[one_round(step_s) for step_s in (0.01, 0.02, 0.9)],
+        base=[base_round(step_s) for step_s in (0.01, 0.02, 0.9)],
+        few_bits={"int8": [base_round(0.016)]},
         cases={"one adapter": [one_round(0.025)]},
         peers_s={"transformers": [22.6]},
         churn=(ChurnRound(100.0, spread, spread, spread), ChurnRound(80.0, spread, spread, spread)),
@@ -74,6 +82,11 @@ def test_shares_are_of_medians() -> None:
     assert (
         f"| base, decoding step | 20.00 ms | {(least_s + kv_s(workload)) / 0.02:.2f} of the floor |" in table
     )
+    alone_s = least_s + kv_s(workload) / workload.num_streams
+    assert f"| base, decoding step of one stream | 10.00 ms | {alone_s / 0.01:.2f} of the floor |" in table
+    assert "| base in int8, decoding step | 16.00 ms | 1.25 x as fast |" in table
+    assert "| base in int8, decoding step of one stream | 8.00 ms | 1.25 x as fast |" in table
+    assert "| base in int8, prompt of 8192 tokens | 48.00 ms | 1.25 x as fast |" in table
     assert "| one adapter | 25.00 ms | 0.80 of base | 0.92 |" in table
     assert "| transformers, a round | 22600.00 ms | we: 10.0 x as fast | 4 |" in table
     assert "| all adapters, by Zipf's law | 80 tokens/s | 0.80 of those in the pool | 0.75 |" in table
