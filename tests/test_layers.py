@@ -25,7 +25,16 @@ MAY_IMPORT = {
     "client": {"v1"},
     "loadtest": {"", "client", "v1"},
     "loadtest.bench.drivers": {"", "engine", "client", "v1", "loadtest"},
-    "loadtest.gpu": {"", "engine", "client", "v1", "loadtest", "loadtest.bench.drivers"},
+    "loadtest.gpu": {
+        "",
+        "kernels",
+        "adapters",
+        "engine",
+        "client",
+        "v1",
+        "loadtest",
+        "loadtest.bench.drivers",
+    },
 }
 # Layers that must work without the heavy packages name everything else they may import.
 THIRD_PARTY = {

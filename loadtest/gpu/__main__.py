@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures = GpuFigures(workload, _device_name(device), _versions(), measure_device_limit(device))
     end_s = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
+        if device.type == "cuda":
+            _measure_kernels(figures, device)
         _say("making adapters")
         workload.make_files(Path(folder))
         _measure_engine(figures, Path(folder), device, options.repeats)
@@ -89,6 +91,16 @@ def _workload(options: argparse.Namespace) -> GpuWorkload:
         num_adapters=options.adapters,
         fusion_sizes=tuple(n for n in (4, 8) if n <= options.adapters),
     )
+
+
+def _measure_kernels(figures: GpuFigures, device: torch.device) -> None:
+    """Imports Triton, which trying the benchmark out on a CPU does without."""
+    from fusionserve.loadtest.gpu.kernel_cases import KernelSizes
+    from fusionserve.loadtest.gpu.kernel_times import measure_kernels
+
+    figures.kernels = measure_kernels(KernelSizes(), figures.limit, device)
+    _free(device)
+    _say("kernels done")
 
 
 def _measure_engine(figures: GpuFigures, folder: Path, device: torch.device, repeats: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fusionserve.loadtest.bench.floor import MachineLimit, floor
@@ -24,6 +24,26 @@ class BaseRound:
     prompt_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelFigure:
+    """Seconds of one kernel: ours, a library's (None: it has none) and the least there can be."""
+
+    name: str
+    library: str
+    ours_s: float
+    library_s: float | None
+    floor_s: float
+
+    @property
+    def line(self) -> Line:
+        """Its line of the table."""
+        share = f"{self.floor_s / self.ours_s:.2f} of the floor"
+        if self.library_s is None:
+            return (self.name, _ms(self.ours_s), f"{share}; no {self.library} here", "")
+        ratio = f"{self.library} takes {self.library_s / self.ours_s:.2f} x as long"
+        return (self.name, _ms(self.ours_s), f"{share}; {ratio}", "")
+
+
 @dataclass(slots=True)
 class GpuFigures:
     """All that was measured."""
@@ -37,6 +57,7 @@ class GpuFigures:
     cases: dict[str, list[Round]] = field(default_factory=dict)
     peers_s: dict[str, list[float]] = field(default_factory=dict)
     churn: tuple[ChurnRound, ChurnRound] | None = None
+    kernels: list[KernelFigure] = field(default_factory=list)
 
     def lines(self, cases: Sequence[Case]) -> list[Line]:
         """A line per figure."""
@@ -48,7 +69,16 @@ class GpuFigures:
                 lines.append(
                     (case.name, _ms(step_s(rounds)), share, "" if case.aim is None else f"{case.aim}")
                 )
-        return [*lines, *self._few_bits_lines(), *self._peer_lines(), *self._churn_lines()]
+        return [
+            *lines,
+            *self._few_bits_lines(),
+            *self._peer_lines(),
+            *self._churn_lines(),
+            *self._kernel_lines(),
+        ]
+
+    def _kernel_lines(self) -> list[Line]:
+        return [figure.line for figure in self.kernels]
 
     def _base_lines(self) -> list[Line]:
         workload, lines = self.workload, []
@@ -95,6 +125,7 @@ class GpuFigures:
             "round_s": {name: [each.fresh.total_s for each in all_of] for name, all_of in rounds.items()},
             "long_prompt_s": {name: [each.prompt_s for each in own] for name, own in bases.items()},
             "peers_round_s": self.peers_s,
+            "kernels": [asdict(figure) for figure in self.kernels],
             "lines": self.lines(cases),
         }
 
