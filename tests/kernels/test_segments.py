@@ -19,7 +19,7 @@ from fusionserve.kernels.segments import (
     can_add,
 )
 
-CAPACITY = 60
+CAPACITY = 80
 D_INS = [70, 608]  # the second is one that tile registers take
 DTYPES = [torch.float32, torch.bfloat16]
 with_d_in = pytest.mark.parametrize("d_in", D_INS)
@@ -89,9 +89,9 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, d_
 
 @with_dtype
 @with_d_in
-@pytest.mark.parametrize("num_rows", [1, 16, 21, 60])
+@pytest.mark.parametrize("num_rows", [1, 16, 21, 32, 60, 69])
 def test_token_gets_the_same_bits_in_any_company(dtype: torch.dtype, d_in: int, num_rows: int) -> None:
-    num_tokens = 41
+    num_tokens = 89
     x, before = make((num_tokens, d_in), dtype, 0), make((num_tokens, 200), dtype, 5)
     additions = Additions([Addition({0: make_rows(d_in, 200, dtype, bias=True)})])
 
@@ -108,7 +108,7 @@ def test_token_gets_the_same_bits_in_any_company(dtype: torch.dtype, d_in: int, 
 
     alone = added(1)
     assert not torch.equal(alone, before)
-    for size in (2, 3, 7, 16, 24, num_tokens):
+    for size in (2, 3, 7, 16, 24, 40, 64, num_tokens):
         assert torch.equal(added(size), alone), size
 
 
