@@ -41,11 +41,11 @@ def bring_into_panels(
             if shares and type(embedding) is not nn.Embedding:
                 continue
             own_bits = _HEAD_BITS if bits and is_head else bits
-            panels = _to_panels(model.get_submodule(path), own_bits, device)
+            panels = _to_panels(model.get_submodule(path), own_bits, device, pages)
             if panels is None:
                 continue
             _set(model, path, panels)
-            converted += _into_pages(panels, pages)
+            converted += [tensor for tensor in panels.storage() if tensor is not None]
             if shares:
                 model.set_input_embeddings(PanelEmbedding(panels))
     if bits is not None:
@@ -55,28 +55,18 @@ def bring_into_panels(
     return sum(isinstance(module, PanelLinear) for module in model.modules())
 
 
-def _to_panels(module: Any, bits: int | None, device: torch.device) -> PanelLinear | None:
+def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugePages) -> PanelLinear | None:
     """The module in panels, or None if it is of another kind or does not divide into them."""
     if type(module) not in (nn.Linear, Conv1D):
         return None
     weight = module.weight.T if type(module) is Conv1D else module.weight
-    if bits is not None and not can_quantize(weight):
+    if bits is None:
+        return PackedLinear(pack(weight, pages), module.bias) if can_pack(weight) else None
+    if not can_quantize(weight):
         return None
-    if bits is not None:
-        on_gpu = uses_triton(device)
-        return (
-            quantize_on(device, weight, module.bias, bits) if on_gpu else quantize(weight, module.bias, bits)
-        )
-    return PackedLinear(pack(weight), module.bias) if can_pack(weight) else None
-
-
-def _into_pages(panels: PanelLinear, pages: HugePages) -> list[Tensor]:
-    """The tensors of the panels, which on a CPU from here on lie in these pages."""
-    tensors = [tensor for tensor in panels.storage() if tensor is not None]
-    for tensor in tensors:
-        if tensor.device.type == "cpu":
-            tensor.data = pages.copy(tensor)
-    return tensors
+    if uses_triton(device):
+        return quantize_on(device, weight, module.bias, bits)
+    return quantize(weight, module.bias, bits, pages)
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PANEL, PanelLinear
 from fusionserve.kernels.native_library import native_library
 
@@ -25,10 +26,13 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def pack(weight: Tensor) -> Tensor:
-    """[d_out, d_in] -> panels of 16 outputs, each pair of inputs together: [d_out / 16, d_in / 2, 16, 2]."""
+def pack(weight: Tensor, pages: HugePages | None = None) -> Tensor:
+    """[d_out, d_in] -> panels of 16 outputs, each pair of inputs together: [d_out / 16, d_in / 2, 16, 2].
+
+    In these pages, or in some of its own.
+    """
     d_out, d_in = weight.shape
-    return weight.reshape(d_out // PANEL, PANEL, d_in // 2, 2).transpose(1, 2).contiguous()
+    return (pages or HugePages()).copy(weight.reshape(d_out // PANEL, PANEL, d_in // 2, 2).transpose(1, 2))
 
 
 def unpack(packed: Tensor) -> Tensor:

@@ -10,10 +10,14 @@ company. Without native products of bytes (AVX-512 VNNI or AVX2) the same is com
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PANEL, PanelLinear
 from fusionserve.kernels.native_library import native_library
 
@@ -96,11 +100,27 @@ class QuantizedLinear(PanelLinear):
 
 
 @torch.no_grad()
-def quantize(weight: Tensor, bias: Tensor | None, bits: int) -> QuantizedLinear:
-    """weight [d_out, d_in] in 8 or 4 bits; `can_quantize` must hold."""
-    parts = [_to_panels(*levels_and_scales(rows, bits), bits) for rows in torch.split(weight, ROWS_AT_ONCE)]
-    levels, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+def quantize(
+    weight: Tensor, bias: Tensor | None, bits: int, pages: HugePages | None = None
+) -> QuantizedLinear:
+    """weight [d_out, d_in] in 8 or 4 bits, in these pages or in some of its own; `can_quantize` must hold."""
+    parts = (_to_panels(*levels_and_scales(rows, bits), bits) for rows in torch.split(weight, ROWS_AT_ONCE))
+    levels, scales = join_panels(parts, len(weight) // PANEL, pages or HugePages())
     return QuantizedLinear(levels, scales, bias, bits=bits, dtype=weight.dtype)
+
+
+def join_panels(
+    parts: Iterator[tuple[Tensor, Tensor]], num_panels: int, pages: HugePages
+) -> tuple[Tensor, Tensor]:
+    """Levels and scales of all panels, put where they stay as soon as those of some outputs are there."""
+    part = next(parts)
+    levels, scales = (pages.zeros(some, num_panels, *some.shape[1:]) for some in part)
+    start = 0
+    for some_levels, some_scales in chain([part], parts):
+        end = start + len(some_levels)
+        levels[start:end], scales[start:end] = some_levels, some_scales
+        start = end
+    return levels, scales
 
 
 def in_eight_bits(x: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fusionserve.kernels.linear_product import LinearProduct, PanelLinear
+from fusionserve.kernels.huge_pages import HugePages
+from fusionserve.kernels.linear_product import PANEL, LinearProduct, PanelLinear
 from fusionserve.kernels.native_call import NativeFunction
 from fusionserve.kernels.quantized_linear import (
     GROUP,
     ROWS_AT_ONCE,
     QuantizedLinear,
+    join_panels,
     levels_and_scales,
     side_by_side,
 )
@@ -83,11 +85,11 @@ def quantize_on(device: torch.device, weight: Tensor, bias: Tensor | None, bits:
 
     The full weight is not on `device` as a whole unless it was there.
     """
-    parts = [
+    parts = (
         _to_lines(*levels_and_scales(rows.to(device), bits), bits)
         for rows in torch.split(weight, ROWS_AT_ONCE)
-    ]
-    levels, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    )
+    levels, scales = join_panels(parts, len(weight) // PANEL, HugePages())
     own_bias = None if bias is None else bias.to(device)
     return TiledLinear(levels, scales, own_bias, bits=bits, dtype=weight.dtype)
 

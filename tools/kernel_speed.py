@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.packed_linear import PackedLinear, pack
 from fusionserve.kernels.quantized_linear import quantize
@@ -50,14 +51,15 @@ def _products(kind: str, d_in: int, d_out: int) -> list[Product]:
     bytes_per_weight = {"int8 here": 1.06, "torch int8": 1.0, "int4 here": 0.56}.get(kind, 2.0)
     count = max(1, round(_ROUND_BYTES / (d_in * d_out * bytes_per_weight)))
     weight = (torch.randn(d_out, d_in) * d_in**-0.5).bfloat16()
-    return [_product(kind, weight.clone()) for _ in range(count)]
+    pages = HugePages()
+    return [_product(kind, weight.clone(), pages) for _ in range(count)]
 
 
-def _product(kind: str, weight: Tensor) -> Product:
+def _product(kind: str, weight: Tensor, pages: HugePages) -> Product:
     if kind == "packed here":
-        return LinearProduct([PackedLinear(pack(weight), None)])
+        return LinearProduct([PackedLinear(pack(weight, pages), None)])
     if kind in ("int8 here", "int4 here"):
-        return LinearProduct([quantize(weight, None, 8 if kind == "int8 here" else 4)])
+        return LinearProduct([quantize(weight, None, 8 if kind == "int8 here" else 4, pages)])
     if kind == "oneDNN packed":
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")

@@ -51,9 +51,7 @@ def make_query_tables(
         for token in range(s.start, s.end, tokens_per_tile)
     ]
     blocks = torch.zeros(len(sequences), table_width, dtype=torch.int32)
-    rows = (
-        blocks.numpy()
-    )  # takes lists in a tenth of the time that a tensor of each takes, which every step would pay
+    rows = blocks.numpy()  # which takes lists as they are; every step would pay for a tensor of each
     for row, sequence in enumerate(sequences):
         rows[row, : len(sequence.blocks)] = sequence.blocks
     return QueryTables(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), blocks, tokens_per_tile)

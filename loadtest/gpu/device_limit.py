@@ -23,8 +23,8 @@ def measure_device_limit(device: torch.device) -> MachineLimit:
     target = torch.empty_like(source)
     left, right = (torch.randn(num_rows, num_rows, device=device).bfloat16() for _ in range(2))
     return MachineLimit(
-        bytes_per_s=2 * num_bytes / _best_s(device, lambda: target.copy_(source)),
-        flops_per_s=2 * num_rows**3 / _best_s(device, lambda: torch.mm(left, right)),
+        bytes_per_s=2 * num_bytes / best_s(device, lambda: target.copy_(source)),
+        flops_per_s=2 * num_rows**3 / best_s(device, lambda: torch.mm(left, right)),
     )
 
 
@@ -34,7 +34,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best_s(device: torch.device, work: Callable[[], object]) -> float:
+def best_s(device: torch.device, work: Callable[[], object]) -> float:
     """The shortest of a few runs, after one that warms up."""
     work()
     seconds = []

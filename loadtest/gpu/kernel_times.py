@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from fusionserve.loadtest.bench.floor import MachineLimit
-from fusionserve.loadtest.gpu.device_limit import wait_for
+from fusionserve.loadtest.gpu.device_limit import best_s
 from fusionserve.loadtest.gpu.kernel_cases import KernelCase, KernelSizes, Work, kernel_cases
 from fusionserve.loadtest.gpu.report import KernelFigure
-
-_TRIES = 5
 
 
 @torch.inference_mode()
@@ -41,15 +38,7 @@ def _seconds_or_none(works: Sequence[Work], device: torch.device) -> float | Non
 
 def _seconds(works: Sequence[Work], device: torch.device) -> float:
     """Of one: the best of some tries with all of them in a row, without what launching them from Python takes."""
-    replay = _recorded(works, device)
-    seconds = []
-    for _ in range(_TRIES):
-        wait_for(device)
-        started_s = time.perf_counter()
-        replay()
-        wait_for(device)
-        seconds.append(time.perf_counter() - started_s)
-    return min(seconds) / len(works)
+    return best_s(device, _recorded(works, device)) / len(works)
 
 
 def _recorded(works: Sequence[Work], device: torch.device) -> Callable[[], object]:
@@ -57,9 +46,9 @@ def _recorded(works: Sequence[Work], device: torch.device) -> Callable[[], objec
         for work in works:
             work()
 
-    all_of_them()  # compiles
     if device.type != "cuda":
         return all_of_them
+    all_of_them()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_of_them()

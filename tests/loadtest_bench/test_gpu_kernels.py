@@ -7,7 +7,7 @@ import torch
 from device_kernels import DEVICE
 
 from fusionserve.loadtest.bench.floor import MachineLimit
-from fusionserve.loadtest.gpu import kernel_times
+from fusionserve.loadtest.gpu import device_limit, kernel_times
 from fusionserve.loadtest.gpu.kernel_cases import KernelCase, KernelSizes, kernel_cases
 from fusionserve.loadtest.gpu.kernel_times import measure_kernels
 from fusionserve.loadtest.gpu.report import KernelFigure
@@ -95,5 +95,5 @@ def test_seconds_are_of_one_of_all_in_a_row() -> None:
         return torch.empty(0)
 
     found = kernel_times._seconds([lambda: work(1), lambda: work(2)], torch.device("cpu"))
-    assert calls == [1, 2] * (kernel_times._TRIES + 1)
+    assert calls == [1, 2] * (device_limit._TRIES + 1)
     assert found > 0
