@@ -52,23 +52,24 @@ struct Step {
 struct Finish {
     const WeighedRows* rows;  // or null
     void* gated;              // [num_tokens, width], or null
-    Index num_tokens, width;
+    Index width;
 
-    void add(const LinearPart& part, Index place, Index column, Index count) const {
-        if (rows) rows->expand(*rows, place, {part.y, part.y_stride}, column, count);
+    void add(const LinearPart& part, Index place, const Block& block) const {
+        if (rows) rows->expand(*rows, place, {part.y, part.y_stride}, block);
     }
 
-    static void one(const void* finish, const LinearPart* parts, Index place, Index column, Index count) {
-        static_cast<const Finish*>(finish)->add(parts[place], place, column, count);
+    static void one(const void* finish, const LinearPart* part, Index place, const Block& block) {
+        static_cast<const Finish*>(finish)->add(*part, place, block);
     }
 
     template <typename Number>
-    static void pair(const void* finish, const LinearPart* parts, Index, Index column, Index count) {
+    static void pair(const void* finish, const LinearPart* parts, Index, const Block& block) {
         const Finish& self = *static_cast<const Finish*>(finish);
-        for (Index place : {0, 1}) self.add(parts[place], place, column, count);
+        for (Index place : {0, 1}) self.add(parts[place], place, block);
         const Outputs gate{parts[0].y, parts[0].y_stride}, up{parts[1].y, parts[1].y_stride}, y{self.gated, self.width};
-        for (Index token = 0; token < self.num_tokens; ++token)
-            gate_numbers(gate.at<Number>(token, column), up.at<Number>(token, column), y.at<Number>(token, column), count);
+        for (Index token = 0; token < block.num_tokens; ++token)
+            gate_numbers(gate.at<Number>(token, block.column), up.at<Number>(token, block.column),
+                         y.at<Number>(block.token + token, block.column), block.num_columns);
     }
 };
 
@@ -86,7 +87,7 @@ static void project(const Projections& modules, const Step& step, const Number* 
     const Index num_additions = step.num_segments ? modules.num_additions : 0;
     const Additions additions{modules.additions, num_additions, step.segments, step.num_segments};
     const WeighedRows rows = num_additions ? weigh_rows<Number>(tokens, additions) : WeighedRows{};
-    const Finish finish{num_additions ? &rows : nullptr, gated, step.num_tokens, parts[0].d_out};
+    const Finish finish{num_additions ? &rows : nullptr, gated, parts[0].d_out};
     const AfterColumns after{gated ? Finish::pair<Number> : Finish::one, &finish, gated ? Index(sizeof(Number)) : 0};
     modules.product(&tokens, parts, modules.num_parts, num_additions || gated ? &after : nullptr);
 }

@@ -81,15 +81,30 @@ static void shrink_parts(const Rows& rank_rows, const Addition& addition, const 
     });
 }
 
+// A segment's tokens that lie in the block, by its rows, counted from the block's first token.
 template <typename Rows>
-static void expand_part(const WeighedRows& rows, Index place, const Outputs& outputs, Index column, Index count) {
+static void expand_segment(const LowRankPart& part, const Outputs& outputs, const Segment& segment, const Block& block,
+                           const float* weighted) {
+    const Index begin = std::max(segment.token_start, block.token);
+    const Index end = std::min(segment.token_start + segment.num_tokens, block.token + block.num_tokens);
+    if (begin >= end) return;
+    Segment some = segment;
+    some.token_start = begin - block.token;
+    some.num_tokens = begin - segment.token_start;  // those before
+    weighted += Rows::weighted_size(some);
+    some.num_tokens = end - begin;
+    Rows::expand(part, outputs, some, block.column, block.num_columns, weighted);
+}
+
+template <typename Rows>
+static void expand_part(const WeighedRows& rows, Index place, const Outputs& outputs, const Block& block) {
     const Additions& all = rows.additions;
     const float* weighted = rows.weighted;
     for (Index i = 0; i < all.num_additions; ++i)
         for (Index p = 0; p < all.additions[i].num_parts; ++p)
             for (Index s = 0; s < all.num_segments; weighted += Rows::weighted_size(all.segments[s++]))
                 if (all.additions[i].parts[p].place == place)
-                    Rows::expand(all.additions[i].parts[p], outputs, all.segments[s], column, count, weighted);
+                    expand_segment<Rows>(all.additions[i].parts[p], outputs, all.segments[s], block, weighted);
 }
 
 // Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
@@ -188,7 +203,7 @@ static void add_low_rank(const Tokens& tokens, void* const* outputs, const Addit
             const LowRankPart* part = addition.parts;
             while (block >= num_column_blocks(*part)) block -= num_column_blocks(*part++);
             const Index column = block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, part->d_out - column);
-            rows.expand(rows, part->place, {outputs[part->place], part->d_out}, column, count);
+            rows.expand(rows, part->place, {outputs[part->place], part->d_out}, {0, tokens.num_tokens, column, count});
         });
     }
 }

@@ -65,8 +65,8 @@ struct Outputs {
 struct WeighedRows {
     Additions additions;
     const float* weighted;  // of each addition's parts, each segment's
-    // Adds columns [column, + count) to the output at `place`.
-    void (*expand)(const WeighedRows& rows, Index place, const Outputs& outputs, Index column, Index count);
+    // Adds a block to the output at `place`, whose numbers begin with the block's first token.
+    void (*expand)(const WeighedRows& rows, Index place, const Outputs& outputs, const Block& block);
 };
 
 template <typename Number>

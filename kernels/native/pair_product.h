@@ -9,6 +9,8 @@
 #define HAS_PAIR_PRODUCT 1
 
 struct PairProduct {
+    using Number = BFloat16;
+    static constexpr bool SHARES_TOKENS = false;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 8;
     const uint16_t* x;

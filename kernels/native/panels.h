@@ -6,12 +6,16 @@
 #include "lanes.h"
 #include "lines.h"
 #include "threads.h"
+#include "tokens.h"
 
 #include <algorithm>
 
 constexpr Index PANEL = 16;         // outputs
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096;
+constexpr Index LEAST_SHARE = 64;   // tokens of a thread's own
+constexpr Index SHARE_STEP = 32;    // and what their number is a multiple of
+constexpr Index MOST_OUTPUTS_PER_TOKEN = 4;  // of which threads have tokens of their own; all of them read all weights
 constexpr Index MOST_PAIR_BYTES = 256 * 1024;  // of columns that one thread takes at once and does not keep
 
 // With 16 registers of 8 numbers, a tile of several tokens has one panel.
@@ -63,10 +67,10 @@ static inline void finish(Lanes sums, const LinearPart& part, Index token, Index
     store_lanes(sums, y);
 }
 
-// What is done to columns as soon as they are there, by the thread that has computed them.
+// What is done to a block of outputs as soon as it is there, by the thread that has computed it.
 struct AfterColumns {
-    // Columns [column, + count) of the part at `place`, or of both parts of a pair; `parts` say where they lie.
-    void (*run)(const void* context, const LinearPart* parts, Index place, Index column, Index count);
+    // A block of the part at `place`, or of both parts of a pair; y begins with the block's first token.
+    void (*run)(const void* context, const LinearPart* parts, Index place, const Block& block);
     const void* context;
     Index pair_bytes;  // a number's, of two parts that are taken together and not kept: y is the thread's own memory; or 0
 };
@@ -90,25 +94,49 @@ static inline Index tiles_in_a_row(Index total, bool has_after) {
     return std::clamp<Index>(total / ((has_after ? 2 : 4) * num_threads()), 1, MOST_IN_A_ROW);
 }
 
+// Calls take(some, token, begin, end) for rows of tiles [begin, end), `some` being the product with tokens from `token` on:
+// with all of them or, where the product is so fast that reading them takes long, each thread's own, which stay in its cache.
+template <typename Product, typename Take>
+static void by_rows(const Product& product, Index num_outputs, Index num_tiles, Index in_a_row, const Take& take) {
+    const Index num_rows = (num_tiles + in_a_row - 1) / in_a_row;
+    const auto some_rows = [&](const Product& some, Index token, Index row) {
+        take(some, token, row * in_a_row, std::min(num_tiles, (row + 1) * in_a_row));
+    };
+    if constexpr (Product::SHARES_TOKENS) {
+        const bool is_shared = num_outputs <= MOST_OUTPUTS_PER_TOKEN * product.num_tokens;
+        const Index num_shares = is_shared ? std::clamp<Index>(product.num_tokens / LEAST_SHARE, 1, num_threads()) : 1;
+        const Index num_steps = (product.num_tokens + SHARE_STEP - 1) / SHARE_STEP;
+        const auto first_of = [&](Index share) {
+            return std::min(num_steps * share / num_shares * SHARE_STEP, product.num_tokens);
+        };
+        parallel(num_shares * num_rows, [&](Index piece) {
+            const Index share = piece / num_rows, token = first_of(share);
+            some_rows(product.share(token, first_of(share + 1) - token), token, piece % num_rows);
+        });
+    } else {
+        parallel(num_rows, [&](Index row) { some_rows(product, 0, row); });
+    }
+}
+
 // Two parts of one width, the same columns of both by one thread, which hands them on before it takes others.
 template <typename Product>
 static void multiply_pair(const Product& product, const LinearPart* parts, const AfterColumns& after) {
     constexpr Index WIDTH = Product::TILE_PANELS * PANEL;
     const Index total = num_tiles<Product>(parts[0]), tile_bytes = 2 * product.num_tokens * WIDTH * after.pair_bytes;
     const Index in_a_row = std::clamp<Index>(MOST_PAIR_BYTES / tile_bytes, 1, tiles_in_a_row(total, true));
-    parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
-        const Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
+    by_rows(product, 2 * parts[0].d_out, total, in_a_row, [&](const Product& some, Index token, Index begin, Index end) {
         const Index column = begin * WIDTH, count = std::min(parts[0].d_out, end * WIDTH) - column;
+        const Index part_bytes = some.num_tokens * count * after.pair_bytes;
         static thread_local Lines<char> own;
-        char* y = own.make_room(2 * product.num_tokens * count * after.pair_bytes) - column * after.pair_bytes;
+        char* y = own.make_room(2 * part_bytes) - column * after.pair_bytes;
         LinearPart pair[] = {parts[0], parts[1]};
         for (LinearPart& part : pair) {
             part.y = y;
             part.y_stride = count;
-            y += product.num_tokens * count * after.pair_bytes;
-            some_tiles(product, part, begin, end);
+            y += part_bytes;
+            some_tiles(some, part, begin, end);
         }
-        after.run(after.context, pair, 0, column, count);
+        after.run(after.context, pair, 0, {token, some.num_tokens, column, count});
     });
 }
 
@@ -116,22 +144,22 @@ static void multiply_pair(const Product& product, const LinearPart* parts, const
 // product.panels(part, first, count). `after` may be null.
 template <typename Product>
 static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+    constexpr Index WIDTH = Product::TILE_PANELS * PANEL;
     if (product.num_tokens == 0) return;
     if (after && after->pair_bytes) return multiply_pair(product, parts, *after);
     Index total = 0;
     for (Index p = 0; p < num_parts; ++p) total += num_tiles<Product>(parts[p]);
-    const auto take = [&](Index p, Index begin, Index end) {
-        some_tiles(product, parts[p], begin, end);
-        const Index column = begin * Product::TILE_PANELS * PANEL;
-        const Index count = std::min(parts[p].d_out, end * Product::TILE_PANELS * PANEL) - column;
-        if (after) after->run(after->context, parts, p, column, count);
-    };
     const Index in_a_row = tiles_in_a_row(total, after);
-    parallel((total + in_a_row - 1) / in_a_row, [&](Index row) {
-        Index begin = row * in_a_row, end = std::min(total, begin + in_a_row);
+    by_rows(product, total * WIDTH, total, in_a_row, [&](const Product& some, Index token, Index begin, Index end) {
         for (Index p = 0, count; p < num_parts && end > 0; begin -= count, end -= count, ++p) {
             count = num_tiles<Product>(parts[p]);
-            if (begin < count) take(p, std::max<Index>(begin, 0), std::min(end, count));
+            if (begin >= count) continue;
+            const Index first = std::max<Index>(begin, 0), last = std::min(end, count), column = first * WIDTH;
+            LinearPart part = parts[p];
+            part.y = static_cast<typename Product::Number*>(part.y) + token * part.y_stride;
+            some_tiles(some, part, first, last);
+            const Block block{token, some.num_tokens, column, std::min(part.d_out, last * WIDTH) - column};
+            if (after) after->run(after->context, &part, p, block);
         }
     });
 }

@@ -69,8 +69,10 @@ static void quantize(const Tokens& tokens, QuantizedTokens& result) {
     });
 }
 
-template <int BITS, typename Number>
+template <int BITS, typename Type>
 struct ByteProduct {
+    using Number = Type;
+    static constexpr bool SHARES_TOKENS = false;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 4;
     static constexpr Index STEPS = BITS;  // loads of 64 bytes per group and panel

@@ -3,9 +3,13 @@
 // A decoding step has hundreds of pieces of work of 10 to 100 us. Helpers therefore watch for work a short while before
 // they sleep, and give the core away as they watch. The caller works too and never waits for a helper that has not begun:
 // every piece is claimed by one atomic step, and only claimed pieces are waited for.
+//
+// Each thread has a queue of neighbouring pieces, and takes from the others' when its own is empty. So from one piece of
+// work to the next a thread meets the tokens, and reads on behind the weights, that are in its cache.
 
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -25,14 +29,22 @@ constexpr int PAUSES = 200;
 constexpr auto WATCH = std::chrono::microseconds(500);
 constexpr uint64_t ROUND = uint64_t(1) << 32;  // a ticket is the number of the job, times this, plus the next piece
 constexpr uint64_t PIECE_MASK = ROUND - 1;
+constexpr int MOST_QUEUES = 256;  // threads beyond them share
 
-// The job at hand. Written only while its ticket shows no pieces, so whoever claims a piece has read it whole.
+// The pieces up to `end` that a thread takes first.
+struct alignas(64) Queue {
+    std::atomic<uint64_t> ticket{PIECE_MASK};
+    std::atomic<Index> end{0};
+};
+
+// The job at hand. Written only while its tickets show no pieces, so whoever claims a piece has read it whole.
 struct Job {
     std::atomic<Piece> run{nullptr};
     std::atomic<const void*> work{nullptr};
-    std::atomic<Index> count{0};
-    std::atomic<uint64_t> ticket{PIECE_MASK};
+    std::atomic<int> num_queues{0};
+    std::atomic<uint64_t> round{0};
     std::atomic<Index> num_done{0};
+    Queue queues[MOST_QUEUES];
 };
 
 class Pool {
@@ -60,41 +72,57 @@ public:
             for (Index piece = 0; piece < count; ++piece) run(work, piece);
             return;
         }
-        job_.run.store(run, std::memory_order_relaxed);
-        job_.work.store(work, std::memory_order_relaxed);
-        job_.count.store(count, std::memory_order_relaxed);
-        job_.num_done.store(0, std::memory_order_relaxed);
-        round_ += ROUND;
-        job_.ticket.store(round_);  // in one order with num_sleeping_, which helpers set before they look again
-        if (num_sleeping_.load() > 0) job_.ticket.notify_all();
-        take_pieces(round_);
+        const int num_queues = open(run, work, count);
+        if (num_sleeping_.load() > 0) job_.round.notify_all();
+        take_pieces(round_, 0);
         for (int turn = 0; job_.num_done.load(std::memory_order_acquire) < count; ++turn)
             turn % PAUSES == PAUSES - 1 ? std::this_thread::yield() : pause_briefly();
-        job_.ticket.store(round_ | PIECE_MASK, std::memory_order_relaxed);
+        for (int q = 0; q < num_queues; ++q)
+            job_.queues[q].ticket.store(round_ | PIECE_MASK, std::memory_order_relaxed);
     }
 
 private:
-    // Claims and runs pieces of the job numbered `round` until none is left.
-    void take_pieces(uint64_t round) {
-        uint64_t ticket = job_.ticket.load(std::memory_order_acquire);
+    // Shares the pieces out; returns to how many queues.
+    int open(Piece run, const void* work, Index count) {
+        const int num_queues = static_cast<int>(std::min<Index>({size(), MOST_QUEUES, count}));
+        job_.run.store(run, std::memory_order_relaxed);
+        job_.work.store(work, std::memory_order_relaxed);
+        job_.num_queues.store(num_queues, std::memory_order_relaxed);
+        job_.num_done.store(0, std::memory_order_relaxed);
+        round_ += ROUND;
+        for (int q = 0; q < num_queues; ++q) {
+            job_.queues[q].end.store(count * (q + 1) / num_queues, std::memory_order_relaxed);
+            job_.queues[q].ticket.store(round_ | (count * q / num_queues), std::memory_order_release);
+        }
+        job_.round.store(round_);  // in one order with num_sleeping_, which helpers set before they look again
+        return num_queues;
+    }
+
+    // Claims and runs pieces of the job numbered `round` until none is left, those of the thread's own queue first.
+    void take_pieces(uint64_t round, int number) {
+        const int num_queues = job_.num_queues.load(std::memory_order_relaxed);
+        for (int q = 0; q < num_queues; ++q) take_from(job_.queues[(number + q) % num_queues], round);
+    }
+
+    void take_from(Queue& queue, uint64_t round) {
+        uint64_t ticket = queue.ticket.load(std::memory_order_acquire);
         while ((ticket & ~PIECE_MASK) == round) {
             const Index piece = ticket & PIECE_MASK;
             const Piece run = job_.run.load(std::memory_order_relaxed);
             const void* work = job_.work.load(std::memory_order_relaxed);
-            if (piece >= job_.count.load(std::memory_order_relaxed)) return;
-            if (!job_.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+            if (piece >= queue.end.load(std::memory_order_relaxed)) return;
+            if (!queue.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
             run(work, piece);
             job_.num_done.fetch_add(1, std::memory_order_release);
-            ticket = job_.ticket.load(std::memory_order_acquire);
+            ticket = queue.ticket.load(std::memory_order_acquire);
         }
     }
 
     void help(int number) {
-        uint64_t seen = job_.ticket.load(std::memory_order_acquire) & ~PIECE_MASK;
+        uint64_t seen = job_.round.load(std::memory_order_acquire);
         for (;;) {
-            const uint64_t round = await_job(seen);
-            if (number < size() - 1) take_pieces(round);
-            seen = round;
+            seen = await_job(seen);
+            if (number < size() - 1) take_pieces(seen, number + 1);
         }
     }
 
@@ -102,8 +130,8 @@ private:
     uint64_t await_job(uint64_t seen) {
         const auto end = std::chrono::steady_clock::now() + WATCH;
         for (int turn = 0;; ++turn) {
-            const uint64_t ticket = job_.ticket.load(std::memory_order_acquire);
-            if ((ticket & ~PIECE_MASK) != seen) return ticket & ~PIECE_MASK;
+            const uint64_t round = job_.round.load(std::memory_order_acquire);
+            if (round != seen) return round;
             if (turn % PAUSES != PAUSES - 1) {
                 pause_briefly();
                 continue;
@@ -111,7 +139,7 @@ private:
             std::this_thread::yield();
             if (std::chrono::steady_clock::now() < end) continue;
             ++num_sleeping_;
-            if (job_.ticket.load() == ticket) job_.ticket.wait(ticket);
+            if (job_.round.load() == seen) job_.round.wait(seen);
             --num_sleeping_;
         }
     }

@@ -1,8 +1,9 @@
 // The product for processors with tile registers, which multiply 16 tokens by 16 outputs over 32 inputs at once.
 //
 // A panel is, 16 pairs of inputs at a time, just what a register takes. Up to 16 tokens meet four panels, because reading
-// weights is what takes long; more meet two at a time, 32 tokens to each, because multiplying is. Either way an output
-// is summed in the same order.
+// weights is what takes long; more meet two at a time, 32 tokens to each, because multiplying is. Of these panels as much
+// of the depth is taken for many tokens in turn as stays in the nearest cache, and the sums are kept aside. Either way an
+// output is summed in the same order.
 #pragma once
 
 #include "panels.h"
@@ -12,6 +13,8 @@
 #ifdef HAS_TILE_REGISTERS
 
 struct TileProduct {
+    using Number = BFloat16;
+    static constexpr bool SHARES_TOKENS = true;
     static constexpr Index TILE_PANELS = 4;
     static constexpr Index WEIGHTS_STRIDE = 2 * PANEL * sizeof(uint16_t);
     const uint16_t* x;
@@ -24,6 +27,11 @@ struct TileProduct {
           num_tokens(tokens.num_tokens),
           d_in(tokens.d_in),
           x_stride(tokens.x_stride) {}
+
+    // With the tokens [token, + count) alone.
+    TileProduct share(Index token, Index count) const {
+        return TileProduct({x + token * x_stride, count, d_in, x_stride});
+    }
 
     void panels(const LinearPart& part, Index first, Index count) const {
         if (num_tokens <= TILE_ROWS) {
@@ -39,6 +47,23 @@ struct TileProduct {
     }
 
 private:
+    static constexpr Index LINE = 64;  // bytes
+
+    // Asks for the panels behind those at hand, as many lines at each step as makes all of them.
+    struct Ahead {
+        const char* line;
+        Index num_lines;
+
+        Ahead(const TileProduct& product, const uint16_t* panels, Index num_panels) : line(reinterpret_cast<const char*>(panels)) {
+            const Index num_blocks = (product.num_tokens + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+            num_lines = (num_panels * TILE_ROWS + num_blocks - 1) / num_blocks;
+        }
+
+        void ask() {
+            for (Index i = 0; i < num_lines; ++i, line += LINE) __builtin_prefetch(line, 0, 2);
+        }
+    };
+
     const uint16_t* weights_of(const LinearPart& part, Index panel) const {
         return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
     }
@@ -73,17 +98,38 @@ private:
         }
     }
 
+    static constexpr Index ASIDE_TOKENS = 256;  // whose sums are kept aside; for fewer it does not pay
+    static constexpr Index MOST_DEPTH = 640;    // inputs of two panels that stay in the nearest cache, 40 KB
+
+    struct alignas(64) Sums {
+        float of[4][TILE_ROWS][PANEL];
+    };
+
     // Registers: sums 0 to 3, tokens 4 and 5, weights 6 and 7.
     template <int PANELS>
     void many_tokens(const LinearPart& part, Index first) const {
-        const uint16_t* weights = weights_of(part, first);
+        const Index num_depths = num_tokens < ASIDE_TOKENS ? 1 : (d_in + MOST_DEPTH - 1) / MOST_DEPTH;
+        const Index depth = (d_in / TILE_DEPTH + num_depths - 1) / num_depths * TILE_DEPTH;
+        static thread_local Lines<Sums> kept;
+        Sums* sums = kept.make_room(ASIDE_TOKENS / (2 * TILE_ROWS));
+        Ahead ahead(*this, weights_of(part, first + PANELS), PANELS);
+        for (Index token = 0; token < num_tokens; token += ASIDE_TOKENS) {
+            const Index end = std::min(token + ASIDE_TOKENS, num_tokens);
+            for (Index input = 0; input < d_in; input += depth)
+                by_depth<PANELS>(part, first, token, end, input, std::min(input + depth, d_in), sums, ahead);
+        }
+    }
+
+    // Tokens [token, end), whose sums lie aside unless they begin or end here.
+    template <int PANELS>
+    void by_depth(const LinearPart& part, Index first, Index token, Index end, Index input, Index last_input, Sums* sums,
+                  Ahead& ahead) const {
         Index shaped = -1;
-        for (Index token = 0; token < num_tokens; token += 2 * TILE_ROWS) {
+        for (; token < end; token += 2 * TILE_ROWS, ++sums) {
             const Index left = std::min<Index>(num_tokens - token, 2 * TILE_ROWS);
-            if (left != shaped) shape_for_many(left);
-            shaped = left;
-            left > TILE_ROWS ? block<2, PANELS>(part, weights, token, left, first)
-                             : block<1, PANELS>(part, weights, token, left, first);
+            if (left != shaped) shape_for_many(shaped = left);
+            left > TILE_ROWS ? block<2, PANELS>(part, first, token, left, input, last_input, *sums, ahead)
+                             : block<1, PANELS>(part, first, token, left, input, last_input, *sums, ahead);
         }
     }
 
@@ -106,20 +152,33 @@ private:
     }
 
     template <int BLOCKS, int PANELS>
-    void block(const LinearPart& part, const uint16_t* weights, Index token, Index num, Index first) const {
+    void block(const LinearPart& part, Index first, Index token, Index num, Index begin, Index end, Sums& sums,
+               Ahead& ahead) const {
+        const uint16_t* weights = weights_of(part, first);
         const uint16_t* upper = x + token * x_stride;
         const uint16_t* lower = upper + TILE_ROWS * x_stride;
         const Index stride = x_stride * sizeof(uint16_t);
-        clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-        for (Index input = 0; input < d_in; input += TILE_DEPTH) {
+        if (begin == 0) {
+            clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+        } else {
+            load_tile<0>(sums.of[0], LINE), load_tile<1>(sums.of[1], LINE);
+            load_tile<2>(sums.of[2], LINE), load_tile<3>(sums.of[3], LINE);
+        }
+        for (Index input = begin; input < end; input += TILE_DEPTH) {
+            ahead.ask();
             load_tile<6>(weights + input * PANEL, WEIGHTS_STRIDE);
             if constexpr (PANELS == 2) load_tile<7>(weights + (d_in + input) * PANEL, WEIGHTS_STRIDE);
-            load_tile<4>(upper + input, stride);
-            if constexpr (BLOCKS == 2) load_tile<5>(lower + input, stride);
+            load_tile_once<4>(upper + input, stride);
+            if constexpr (BLOCKS == 2) load_tile_once<5>(lower + input, stride);
             add_pair_products<0, 4, 6>();
             if constexpr (PANELS == 2) add_pair_products<1, 4, 7>();
             if constexpr (BLOCKS == 2) add_pair_products<2, 5, 6>();
             if constexpr (BLOCKS == 2 && PANELS == 2) add_pair_products<3, 5, 7>();
+        }
+        if (end < d_in) {
+            store_tile<0>(sums.of[0], LINE), store_tile<1>(sums.of[1], LINE);
+            store_tile<2>(sums.of[2], LINE), store_tile<3>(sums.of[3], LINE);
+            return;
         }
         const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
         if constexpr (PANELS == 2) {

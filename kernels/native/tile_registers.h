@@ -60,6 +60,12 @@ static inline void load_tile(const void* rows, Index stride_bytes) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride_bytes), "i"(TILE) : "memory");
 }
 
+// A tile that need not stay in the nearest cache.
+template <int TILE>
+static inline void load_tile_once(const void* rows, Index stride_bytes) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride_bytes), "i"(TILE) : "memory");
+}
+
 template <int TILE>
 static inline void store_tile(void* rows, Index stride_bytes) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride_bytes), "i"(TILE) : "memory");

@@ -9,3 +9,8 @@ struct Tokens {
     Index d_in;
     Index x_stride;
 };
+
+// Some tokens by some columns of what is computed for them.
+struct Block {
+    Index token, num_tokens, column, num_columns;
+};

@@ -82,6 +82,24 @@ def test_token_gets_the_same_bits_in_any_company(d_in: int) -> None:
 
 
 @needs_product
+@pytest.mark.parametrize("d_in", [576, 1536])
+def test_token_gets_the_same_bits_among_many(d_in: int) -> None:
+    """Where threads have tokens of their own, and sums of a part of the depth are kept aside."""
+    parts = [make_linear(d_in, d_out)[0] for d_out in (208, 64, 16)]
+    product = LinearProduct(parts)
+    x, residual = torch.randn(1100, d_in).bfloat16(), torch.randn(1100, 208).bfloat16()
+    alone = [torch.cat(outputs) for outputs in zip(*map(product, x.split(16)), strict=True)]
+    for size in (150, 600, 1100):
+        together = [torch.cat(outputs) for outputs in zip(*map(product, x.split(size)), strict=True)]
+        assert all(map(torch.equal, together, alone)), size
+    added = residual.clone()
+    for some, onto in zip(x.split(16), residual.split(16), strict=True):
+        LinearProduct(parts[:1]).add_(some, onto)
+    LinearProduct(parts[:1]).add_(x, added)
+    assert torch.equal(added, residual)
+
+
+@needs_product
 def test_tied_embedding_reads_the_packed_rows() -> None:
     head, weight = make_linear(66, 80, bias=False)
     token_ids = torch.tensor([[0, 79, 17, 16]])
