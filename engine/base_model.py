@@ -25,8 +25,10 @@ from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import EMPTY_PLAN, PlanCell, RowPlan
 from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
+from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.decoder_layer import install_decoder_layers
+from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.loading_memory import little_garbage
@@ -55,6 +57,7 @@ class BaseModel:
     """The model with adapted layers, and all that the engine needs to know of it. Weights are never written to."""
 
     model: PreTrainedModel
+    decoder: DecoderModel | None  # what stands in for the model's own forward, if anything does
     tokenizer: Tokenizer
     modules: BaseModules
     pool: AdapterPool
@@ -86,6 +89,22 @@ class BaseModel:
             yield
         finally:
             self.token_rows.plan = self.logit_rows.plan = EMPTY_PLAN
+
+    def logits(
+        self, token_ids: Tensor, positions: Tensor, wanted: Tensor | None, batch: AttentionBatch
+    ) -> Tensor:
+        """token_ids and positions [num_tokens] -> [wanted, vocab]: of the tokens `wanted`, or of all (None)."""
+        if self.decoder is not None:
+            return self.decoder.logits(token_ids, positions, wanted, batch)
+        output = self.model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=0 if wanted is None else wanted,  # 0 is all, without copying what they are made of
+            attention_batch=batch,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
 
     def base_step(self, path: str) -> float:
         """By how much a number of `base_weight(path)` may be off the checkpoint's; 0.0 where it is held in full."""
@@ -142,10 +161,12 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     num_panels = bring_into_panels(model, fit.modules, bits, device)
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    num_layers = install_decoder_layers(model, max_context_tokens, base_dtype)
-    logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
+    layers = install_decoder_layers(model)
+    logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, len(layers))
+    is_own = DecoderModel.fits(model, layers)
     base = BaseModel(
         model=model,
+        decoder=DecoderModel(model, layers, max_context_tokens, base_dtype) if is_own else None,
         tokenizer=tokenizer,
         modules=fit.modules,
         pool=pool,

@@ -140,14 +140,8 @@ class DecodeGraphs:
         base = self._base
         num_tokens = numbers.shape[1]
         with base.planned(RowPlan(num_tokens, items=items)):
-            output = base.model(
-                input_ids=numbers[0][None],
-                position_ids=numbers[1][None],
-                use_cache=False,
-                attention_batch=AttentionBatch(self._caches, DeviceBatch(queries, numbers[2])),
-            )
-        logits: Tensor = output.logits[0]
-        return logits
+            batch = AttentionBatch(self._caches, DeviceBatch(queries, numbers[2]))
+            return base.logits(numbers[0], numbers[1], None, batch)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """What does the same again. On a CPU, where Triton interprets, that is the function itself."""

@@ -3,8 +3,8 @@
     h = x + O attention(rotate(Q n1), rotate(K n1), V n1)      n1 = rms_norm(x)
     y = h + down(silu(gate n2) * up n2)                        n2 = rms_norm(h)
 
-Where native kernels do all of it, all layers are one call (`layer_stack.py`). Else queries, keys and values are one
-product, gate and up another, and a residual is added by the product before it; that is also how the tokens of adapters
+Where native kernels do all of it, a layer is one call, or all layers are (`layer_stack.py`). Else queries, keys and
+values are one product, gate and up another, and a residual is added by the product before it. That is also how adapters
 are served that say more than rank rows in segments. Layers of other architectures stay as transformers computes them.
 """
 
@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.engine.attention import AttentionBatch
-from fusionserve.engine.layer_stack import LayerStack, StackedLayers
-from fusionserve.engine.rotary_table import RotaryTable
+from fusionserve.engine.layer_stack import LayerStack
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import LayerNorm, LayerParts, NativeLayer
 from fusionserve.kernels.paged_attention import AttentionOptions
@@ -36,42 +34,19 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
 }
 
 
-def install_decoder_layers(model: PreTrainedModel, max_context_tokens: int, dtype: torch.dtype) -> int:
-    """Puts a DecoderLayer in place of every layer that one can stand in for; returns how many.
+def install_decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
+    """Puts a DecoderLayer in place of every layer that one can stand in for; returns them, in order.
 
-    Call it once the linear modules are adapted ones. `dtype` is that of activations: of a quantized model the first
-    parameter may be of another.
+    Call it once the linear modules are adapted ones.
     """
     base: Any = model.base_model
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        return 0
-    fitting = [index for index, layer in enumerate(layers) if _fits(layer)]
-    own = [DecoderLayer(layers[index]) for index in fitting]
-    for index, layer in zip(fitting, own, strict=True):
+        return []
+    own = {index: DecoderLayer(layer) for index, layer in enumerate(layers) if _fits(layer)}
+    for index, layer in own.items():
         layers[index] = layer
-    if len(own) == len(layers):
-        stack = LayerStack(own)
-        for layer in own:
-            layer.stack = stack
-        base.layers = StackedLayers(own, stack)
-        base.norm = FinalNorm(base.norm)
-        base.rotary_emb = RotaryTable(base.rotary_emb, max_context_tokens, dtype)
-    return len(own)
-
-
-class FinalNorm(nn.Module):
-    """The RMSNorm behind the last layer."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        source: Any = norm
-        self.weight = source.weight
-        self.variance_epsilon = source.variance_epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [1, num_tokens, hidden] -> that shape."""
-        return rms_norm(x[0], self.weight, self.variance_epsilon)[None]
+    return list(own.values())
 
 
 class DecoderLayer(nn.Module):
@@ -96,7 +71,7 @@ class DecoderLayer(nn.Module):
         query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._query_norm = None if query_norm is None else _norm(query_norm)
         self._key_norm = None if key_norm is None else _norm(key_norm)
-        self.stack = LayerStack([self])
+        self._alone = LayerStack([self])
 
     def forward(
         self,
@@ -106,20 +81,18 @@ class DecoderLayer(nn.Module):
         attention_batch: AttentionBatch,
         **_: object,
     ) -> Tensor:
-        """hidden_states [1, num_tokens, hidden] -> that shape, maybe that memory; cos, sin [1, num_tokens, dim].
+        """hidden_states [1, num_tokens, hidden] -> that shape, maybe that memory; cos, sin [1, num_tokens, dim]."""
+        cos, sin = position_embeddings
+        return self.compute(hidden_states[0], (cos[0], sin[0]), attention_batch)[None]
 
-        The first layer may have computed the others.
-        """
-        if self.stack.has_computed(attention_batch):
-            return hidden_states
-        x = hidden_states[0]
-        angles = position_embeddings[0][0], position_embeddings[1][0]
-        if self.stack.compute_(x, angles, attention_batch):
-            return hidden_states
-        attended = self._attend(_normalized(self._input_norm, x), angles, attention_batch)
+    def compute(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> Tensor:
+        """x [num_tokens, hidden] -> that shape, maybe that memory; `angles` are cos and sin [num_tokens, dim]."""
+        if self._alone.compute_(x, angles, batch):
+            return x
+        attended = self._attend(_normalized(self._input_norm, x), angles, batch)
         x = self._attention_output.add_(attended, x)
         gate, up = self._gate_and_up(_normalized(self._inner_norm, x))
-        return self._down.add_(silu_product(gate, up), x)[None]
+        return self._down.add_(silu_product(gate, up), x)
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
         """The layer's keys and values."""

@@ -1,14 +1,14 @@
-"""Decoder layers that follow one another, computed in one native call: the first of them does it for all.
+"""Decoder layers that follow one another, computed in one native call.
 
 Between two layers there is then no Python, which is a twentieth of a decoding step of a small model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.adapters.fused_tokens import FusedSegment
@@ -37,16 +37,11 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
-        self.computed: AttentionBatch | None = None  # the last batch that one call has computed
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
         self._rows: tuple[ModuleRows, ...] = ()
         # What the native layers' additions follow from: a number that grows with the pool's tensors, and fused tokens.
         self._source: tuple[int, tuple[FusedSegment, ...]] | None = None
-
-    def has_computed(self, batch: AttentionBatch) -> bool:
-        """True if all layers have been computed for this batch."""
-        return self.computed is batch
 
     def compute_(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> bool:
         """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False.
@@ -60,7 +55,6 @@ class LayerStack:
         self._set_additions(native, plan)
         segments = None if plan.segments is None else plan.segments.together
         native.compute_(x, batch.native_step(angles, segments))
-        self.computed = batch
         return True
 
     def _native_layers(self, batch: AttentionBatch) -> NativeLayers | None:
@@ -87,25 +81,3 @@ class LayerStack:
         for layer, native_layer in zip(self._layers, native.layers, strict=True):
             native_layer.set_additions([group.additions(segments) for group in layer.groups])
         self._source = source
-
-
-class StackedLayers(nn.ModuleList):
-    """A model's layers, all of one stack. Who goes through them meets no more once one has computed them all."""
-
-    def __init__(self, layers: Sequence[nn.Module], stack: LayerStack) -> None:
-        super().__init__(layers)
-        self._stack = stack
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        """The layers that are still to be called."""
-        before = self._stack.computed
-        for layer in self._modules.values():
-            assert layer is not None
-            yield layer
-            if self._stack.computed is not before:
-                return
-
-    def __getitem__(self, index: Any) -> Any:
-        """A layer, or some; all of them are this list itself, because models ask for them in every step."""
-        is_all = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
-        return self if is_all else super().__getitem__(index)

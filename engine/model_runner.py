@@ -157,20 +157,14 @@ class ModelRunner:
         fused_logits = self._fused_logits.plan(logit_ranges)
         logit_plan = self._plan(self._logit_rows, logit_ranges, sum(map(len, wanted)), fused_logits)
         with base.planned(plan, logit_plan):
-            output = base.model(
-                input_ids=self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]])[
-                    None
-                ],
-                position_ids=self._tensor([p for c in chunks for p in range(c.start, c.end)])[None],
-                use_cache=False,
-                logits_to_keep=self._to_keep([p for positions in wanted for p in positions], starts[-1]),
-                attention_batch=AttentionBatch(
-                    self._caches, PagedBatch(sequences, self._block_size, self._like.device)
-                ),
+            logits = base.logits(
+                self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]]),
+                self._tensor([p for c in chunks for p in range(c.start, c.end)]),
+                self._wanted([p for positions in wanted for p in positions], starts[-1]),
+                AttentionBatch(self._caches, PagedBatch(sequences, self._block_size, self._like.device)),
             )
         if self._device_planner is not None and plan.items is not None:
             self._device_planner.collect_weights(fused_ranges(fused), plan.items)
-        logits: Tensor = output.logits[0]
         return logits
 
     def _plan(
@@ -203,9 +197,9 @@ class ModelRunner:
         blocks = chunk.request.blocks[:num_blocks]
         return PackedSequence(start, start + chunk.num_tokens, chunk.start, blocks)
 
-    def _to_keep(self, positions: Sequence[int], num_tokens: int) -> Tensor | int:
-        """Which logits to compute, as transformers models are told: 0 is all, without copying what they are made of."""
-        return 0 if len(positions) == num_tokens else self._tensor(positions)
+    def _wanted(self, positions: Sequence[int], num_tokens: int) -> Tensor | None:
+        """Which logits to compute; None: all."""
+        return None if len(positions) == num_tokens else self._tensor(positions)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._like.device)

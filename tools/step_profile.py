@@ -26,8 +26,11 @@ from typing import Any
 
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
+from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.decoder_layer import DecoderLayer
 from fusionserve.garbage import spare_from_collection
 from fusionserve.generation import GenerateParams, SamplingParams, StoppingCriteria, TokenPrompt
+from fusionserve.kernels.native_layer import NativeLayers
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
 from fusionserve.metrics import AdapterLabels
 
@@ -98,11 +101,11 @@ async def _profile(model: Path, arguments: argparse.Namespace) -> None:
 def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
     """Wraps the parts of a step; only steps of one token per stream are kept."""
     base, inner = engine._base, engine.engine
-    for layer in base.model.base_model.layers:
-        layer.forward = watch.timed("decoder layers", layer.forward)
+    NativeLayers.compute_ = watch.timed("decoder layers", NativeLayers.compute_)  # type: ignore[method-assign]
+    DecoderLayer.compute = watch.timed("decoder layers", DecoderLayer.compute)  # type: ignore[method-assign]
     head = base.model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.forward = watch.timed("LM head", head.forward)
-    base.model.forward = watch.timed("model", base.model.forward)
+    BaseModel.logits = watch.timed("model", BaseModel.logits)  # type: ignore[method-assign]
     execute, step = inner._pipeline.execution._runner.execute, watch.timed("step", inner.step)
 
     def executed(batch: Any) -> Any:
