@@ -10,12 +10,15 @@
 
 template <typename Number>
 static inline void norm_row(const Number* x, const Number* weight, Number* y, Index width, float epsilon) {
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (Index i = 0; i < width; ++i) squares += to_float(x[i]) * to_float(x[i]);
-    const float scale = 1.0f / std::sqrt(squares / width + epsilon);
-#pragma omp simd
-    for (Index i = 0; i < width; ++i) {
+    const Index whole = width / LANES * LANES;
+    Lanes squares = {};
+    for (Index i = 0; i < whole; i += LANES) squares += load_lanes(x + i) * load_lanes(x + i);
+    float total = sum_of(squares);
+    for (Index i = whole; i < width; ++i) total += to_float(x[i]) * to_float(x[i]);
+    const float scale = 1.0f / std::sqrt(total / width + epsilon);
+    for (Index i = 0; i < whole; i += LANES)
+        store_lanes(round_lanes<Number>(load_lanes(x + i) * scale) * load_lanes(weight + i), y + i);
+    for (Index i = whole; i < width; ++i) {
         const Number normalized = from_float<Number>(to_float(x[i]) * scale);
         y[i] = from_float<Number>(to_float(normalized) * to_float(weight[i]));
     }
@@ -41,10 +44,14 @@ void silu_product(const Number* gate, const Number* up, Number* y, Index count) 
 template <typename Number>
 static inline void rotate(const Number* from, Number* to, Index num_heads, Index dim, const Number* cos,
                           const Number* sin) {
-    const Index half = dim / 2;
+    const Index half = dim / 2, whole = half / LANES * LANES;
     for (Index head = 0; head < num_heads; ++head, from += dim, to += dim) {
-#pragma omp simd
-        for (Index i = 0; i < half; ++i) {
+        for (Index i = 0; i < whole; i += LANES) {
+            const Lanes low = load_lanes(from + i), high = load_lanes(from + half + i);
+            store_lanes(low * load_lanes(cos + i) - high * load_lanes(sin + i), to + i);
+            store_lanes(high * load_lanes(cos + half + i) + low * load_lanes(sin + half + i), to + half + i);
+        }
+        for (Index i = whole; i < half; ++i) {
             const float low = to_float(from[i]), high = to_float(from[half + i]);
             to[i] = from_float<Number>(low * to_float(cos[i]) - high * to_float(sin[i]));
             to[half + i] = from_float<Number>(high * to_float(cos[half + i]) + low * to_float(sin[half + i]));

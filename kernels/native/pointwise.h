@@ -26,7 +26,7 @@ template <typename Number>
 static inline void gate_numbers(const Number* gate, const Number* up, Number* y, Index count) {
     const auto some = [](const Number* gate, const Number* up, Number* y) {
         const Lanes g = load_lanes(gate);
-        store_lanes(round_lanes<Number>(g / (1.0f + exp_lanes(-g))) * load_lanes(up), y);
+        store_lanes(round_lanes<Number>(g / (1.0f + exp_for<Number>(-g))) * load_lanes(up), y);
     };
     Index i = 0;
     for (; i + LANES <= count; i += LANES) some(gate + i, up + i, y + i);
