@@ -77,12 +77,13 @@ static inline Lanes exp_lanes(Lanes x) {
 #endif
 }
 
-// e^x as exactly as what is rounded to Number needs: for bfloat16 to 3e-6 of itself, and as many times the error of x.
+// e^x as exactly as what is rounded to Number needs: for bfloat16 to 1e-5 of itself; never below 2^-126.
 template <typename Number>
 static inline Lanes exp_for(Lanes x) {
 #ifdef __AVX512DQ__
     if constexpr (std::is_same_v<Number, BFloat16>) {  // 2^t = 2^floor(t) 2^rest, the second a polynomial on [0, 1)
-        const __m512 power = (__m512)(x * 1.44269504f);
+        const __m512 least = _mm512_set1_ps(-126.0f);  // below it is no normal number, and processors are slow
+        const __m512 power = _mm512_max_ps(least, (__m512)(x * 1.44269504f));
         const Lanes rest = (Lanes)_mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF);
         Lanes result = rest * 0.0135341706f + 0.0520114633f;
         result = result * rest + 0.241442749f;

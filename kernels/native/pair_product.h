@@ -22,6 +22,8 @@ struct PairProduct {
           d_in(tokens.d_in),
           x_stride(tokens.x_stride) {}
 
+    static Index unit() { return TILE_PANELS; }
+
     void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
     template <int TOKENS, int PANELS>

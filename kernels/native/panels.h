@@ -75,32 +75,36 @@ struct AfterColumns {
     Index pair_bytes;  // a number's, of two parts that are taken together and not kept: y is the thread's own memory; or 0
 };
 
+// Outputs are shared out in units of so many panels: of single ones where that is no slower, so that threads get as many.
 template <typename Product>
-static Index num_tiles(const LinearPart& part) {
-    return (part.d_out / PANEL + Product::TILE_PANELS - 1) / Product::TILE_PANELS;
+static Index num_units(const Product& product, const LinearPart& part) {
+    return (part.d_out / PANEL + product.unit() - 1) / product.unit();
 }
 
-// Tiles [begin, end) of a part.
+// Units [begin, end) of a part, in tiles of as many panels each, if it has its choice.
 template <typename Product>
-static void some_tiles(const Product& product, const LinearPart& part, Index begin, Index end) {
-    constexpr Index WIDTH = Product::TILE_PANELS;
-    const Index last_panel = std::min(part.d_out / PANEL, end * WIDTH);
-    for (Index first = begin * WIDTH; first < last_panel; first += WIDTH)
-        product.panels(part, first, std::min(last_panel - first, WIDTH));
+static void some_units(const Product& product, const LinearPart& part, Index begin, Index end) {
+    const Index last = std::min(part.d_out / PANEL, end * product.unit()), count = last - begin * product.unit();
+    const Index num_tiles = (count + Product::TILE_PANELS - 1) / Product::TILE_PANELS;
+    const Index width = product.unit() == 1 ? (count + num_tiles - 1) / num_tiles : Product::TILE_PANELS;
+    for (Index first = last - count; first < last; first += width)
+        product.panels(part, first, std::min(last - first, width));
 }
 
-// Tiles of `total` that a thread takes in a row, because their weights lie in a row; the longer, the more is done after.
-static inline Index tiles_in_a_row(Index total, bool has_after) {
-    return std::clamp<Index>(total / ((has_after ? 2 : 4) * num_threads()), 1, MOST_IN_A_ROW);
+// Rows of up to `most` units, as many for each thread: few, because weights lie in a row, the fewer, the more is done after.
+template <typename Product>
+static Index num_rows(const Product& product, Index num_units, Index most, bool has_after) {
+    const Index threads = num_threads(), num_tiles = num_units * product.unit() / Product::TILE_PANELS;
+    const Index each = std::clamp<Index>(num_tiles / (2 * threads), 1, has_after ? 2 : 4);
+    return std::min(std::max(each, (num_units + threads * most - 1) / (threads * most)) * threads, num_units);
 }
 
-// Calls take(some, token, begin, end) for rows of tiles [begin, end), `some` being the product with tokens from `token` on:
+// Calls take(some, token, begin, end) for rows of units [begin, end), `some` being the product with tokens from `token` on:
 // with all of them or, where the product is so fast that reading them takes long, each thread's own, which stay in its cache.
 template <typename Product, typename Take>
-static void by_rows(const Product& product, Index num_outputs, Index num_tiles, Index in_a_row, const Take& take) {
-    const Index num_rows = (num_tiles + in_a_row - 1) / in_a_row;
+static void by_rows(const Product& product, Index num_outputs, Index num_units, Index num_rows, const Take& take) {
     const auto some_rows = [&](const Product& some, Index token, Index row) {
-        take(some, token, row * in_a_row, std::min(num_tiles, (row + 1) * in_a_row));
+        take(some, token, num_units * row / num_rows, num_units * (row + 1) / num_rows);
     };
     if constexpr (Product::SHARES_TOKENS) {
         const bool is_shared = num_outputs <= MOST_OUTPUTS_PER_TOKEN * product.num_tokens;
@@ -121,11 +125,12 @@ static void by_rows(const Product& product, Index num_outputs, Index num_tiles, 
 // Two parts of one width, the same columns of both by one thread, which hands them on before it takes others.
 template <typename Product>
 static void multiply_pair(const Product& product, const LinearPart* parts, const AfterColumns& after) {
-    constexpr Index WIDTH = Product::TILE_PANELS * PANEL;
-    const Index total = num_tiles<Product>(parts[0]), tile_bytes = 2 * product.num_tokens * WIDTH * after.pair_bytes;
-    const Index in_a_row = std::clamp<Index>(MOST_PAIR_BYTES / tile_bytes, 1, tiles_in_a_row(total, true));
-    by_rows(product, 2 * parts[0].d_out, total, in_a_row, [&](const Product& some, Index token, Index begin, Index end) {
-        const Index column = begin * WIDTH, count = std::min(parts[0].d_out, end * WIDTH) - column;
+    const Index width = product.unit() * PANEL, total = num_units(product, parts[0]);
+    const Index unit_bytes = 2 * product.num_tokens * width * after.pair_bytes;
+    const Index most = std::clamp<Index>(MOST_PAIR_BYTES / unit_bytes, 1, MOST_IN_A_ROW * Product::TILE_PANELS / product.unit());
+    const Index rows = num_rows(product, total, most, true);
+    by_rows(product, 2 * parts[0].d_out, total, rows, [&](const Product& some, Index token, Index begin, Index end) {
+        const Index column = begin * width, count = std::min(parts[0].d_out, end * width) - column;
         const Index part_bytes = some.num_tokens * count * after.pair_bytes;
         static thread_local Lines<char> own;
         char* y = own.make_room(2 * part_bytes) - column * after.pair_bytes;
@@ -134,31 +139,31 @@ static void multiply_pair(const Product& product, const LinearPart* parts, const
             part.y = y;
             part.y_stride = count;
             y += part_bytes;
-            some_tiles(some, part, begin, end);
+            some_units(some, part, begin, end);
         }
         after.run(after.context, pair, 0, {token, some.num_tokens, column, count});
     });
 }
 
-// Computes the parts in tiles of Product::TILE_PANELS panels, or what is left of them, with
-// product.panels(part, first, count). `after` may be null.
+// Computes the parts in tiles of up to Product::TILE_PANELS panels with product.panels(part, first, count). `after` may be
+// null.
 template <typename Product>
 static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
-    constexpr Index WIDTH = Product::TILE_PANELS * PANEL;
     if (product.num_tokens == 0) return;
     if (after && after->pair_bytes) return multiply_pair(product, parts, *after);
+    const Index width = product.unit() * PANEL, most = MOST_IN_A_ROW * Product::TILE_PANELS / product.unit();
     Index total = 0;
-    for (Index p = 0; p < num_parts; ++p) total += num_tiles<Product>(parts[p]);
-    const Index in_a_row = tiles_in_a_row(total, after);
-    by_rows(product, total * WIDTH, total, in_a_row, [&](const Product& some, Index token, Index begin, Index end) {
+    for (Index p = 0; p < num_parts; ++p) total += num_units(product, parts[p]);
+    const Index rows = num_rows(product, total, most, after);
+    by_rows(product, total * width, total, rows, [&](const Product& some, Index token, Index begin, Index end) {
         for (Index p = 0, count; p < num_parts && end > 0; begin -= count, end -= count, ++p) {
-            count = num_tiles<Product>(parts[p]);
+            count = num_units(product, parts[p]);
             if (begin >= count) continue;
-            const Index first = std::max<Index>(begin, 0), last = std::min(end, count), column = first * WIDTH;
+            const Index first = std::max<Index>(begin, 0), last = std::min(end, count), column = first * width;
             LinearPart part = parts[p];
             part.y = static_cast<typename Product::Number*>(part.y) + token * part.y_stride;
-            some_tiles(some, part, first, last);
-            const Block block{token, some.num_tokens, column, std::min(part.d_out, last * WIDTH) - column};
+            some_units(some, part, first, last);
+            const Block block{token, some.num_tokens, column, std::min(part.d_out, last * width) - column};
             if (after) after->run(after->context, &part, p, block);
         }
     });

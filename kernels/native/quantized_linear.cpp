@@ -80,6 +80,8 @@ struct ByteProduct {
     const QuantizedTokens& tokens;
     Index num_tokens, d_in;
 
+    static Index unit() { return TILE_PANELS; }
+
     void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
     template <int TOKENS, int PANELS>

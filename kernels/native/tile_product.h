@@ -33,6 +33,9 @@ struct TileProduct {
         return TileProduct({x + token * x_stride, count, d_in, x_stride});
     }
 
+    // Few tokens take single panels well, many take two.
+    Index unit() const { return num_tokens <= TILE_ROWS ? 1 : TILE_PANELS; }
+
     void panels(const LinearPart& part, Index first, Index count) const {
         if (num_tokens <= TILE_ROWS) {
             if (count == 4) few_tokens<4>(part, first);

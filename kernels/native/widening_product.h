@@ -26,6 +26,8 @@ struct WideningProduct {
     explicit WideningProduct(const Tokens& tokens)
         : x(widened(tokens)), num_tokens(tokens.num_tokens), d_in(tokens.d_in) {}
 
+    static Index unit() { return TILE_PANELS; }
+
     void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
     // The tokens in float32 [num_tokens, d_in], until this thread's next product.
