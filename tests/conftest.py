@@ -25,4 +25,4 @@ def helpers() -> Iterator[None]:
         library.set_num_threads(3)
     yield
     if library is not None:
-        library.set_num_threads(1)
+        library.set_num_threads(torch.get_num_threads())

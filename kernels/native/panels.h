@@ -1,4 +1,4 @@
-// How a product y = x W^T is cut into tiles: a few tokens by three panels of 16 outputs.
+// How a product y = x W^T is cut into tiles, some tokens by a few panels of 16 outputs, and shared out between threads.
 //
 // Each output is summed over the inputs in order, so it does not depend on how many tokens there are.
 #pragma once

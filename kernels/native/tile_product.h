@@ -50,20 +50,19 @@ struct TileProduct {
     }
 
 private:
-    static constexpr Index LINE = 64;  // bytes
-
     // Asks for the panels behind those at hand, as many lines at each step as makes all of them.
     struct Ahead {
         const char* line;
         Index num_lines;
 
-        Ahead(const TileProduct& product, const uint16_t* panels, Index num_panels) : line(reinterpret_cast<const char*>(panels)) {
+        Ahead(const TileProduct& product, const uint16_t* panels, Index num_panels)
+            : line(reinterpret_cast<const char*>(panels)) {
             const Index num_blocks = (product.num_tokens + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
             num_lines = (num_panels * TILE_ROWS + num_blocks - 1) / num_blocks;
         }
 
         void ask() {
-            for (Index i = 0; i < num_lines; ++i, line += LINE) __builtin_prefetch(line, 0, 2);
+            for (Index i = 0; i < num_lines; ++i, line += TILE_BYTES) __builtin_prefetch(line, 0, 2);
         }
     };
 
@@ -164,8 +163,8 @@ private:
         if (begin == 0) {
             clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         } else {
-            load_tile<0>(sums.of[0], LINE), load_tile<1>(sums.of[1], LINE);
-            load_tile<2>(sums.of[2], LINE), load_tile<3>(sums.of[3], LINE);
+            load_tile<0>(sums.of[0], TILE_BYTES), load_tile<1>(sums.of[1], TILE_BYTES);
+            load_tile<2>(sums.of[2], TILE_BYTES), load_tile<3>(sums.of[3], TILE_BYTES);
         }
         for (Index input = begin; input < end; input += TILE_DEPTH) {
             ahead.ask();
@@ -179,8 +178,8 @@ private:
             if constexpr (BLOCKS == 2 && PANELS == 2) add_pair_products<3, 5, 7>();
         }
         if (end < d_in) {
-            store_tile<0>(sums.of[0], LINE), store_tile<1>(sums.of[1], LINE);
-            store_tile<2>(sums.of[2], LINE), store_tile<3>(sums.of[3], LINE);
+            store_tile<0>(sums.of[0], TILE_BYTES), store_tile<1>(sums.of[1], TILE_BYTES);
+            store_tile<2>(sums.of[2], TILE_BYTES), store_tile<3>(sums.of[3], TILE_BYTES);
             return;
         }
         const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
