@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quick_interpreter import interpret_quickly
 
 from fusionserve.kernels import native_call
 from fusionserve.kernels.device import triton_use
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    interpret_quickly()
 
 
 def serve_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
