@@ -89,9 +89,16 @@ async def serving(
 def requests(output: OutputOptions | None = OUTPUT) -> list[GenerateParams]:
     kinds = [Adaptation(), lora("ada"), lora("dora"), blend(ada=0.3, bea=0.9)]
     kinds.append(Adaptation("fusion", fusion="mix"))
+    lengths = (
+        5,
+        3,
+        7,
+        4,
+        18,
+    )  # together more than 32, for the largest tile; the last fills a block and begins one
     return [
-        make_params(f"r{n}", kind, make_prompt(n, 5 + 4 * n), num_tokens=3, output=output)
-        for n, kind in enumerate(kinds)
+        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=3, output=output)
+        for n, (kind, length) in enumerate(zip(kinds, lengths, strict=True))
     ]
 
 

@@ -89,7 +89,7 @@ def requests(output: OutputOptions = REPORT) -> list[GenerateParams]:
         Adaptation("fusion", fusion="duo"),
     ]
     return [
-        make_params(f"r{i}", kind, make_prompt(i, 5 + 4 * i), num_tokens=5, output=output, sampling=sampling)
+        make_params(f"r{i}", kind, make_prompt(i, 5 + 2 * i), num_tokens=4, output=output, sampling=sampling)
         for i, (kind, sampling) in enumerate(zip(kinds, [SEEDED, *[GREEDY] * 6], strict=True))
     ]
 
