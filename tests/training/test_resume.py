@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 FUSIONSERVE = Path(sys.executable).with_name("fusionserve")
 SETTINGS = {
-    "steps": 60,
+    "steps": 40,
     "batch-rows": 4,
     "max-tokens": 32,
     "d-key": 8,
@@ -77,7 +77,7 @@ def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
     process.wait()
     process.stdout.close()  # type: ignore[union-attr]
     assert not (root / "killed").exists()
-    assert not (root / "killed.work" / "checkpoint-60").exists()
+    assert not (root / "killed.work" / f"checkpoint-{SETTINGS['steps']}").exists()
 
     resumed = start(root, "killed", "--resume")
     printed = resumed.communicate(timeout=100)[0].decode()
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
     run = fusion_run(root, root / "both.jsonl", {"m1": root / "m1", "m2": root / "m2"}, score_dropout=0.2)
     whole = train_fusion(replace(run, optimization=config, out=root / "whole"))
     found = json.loads((root / "killed" / SUMMARY_FILE).read_text())
-    assert found["steps"] == whole.steps == 60
+    assert found["steps"] == whole.steps == SETTINGS["steps"]
     assert found["held_out_loss"] == pytest.approx(whole.held_out_loss, rel=1e-4)
     losses = [entry["loss"] for entry in whole.history if "loss" in entry]
     assert [entry["loss"] for entry in found["history"] if "loss" in entry] == pytest.approx(losses, rel=1e-3)
