@@ -97,7 +97,7 @@ def requests(output: OutputOptions | None = OUTPUT) -> list[GenerateParams]:
         18,
     )  # together more than 32, for the largest tile; the last fills a block and begins one
     return [
-        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=3, output=output)
+        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=2, output=output)
         for n, (kind, length) in enumerate(zip(kinds, lengths, strict=True))
     ]
 
