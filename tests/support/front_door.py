@@ -18,7 +18,7 @@ LEAK = re.compile(
 )
 REASON = re.compile(r"[A-Z][A-Z0-9_]{1,62}")
 MAX_TRAILER_BYTES = 8 << 10
-BESIDE = 8  # cases beside one healthy stream
+BESIDE = 16  # cases beside one healthy stream
 HEALTHY = ({"temperature": 0.0}, {"temperature": 0.9, "seed": 7})
 
 ItemT = TypeVar("ItemT")
