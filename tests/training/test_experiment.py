@@ -47,7 +47,7 @@ SHIPPED_TEXTS = Path(__file__).parents[2] / "examples" / "fusion_data" / "messag
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """The shipped model with a row of each domain to learn from and to measure on, and one step to train."""
+    """The shipped model with a row of each domain to learn from and one to measure on, and one step to train."""
     base = load_base(None)
     adapters = {path.name: path for path in sorted((EMBEDDED / "adapters").iterdir())}
     shape = DataConfig(max_tokens=64)
@@ -55,10 +55,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         domain: read_rows(EMBEDDED / "heldout" / f"{domain}.txt", base.tokenizer, shape)
         for domain in adapters
     }
-    texts = {domain: found[:2] for domain, found in rows.items()} | {
-        kind: rows["perl"][2:4] for kind in MIXED
+    texts = {domain: found[:1] for domain, found in rows.items()} | {
+        kind: rows["perl"][1:2] for kind in MIXED
     }
-    learned = [row for found in rows.values() for row in found[4:6]]
+    learned = [row for found in rows.values() for row in found[2:3]]
     return Lab(
         base=base,
         adapters=adapters,
