@@ -22,6 +22,7 @@ from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
 from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.low_rank import weigh_
+from fusionserve.kernels.projections import project
 from fusionserve.kernels.segments import Addition, Additions
 
 if TYPE_CHECKING:
@@ -70,8 +71,12 @@ class Projections:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., num_tokens, d_in] -> [..., num_tokens, d_out] of each module."""
-        outputs = [module.base(x) for module in self.modules] if self.product is None else self.product(x)
         plan = self.cell.plan
+        if self.product is None:
+            outputs = [module.base(x) for module in self.modules]
+        else:
+            outputs = self.product.new_outputs(x)
+            self._multiply(self.product, x, outputs, plan, add=False)
         if not plan.is_empty:
             flat = [output.view(-1, output.shape[-1]) for output in outputs]
             self._adapt_(x.reshape(-1, x.shape[-1]), flat, plan)
@@ -82,13 +87,23 @@ class Projections:
         plan = self.cell.plan
         if self.product is None or plan.whole_modules:
             return residual + self(x)[0]
-        self.product.add_(x, residual)
+        self._multiply(self.product, x, [residual], plan, add=True)
         if not plan.is_empty:
             self._adapt_(x, [residual], plan)
         return residual
 
+    def _multiply(
+        self, product: LinearProduct, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan, *, add: bool
+    ) -> None:
+        """The base's product, natively with what segments add to it."""
+        if plan.segments is None or product.native(x) is None:
+            product.compute(x, outputs, add=add)
+        else:
+            additions = self.additions(plan.segments)
+            project(product, x, outputs, additions, plan.segments.together, add=add)
+
     def _adapt_(self, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan) -> None:
-        """x [num_tokens, d_in], outputs [num_tokens, d_out]; in place."""
+        """What the product leaves to do, in place; x [num_tokens, d_in], outputs [num_tokens, d_out]."""
         assert x.shape[0] == plan.num_tokens, (
             f"{self.modules[0].path} sees {x.shape[0]} of {plan.num_tokens} tokens"
         )
@@ -101,7 +116,7 @@ class Projections:
                     _add_spans_(module, x, y, plan)
         if plan.items is not None:
             self._add_items_(x, outputs, plan.items)
-        if plan.segments is not None:
+        if plan.segments is not None and (self.product is None or self.product.native(x) is None):
             plan.segments.together.add_(x, self.additions(plan.segments), outputs)
         if plan.whole_modules:
             for module, y in zip(self.modules, outputs, strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fusionserve.adapters.lora_weights import LoRAWeights
-from fusionserve.adapters.resident import RowPiece
+from fusionserve.adapters.resident import RowPiece, even
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class Adapter:
     @property
     def num_rows(self) -> int:
         """Rank rows it takes in the pool, the same range in every module."""
-        return self.weights.max_rank
+        return even(self.weights.max_rank)
 
     def pieces(self, path: str) -> Sequence[RowPiece]:
         """Its rows in the module at `path`."""

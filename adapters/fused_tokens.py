@@ -28,7 +28,7 @@ class FusedTokens:
         self._num_member_rows = rows.num_member_rows
         self._tokens_here = slice(start, end)
         self._member_rows_here = slice(row_start, row_start + rows.num_member_rows)
-        self._all_rows_here = slice(row_start, row_start + rows.num_rows)
+        self._all_rows_here = slice(row_start, row_start + rows.num_used_rows)
         self._allowed = None if bool(allowed.all()) else allowed
         self._coefficients: Tensor | None = None  # [tokens, member rows]
         # [member rows] or [tokens, member rows], of members without a say
@@ -83,7 +83,8 @@ class FusedSegment:
         self._row_start = row_start
         self._allowed = None if bool(allowed.all()) else allowed.contiguous()
         self._coefficients = torch.zeros(end - start, rows.num_member_rows)
-        self.segment = Segment(start, end, row_start, row_start + rows.num_member_rows, self._coefficients)
+        end_row = row_start + rows.num_member_rows
+        self.segment = Segment(start, end, row_start, end_row, rows.num_rows, self._coefficients)
 
     def attends_at(self, path: str) -> bool:
         """True if this module's attention must run before its rows are added."""
@@ -96,6 +97,7 @@ class FusedSegment:
             token_start=self.start,
             token_end=self.end,
             row_start=self._row_start,
+            extent=self._rows.num_rows,
             member_of_row=self._rows.member_of_row,
             num_members=self._rows.num_members,
             has_member_keys=self._rows.has_member_keys,

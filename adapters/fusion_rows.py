@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.adapters.resident import even
 from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
 
 
@@ -52,9 +53,14 @@ class FusionRows:
         return len(self.row_counts)
 
     @cached_property
-    def num_rows(self) -> int:
-        """All rows: the members', as many for the scores, and one more per member if there are member keys."""
+    def num_used_rows(self) -> int:
+        """All rows that say something: the members', as many for the scores, and one per member for its key."""
         return 2 * self.num_member_rows + (self.num_members if self.has_member_keys else 0)
+
+    @property
+    def num_rows(self) -> int:
+        """Those it takes in the pool."""
+        return even(self.num_used_rows)
 
     @cached_property
     def member_of_row(self) -> Tensor:

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusionserve.adapters.base_modules import BaseModule, BaseModules
+from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
 from fusionserve.adapters.resident import RowPiece
 from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.low_rank import expand_, shrink
+from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
 from fusionserve.kernels.segments import PartRows
 from fusionserve.kernels.torch_errors import is_device_lost
 
@@ -35,6 +36,7 @@ class ModuleRows:
         self.expand_rows = self._like  # [capacity, d_out]
         self._has_bias = False
         self._part: PartRows | None = None
+        self._in_panels = module.kind is not ModuleKind.EMBEDDING and has_panels(module.d_in, like)
         self.layout = 0  # counts what changes the addresses that kernels are given
 
     @property
@@ -42,7 +44,8 @@ class ModuleRows:
         """All rows, as the native kernels take them; they must not be empty."""
         if self._part is None:
             bias = self.shrink_bias if self._has_bias else None
-            self._part = PartRows(self.shrink_rows, bias, self.expand_rows)
+            expand = self.expand_rows[:, : self._module.d_out]
+            self._part = PartRows(self.shrink_rows, bias, expand, self._in_panels)
         return self._part
 
     @property
@@ -52,11 +55,13 @@ class ModuleRows:
 
     def shrink(self, x: Tensor, rows: slice) -> Tensor:
         """u = A x + a0 of these rows, [tokens, rows], for x [tokens, d_in]."""
+        assert not self._in_panels, "rows in panels are for segments"
         bias = self.shrink_bias[rows] if self._has_bias else None
         return shrink(x, self.shrink_rows[rows], bias)
 
     def expand_(self, y: Tensor, weighted: Tensor, rows: slice) -> None:
         """y += w B of these rows, in place, for y [tokens, d_out], w [tokens, rows]."""
+        assert not self._in_panels, "rows in panels are for segments"
         expand_(y, weighted, self.expand_rows[rows])
 
     def make_ready(self, pieces: Sequence[RowPiece]) -> None:
@@ -71,31 +76,26 @@ class ModuleRows:
         self.make_ready(pieces)
         if self.is_empty:
             return
-        self._clear(start, num_rows, pieces)
-        for piece in pieces:
-            first = start + piece.offset
-            rows = slice(first, first + piece.shrink.shape[0])
-            self.shrink_rows[rows].copy_(piece.shrink, non_blocking=True)
-            if piece.expand is not None:
-                self.expand_rows[rows].copy_(piece.expand, non_blocking=True)
-            if piece.shrink_bias is not None:
-                self.shrink_bias[rows].copy_(piece.shrink_bias, non_blocking=True)
+        rows = slice(start, start + num_rows)
+        shrink, expand = self.shrink_rows[rows], self.expand_rows[rows]
+        if self._has_bias:
+            _fill_(self.shrink_bias[rows], [(piece.offset, piece.shrink_bias) for piece in pieces])
+        shrinking = [(piece.offset, piece.shrink) for piece in pieces]
+        expanding = [(piece.offset, piece.expand) for piece in pieces]
+        if not self._in_panels:
+            _fill_(shrink, shrinking)
+            _fill_(expand, expanding)
+            return
+        plain = shrink.new_empty(shrink.shape), expand.new_empty(num_rows, self._module.d_out)
+        _fill_(plain[0], shrinking)
+        _fill_(plain[1], expanding)
+        pack_rows_(*plain, shrink, expand)
 
     def _use_bias(self) -> None:
         """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""
         if not self._has_bias:
             self._has_bias, self._part = True, None
             self.layout += 1
-
-    def _clear(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
-        """Zeroes what the pieces do not overwrite: nothing, if there is but one and it has all rows."""
-        rows = slice(start, start + num_rows)
-        is_whole = len(pieces) == 1 and pieces[0].shrink.shape[0] == num_rows and pieces[0].expand is not None
-        if not is_whole:
-            self.shrink_rows[rows] = 0
-            self.expand_rows[rows] = 0
-        if self._has_bias:
-            self.shrink_bias[rows] = 0
 
     def move(self, source: int, target: int, num_rows: int) -> None:
         """Copies rows down; the ranges may overlap."""
@@ -110,12 +110,24 @@ class ModuleRows:
 
     def _allocate(self) -> None:
         zeros, module = partial(self._pages.zeros, self._like), self._module
+        capacity, width = self._capacity, module.d_out
+        if self._in_panels:
+            capacity, width = padded_shape(capacity, width)
         self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
-            zeros(self._capacity, module.d_in),
-            zeros(self._capacity),
-            zeros(self._capacity, module.d_out),
+            zeros(capacity, module.d_in),
+            zeros(capacity),
+            zeros(capacity, width),
         )
         self.layout += 1
+
+
+def _fill_(rows: Tensor, pieces: Sequence[tuple[int, Tensor | None]]) -> None:
+    """Sets rows to the pieces, each from its offset on, and to zeros where there are none."""
+    there = [(offset, piece) for offset, piece in pieces if piece is not None]
+    if sum(len(piece) for _, piece in there) < len(rows):
+        rows.zero_()
+    for offset, piece in there:
+        rows[offset : offset + len(piece)].copy_(piece, non_blocking=True)
 
 
 class AdapterPool:

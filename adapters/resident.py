@@ -19,6 +19,11 @@ class RowPiece:
     shrink_bias: Tensor | None = None  # [rows]
 
 
+def even(num_rows: int) -> int:
+    """So many rows, or one more."""
+    return num_rows + num_rows % 2
+
+
 class Resident(Protocol):
     """An adapter or a fusion, immutable; `uid` is minted per load and never reused."""
 
@@ -32,7 +37,7 @@ class Resident(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Rank rows it takes, the same range in every module."""
+        """Rank rows it takes, the same range in every module; an even number, because kernels take them by twos."""
 
     def pieces(self, path: str) -> Sequence[RowPiece]:
         """Its rows in the module at `path`; rows that no piece covers are zero."""

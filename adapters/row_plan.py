@@ -17,6 +17,7 @@ from torch import Tensor
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.kernels.low_rank import zeros_of
+from fusionserve.kernels.rank_panels import has_panels
 from fusionserve.kernels.segments import Segment, Segments, can_add
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ _ROW_COST = 5
 # Natively, as a segment, starting costs nothing, but a token by a rank row costs more than in a product: in bfloat16
 # half as much again, in float32 four times. So many token-rows are still cheaper as a segment.
 _MOST_IN_SEGMENT = {torch.bfloat16: 65_536, torch.float32: 4_096}
+
+
+_TILE_DEPTH = 32  # inputs of a tile register
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,12 @@ class PlanCell:
 
 
 def suits_segment(num_tokens: int, num_rows: int, like: Tensor) -> bool:
-    """True if so many tokens by so many rank rows are cheaper as a segment than as products of their own."""
+    """True if so many tokens by so many rank rows are cheaper as a segment than as products of their own.
+
+    Tile registers, whose rows lie in panels, take them all.
+    """
+    if has_panels(_TILE_DEPTH, like):
+        return True
     return num_tokens * num_rows <= _MOST_IN_SEGMENT.get(like.dtype, 0) and can_add(like)
 
 
@@ -163,7 +172,7 @@ def _segments(group: Sequence[AdaptedTokens]) -> Iterator[Segment]:
         if len(set(of_tokens)) == 1:
             del of_tokens[1:]
         coefficients = torch.tensor(of_tokens)[:, None].expand(-1, rows.end - rows.start).contiguous()
-        yield Segment(start, end, rows.start, rows.end, coefficients)
+        yield Segment(start, end, rows.start, rows.end, rows.end - rows.start, coefficients)
 
 
 def span_cost(num_tokens: int, num_rows: int) -> int:

@@ -86,7 +86,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
             digest=adapter.digest,
             state=entry.state,
             residency=Residency.DEVICE if adapter.uid in device_uids else Residency.HOST,
-            max_rank=adapter.num_rows,
+            max_rank=adapter.weights.max_rank,
             target_modules=adapter.weights.target_modules,
             host_bytes=adapter.nbytes,
             pinned=entry.pinned,

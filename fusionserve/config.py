@@ -44,7 +44,7 @@ class EngineConfig:
     default_max_new_tokens: int = 128
     block_size: int = 16  # tokens per KV block
     kv_cache_bytes: int = 512 * MEBIBYTE
-    adapter_pool_ranks: int = 512  # rank rows on the device
+    adapter_pool_ranks: int = 512  # rank rows on the device; an odd number gets one more
     adapter_host_bytes: int = 1024 * MEBIBYTE
     fusion_host_bytes: int = 256 * MEBIBYTE
     max_adapter_rank: int = 256
@@ -55,6 +55,10 @@ class EngineConfig:
     num_threads: int | None = (
         None  # torch threads; None: torch's own choice, the cores at hand or OMP_NUM_THREADS
     )
+
+    def __post_init__(self) -> None:
+        # Adapters take rows by twos.
+        object.__setattr__(self, "adapter_pool_ranks", self.adapter_pool_ranks + self.adapter_pool_ranks % 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ class NativePart(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("weights", "scales", "bias", "y")),
         *((name, c_int64) for name in ("y_stride", "d_out", "add")),
+        ("rows", c_void_p),  # the kernels' own
     )
 
 
@@ -106,9 +107,13 @@ class LinearProduct:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., d_in] -> y [..., d_out] of each module."""
-        outputs = [x.new_empty(*x.shape[:-1], module.out_features) for module in self.modules]
+        outputs = self.new_outputs(x)
         self.compute(x, outputs, add=False)
         return outputs
+
+    def new_outputs(self, x: Tensor) -> list[Tensor]:
+        """Room for y [..., d_out] of each module."""
+        return [x.new_empty(*x.shape[:-1], module.out_features) for module in self.modules]
 
     def add_(self, x: Tensor, residual: Tensor) -> None:
         """residual += W x + b, in place, for a single module; natively rounded once."""
@@ -121,6 +126,11 @@ class LinearProduct:
             for module, y in zip(self.modules, outputs, strict=True):
                 y.copy_(y + module.reference(x) if add else module.reference(x))
             return
+        x = self.aim(x, outputs, add=add)
+        native(ctypes.byref(Tokens.of(x)), self.parts, c_int64(len(self.parts)), c_void_p())
+
+    def aim(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> Tensor:
+        """Has the native parts write to these outputs; returns x as [num_tokens, d_in], for the kernel."""
         x = x.reshape(-1, x.shape[-1])
         if x.stride(-1) != 1:
             x = x.contiguous()
@@ -129,11 +139,11 @@ class LinearProduct:
             assert y.dtype == x.dtype and y.is_contiguous() and y.numel() == len(x) * part.d_out
             assert module.bias is None or module.bias.dtype == x.dtype
             part.y, part.add = y.data_ptr(), add
-        native(ctypes.byref(Tokens.of(x)), self.parts, c_int64(len(self.parts)), c_void_p())
+        return x
 
 
 def _to_part(module: PanelLinear) -> NativePart:
     tensors = (*module.storage(), module.bias)
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return NativePart(*pointers, None, module.out_features, module.out_features, 0)
+    return NativePart(*pointers, None, module.out_features, module.out_features, 0, None)

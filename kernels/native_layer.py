@@ -9,17 +9,17 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
-from fusionserve.kernels.linear_product import LinearProduct, NativePart
+from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import NativeAttention
 from fusionserve.kernels.pointwise import Rotation
-from fusionserve.kernels.segments import Additions, NativeAddition, NativeSegment, Segments
+from fusionserve.kernels.projections import NativeProjections
+from fusionserve.kernels.segments import Additions, NativeSegment, Segments
 
 _NO_ADDITIONS = Additions([])
 
@@ -45,23 +45,13 @@ class LayerParts:
     options: AttentionOptions
 
 
-class _Projections(ctypes.Structure):
-    _fields_ = (
-        ("product", c_void_p),
-        ("parts", ctypes.POINTER(NativePart)),
-        ("num_parts", c_int64),
-        ("additions", ctypes.POINTER(NativeAddition)),
-        ("num_additions", c_int64),
-    )
-
-
 class _Norm(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("epsilon", c_float))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("projections", _Projections * 4),
+        ("projections", NativeProjections * 4),
         ("norms", _Norm * 4),
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("dim", "is_tiled", "window")),
@@ -118,7 +108,7 @@ class NativeLayer:
         self._additions: tuple[Additions, ...] = ()
         self.dtype, self.hidden = dtype, len(parts.input_norm.weight)
         self.arguments = _Layer(
-            (_Projections * 4)(*(_to_projections(product, keys) for product in parts.products)),
+            (NativeProjections * 4)(*(NativeProjections.of(product, keys) for product in parts.products)),
             (_Norm * 4)(*map(_to_norm, norms)),
             keys.data_ptr(),
             values.data_ptr(),
@@ -138,9 +128,7 @@ class NativeLayer:
         """What adapters add to the products from now on: one for each, or none at all."""
         self._additions = tuple(additions)  # the kernel has their addresses
         for index in range(4):
-            array = (additions[index] if additions else _NO_ADDITIONS).array
-            projections = self.arguments.projections[index]
-            projections.additions, projections.num_additions = array, len(array)
+            self.arguments.projections[index].set_additions(additions[index] if additions else _NO_ADDITIONS)
 
 
 class NativeLayers:
@@ -163,11 +151,6 @@ class NativeLayers:
         assert x.shape == (step.arguments.num_tokens, self._hidden)
         count, arguments = c_int64(len(self.layers)), ctypes.byref(step.arguments)
         self._native(self._pointers, count, arguments, c_void_p(x.data_ptr()))
-
-
-def _to_projections(product: LinearProduct, like: Tensor) -> _Projections:
-    product_kernel: Any = product.native(like)
-    return _Projections(ctypes.cast(product_kernel, c_void_p), product.parts, len(product.parts), None, 0)
 
 
 def _to_norm(norm: LayerNorm | None) -> _Norm:

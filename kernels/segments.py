@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from fusionserve.kernels.native_call import Tokens, native_function
+from fusionserve.kernels.rank_panels import has_panels
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Tokens [token_start, token_end) by rank rows [row_start, row_end), with a coefficient for each pair.
 
+    They are the first rows of a resident that has `extent` of them.
     `coefficients` is float32, [tokens, rows], or [1, rows] where all tokens share them. A coefficient of zero means
     exactly zero, whatever the input is. The values may change between calls, in place.
     """
@@ -30,16 +32,21 @@ class Segment:
     token_end: int
     row_start: int
     row_end: int
+    extent: int
     coefficients: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PartRows:
-    """A module's rank rows: shrink [capacity, d_in], bias [capacity] or None, expand [capacity, d_out]."""
+    """A module's rank rows: shrink [capacity, d_in], bias [capacity] or None, expand [capacity, d_out].
+
+    With `in_panels` numbers lie as tile registers take them (`rank_panels.py`), and a row of expand may be wider.
+    """
 
     shrink: Tensor
     bias: Tensor | None
     expand: Tensor
+    in_panels: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +54,14 @@ class FusionAttention:
     """Where a fusion's scores come from: its rank rows from `row_start` and what they mean.
 
     First come the members' rows, `member_of_row` [rows] says whose; then as many of the scores; then, with
-    `has_member_keys`, a row per member. `allowed` bool [members] or [tokens, members], None for all.
+    `has_member_keys`, a row per member; with padding they are `extent` rows. `allowed` bool [members] or
+    [tokens, members], None for all.
     """
 
     token_start: int
     token_end: int
     row_start: int
+    extent: int
     member_of_row: Tensor
     num_members: int
     has_member_keys: bool
@@ -64,7 +73,8 @@ class _FusionAttention(ctypes.Structure):
     _fields_ = (
         ("shrink_rows", c_void_p),
         ("shrink_bias", c_void_p),
-        *((n, c_int64) for n in ("token_start", "num_tokens", "row_start", "num_rows", "num_members")),
+        *((n, c_int64) for n in ("token_start", "num_tokens", "row_start", "num_rows", "extent")),
+        ("num_members", c_int64),
         ("member_of_row", c_void_p),
         ("allowed", c_void_p),
         *((n, c_int64) for n in ("allowed_stride", "has_member_keys", "has_base_member")),
@@ -92,6 +102,7 @@ class MemberAttention:
             num_tokens,
             fusion.row_start,
             num_rows,
+            fusion.extent,
             fusion.num_members,
             fusion.member_of_row.data_ptr(),
             None if allowed is None else allowed.data_ptr(),
@@ -156,7 +167,7 @@ class NativeSegment(ctypes.Structure):
     """A segment as the kernels take it."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("token_start", "num_tokens", "row_start", "num_rows")),
+        *((name, c_int64) for name in ("token_start", "num_tokens", "row_start", "num_rows", "extent")),
         ("coefficients", c_void_p),
         ("coefficient_stride", c_int64),
     )
@@ -190,17 +201,19 @@ class Segments:
 
     def add_(self, x: Tensor, additions: Additions, outputs: Sequence[Tensor]) -> None:
         """y += its low-rank part, in place, for x [num_tokens, d_in] and the outputs [num_tokens, d_out] of a group."""
-        self._check(x, additions, outputs)
+        self.check(x, additions, outputs)
         pointers = (c_void_p * len(outputs))(*(y.data_ptr() for y in outputs))
         arguments = _Additions(additions.array, len(additions.array), self.array, len(self.array))
         self._native(ctypes.byref(Tokens.of(x)), pointers, ctypes.byref(arguments))
 
-    def _check(self, x: Tensor, additions: Additions, outputs: Sequence[Tensor]) -> None:
+    def check(self, x: Tensor, additions: Additions, outputs: Sequence[Tensor]) -> None:
+        """Asserts that kernels may be given these tensors, as `add_` has them."""
         assert x.dtype == self._dtype and x.shape[0] >= self._num_tokens
         for addition in additions.additions:
             for place, rows in addition.rows.items():
                 y = outputs[place]
                 assert y.dtype == rows.shrink.dtype == self._dtype and rows.shrink.shape[1] == x.shape[1]
+                assert rows.in_panels == has_panels(x.shape[1], x)
                 assert y.is_contiguous() and y.shape == (x.shape[0], rows.expand.shape[1])
 
 
@@ -212,6 +225,7 @@ def _to_native(segment: Segment) -> NativeSegment:
         segment.token_end - segment.token_start,
         segment.row_start,
         segment.row_end - segment.row_start,
+        segment.extent,
         coefficients.data_ptr(),
         0 if coefficients.shape[0] == 1 else coefficients.stride(0),
     )

@@ -4,7 +4,7 @@
 #include "cache_tiles.h"
 #include "dot.h"
 #include "lanes.h"
-#include "words.h"
+#include "number_rows.h"
 
 #include <algorithm>
 

@@ -5,22 +5,8 @@
 
 #include "attention.h"
 #include "lines.h"
-#include "low_rank.h"
-#include "panels.h"
 #include "pointwise.h"
-
-using Product = void (*)(const Tokens*, const LinearPart*, Index, const AfterColumns*);
-
-constexpr Index MOST_PARTS = 3;
-
-// Modules that share an input: the base's product and what adapters add to it.
-struct Projections {
-    Product product;
-    const LinearPart* parts;
-    Index num_parts;
-    const Addition* additions;
-    Index num_additions;
-};
+#include "projections.h"
 
 struct Norm {
     const void* weight;  // null: there is no such norm
@@ -48,24 +34,14 @@ struct Step {
     Index num_segments;
 };
 
-// What becomes of a group's products: what adapters add to them, if any do, and for gate and up silu(gate) up.
-struct Finish {
-    const WeighedRows* rows;  // or null
-    void* gated;              // [num_tokens, width], or null
+// silu(gate) up of a block, where the layer keeps it.
+struct Gating {
+    void* gated;  // [num_tokens, width]
     Index width;
 
-    void add(const LinearPart& part, Index place, const Block& block) const {
-        if (rows) rows->expand(*rows, place, {part.y, part.y_stride}, block);
-    }
-
-    static void one(const void* finish, const LinearPart* part, Index place, const Block& block) {
-        static_cast<const Finish*>(finish)->add(*part, place, block);
-    }
-
     template <typename Number>
-    static void pair(const void* finish, const LinearPart* parts, Index, const Block& block) {
-        const Finish& self = *static_cast<const Finish*>(finish);
-        for (Index place : {0, 1}) self.add(parts[place], place, block);
+    static void run(const void* gating, const LinearPart* parts, const Block& block) {
+        const Gating& self = *static_cast<const Gating*>(gating);
         const Outputs gate{parts[0].y, parts[0].y_stride}, up{parts[1].y, parts[1].y_stride}, y{self.gated, self.width};
         for (Index token = 0; token < block.num_tokens; ++token)
             gate_numbers(gate.at<Number>(token, block.column), up.at<Number>(token, block.column),
@@ -77,19 +53,16 @@ struct Finish {
 template <typename Number>
 static void project(const Projections& modules, const Step& step, const Number* x, Index d_in, Number* const* outputs,
                     bool add, Number* gated = nullptr) {
-    const Tokens tokens{x, step.num_tokens, d_in, d_in};
     LinearPart parts[MOST_PARTS];
     for (Index p = 0; p < modules.num_parts; ++p) {
         parts[p] = modules.parts[p];
         parts[p].add = add;
         parts[p].y = gated ? nullptr : outputs[p];
     }
-    const Index num_additions = step.num_segments ? modules.num_additions : 0;
-    const Additions additions{modules.additions, num_additions, step.segments, step.num_segments};
-    const WeighedRows rows = num_additions ? weigh_rows<Number>(tokens, additions) : WeighedRows{};
-    const Finish finish{num_additions ? &rows : nullptr, gated, parts[0].d_out};
-    const AfterColumns after{gated ? Finish::pair<Number> : Finish::one, &finish, gated ? Index(sizeof(Number)) : 0};
-    modules.product(&tokens, parts, modules.num_parts, num_additions || gated ? &after : nullptr);
+    const Gating gating{gated, parts[0].d_out};
+    const AfterPair after{Gating::run<Number>, &gating, sizeof(Number)};
+    project<Number>(modules, {x, step.num_tokens, d_in, d_in}, step.segments, step.num_segments, parts,
+                    gated ? &after : nullptr);
 }
 
 template <typename Number>

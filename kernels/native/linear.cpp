@@ -18,7 +18,7 @@ using VectorProduct = WideningProduct;
 extern "C" int has_packed_linear() { return 1; }
 
 extern "C" void packed_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts,
-                                   const AfterColumns* after) {
+                                   const AfterPair* after) {
 #ifdef HAS_TILE_REGISTERS
     if (TileProduct::takes(*tokens)) return multiply(TileProduct(*tokens), parts, num_parts, after);
 #endif
@@ -29,7 +29,7 @@ extern "C" void packed_linear_bf16(const Tokens* tokens, const LinearPart* parts
 
 extern "C" int has_packed_linear() { return 0; }
 
-extern "C" void packed_linear_bf16(const Tokens*, const LinearPart*, Index, const AfterColumns*) {}
+extern "C" void packed_linear_bf16(const Tokens*, const LinearPart*, Index, const AfterPair*) {}
 
 #endif
 

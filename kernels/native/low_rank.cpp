@@ -5,6 +5,7 @@
 
 #include "low_rank.h"
 
+#include "lines.h"
 #include "rank_rows.h"
 #include "rank_tiles.h"
 #include "threads.h"
@@ -12,34 +13,32 @@
 #include <algorithm>
 #include <vector>
 
-// Some tokens by some rank rows, both counted from the first of a segment.
-struct Rectangle {
-    Index token, num_tokens, row, num_rows;
-};
-
 // How segments are cut into rectangles, which are pieces of work: blocks of tokens by all of their rank rows or, where
-// threads would go without, by blocks of them.
+// threads would go without, by blocks of them. Blocks of tokens begin with the same tokens of the batch in every segment.
 class Cut {
 public:
     static bool are_few(Index num_pieces) { return num_pieces < 2 * num_threads(); }
 
-    static Index num_blocks(Index num_tokens) { return (num_tokens + TOKENS - 1) / TOKENS; }
+    static Index num_blocks(Index token_start, Index num_tokens) {
+        return (token_start % TOKENS + num_tokens + TOKENS - 1) / TOKENS;
+    }
 
     // For segments of so many blocks of tokens together.
     explicit Cut(Index num_blocks) : is_by_rows_(are_few(num_blocks)) {}
 
-    Index num_pieces(Index num_tokens, Index num_rows) const {
-        return num_blocks(num_tokens) * (is_by_rows_ ? (num_rows + ROW_BLOCK - 1) / ROW_BLOCK : 1);
+    Index num_pieces(Index token_start, Index num_tokens, Index num_rows) const {
+        return num_blocks(token_start, num_tokens) * (is_by_rows_ ? (num_rows + ROWS - 1) / ROWS : 1);
     }
 
-    Rectangle piece(Index num_tokens, Index num_rows, Index number) const {
-        const Index token = number % num_blocks(num_tokens) * TOKENS, row = number / num_blocks(num_tokens) * ROW_BLOCK;
-        const Index most = is_by_rows_ ? ROW_BLOCK : num_rows;
-        return {token, std::min(TOKENS, num_tokens - token), row, std::min(most, num_rows - row)};
+    Rectangle piece(Index token_start, Index num_tokens, Index num_rows, Index number) const {
+        const Index count = num_blocks(token_start, num_tokens), row = number / count * ROWS;
+        const Index block = (token_start / TOKENS + number % count) * TOKENS, begin = std::max(block, token_start);
+        const Index end = std::min(block + TOKENS, token_start + num_tokens);
+        return {begin, end - begin, row, std::min(is_by_rows_ ? ROWS : num_rows, num_rows - row)};
     }
 
 private:
-    static constexpr Index TOKENS = 64;
+    static constexpr Index TOKENS = 64, ROWS = 32;
     bool is_by_rows_;
 };
 
@@ -51,60 +50,36 @@ static Index weighted_size(const Additions& additions) {
     return size;
 }
 
-// The rows of an addition's parts, one behind the other. Parts share the tokens that were turned for one of them.
+// The rows of an addition's parts, one behind the other.
 template <typename Rows>
 static void shrink_parts(const Rows& rank_rows, const Addition& addition, const Additions& additions, float* all_weighted) {
     const Segment *const first = additions.segments, *const end = first + additions.num_segments;
     const Index size = weighted_size<Rows>(additions);
     Index num_blocks = 0, num_pieces = 0;
-    for (const Segment* s = first; s < end; ++s) num_blocks += Cut::num_blocks(s->num_tokens);
+    for (const Segment* s = first; s < end; ++s) num_blocks += Cut::num_blocks(s->token_start, s->num_tokens);
     const Cut cut(num_blocks);
-    for (const Segment* s = first; s < end; ++s) num_pieces += cut.num_pieces(s->num_tokens, s->num_rows);
+    const auto pieces_of = [&](const Segment& s) { return cut.num_pieces(s.token_start, s.num_tokens, s.num_rows); };
+    for (const Segment* s = first; s < end; ++s) num_pieces += pieces_of(*s);
     const Index together = Cut::are_few(num_pieces) ? 1 : addition.num_parts;
     parallel(num_pieces * (addition.num_parts / together), [&](Index item) {
         const Index first_part = item / num_pieces * together;
         Index number = item % num_pieces;
-        const Segment* segment = first;
+        const Segment* s = first;
         float* weighted = all_weighted + first_part * size;
-        for (Index count; number >= (count = cut.num_pieces(segment->num_tokens, segment->num_rows)); ++segment) {
+        for (Index count; number >= (count = pieces_of(*s)); ++s) {
             number -= count;
-            weighted += Rows::weighted_size(*segment);
+            weighted += Rows::weighted_size(*s);
         }
-        const Rectangle some = cut.piece(segment->num_tokens, segment->num_rows, number);
-        const auto turned = rank_rows.turn(segment->token_start + some.token, some.num_tokens);
-        for (Index p = first_part; p < first_part + together; ++p, weighted += size)
-            rank_rows.shrink(turned, addition.parts[p].shrink_rows, addition.parts[p].shrink_bias, some.num_tokens,
-                             segment->row_start + some.row, some.num_rows,
+        const Rectangle some = cut.piece(s->token_start, s->num_tokens, s->num_rows, number);
+        for (Index p = first_part; p < first_part + together; ++p, weighted += size) {
+            const LowRankPart& part = addition.parts[p];
+            Rows::clear(*s, some, weighted);
+            rank_rows.shrink({part.shrink_rows, part.shrink_bias, s->row_start, s->extent}, some,
                              [&](Index token, Index row, Index count, const float* u) {
-                                 Rows::keep(*segment, some.token + token, some.row + row, count, u, weighted);
+                                 Rows::keep(*s, some.token - s->token_start + token, some.row + row, count, u, weighted);
                              });
+        }
     });
-}
-
-// A segment's tokens that lie in the block, by its rows, counted from the block's first token.
-template <typename Rows>
-static void expand_segment(const LowRankPart& part, const Outputs& outputs, const Segment& segment, const Block& block,
-                           const float* weighted) {
-    const Index begin = std::max(segment.token_start, block.token);
-    const Index end = std::min(segment.token_start + segment.num_tokens, block.token + block.num_tokens);
-    if (begin >= end) return;
-    Segment some = segment;
-    some.token_start = begin - block.token;
-    some.num_tokens = begin - segment.token_start;  // those before
-    weighted += Rows::weighted_size(some);
-    some.num_tokens = end - begin;
-    Rows::expand(part, outputs, some, block.column, block.num_columns, weighted);
-}
-
-template <typename Rows>
-static void expand_part(const WeighedRows& rows, Index place, const Outputs& outputs, const Block& block) {
-    const Additions& all = rows.additions;
-    const float* weighted = rows.weighted;
-    for (Index i = 0; i < all.num_additions; ++i)
-        for (Index p = 0; p < all.additions[i].num_parts; ++p)
-            for (Index s = 0; s < all.num_segments; weighted += Rows::weighted_size(all.segments[s++]))
-                if (all.additions[i].parts[p].place == place)
-                    expand_segment<Rows>(all.additions[i].parts[p], outputs, all.segments[s], block, weighted);
 }
 
 // Softmax of the allowed scores, in place; 0 for the others, and for all where none is allowed.
@@ -142,15 +117,14 @@ static void attend_members(const Rows& rank_rows, const FusionAttention& fusion)
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
     workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows));
     float* const u = workspace.data();
-    const Cut cut(Cut::num_blocks(fusion.num_tokens));
-    parallel(cut.num_pieces(fusion.num_tokens, num_rows), [&](Index number) {
-        const Rectangle some = cut.piece(fusion.num_tokens, num_rows, number);
-        const auto turned = rank_rows.turn(fusion.token_start + some.token, some.num_tokens);
-        float* const first = u + some.token * num_rows + some.row;
-        rank_rows.shrink(turned, fusion.shrink_rows, fusion.shrink_bias, some.num_tokens, fusion.row_start + some.row,
-                         some.num_rows, [&](Index token, Index row, Index count, const float* products) {
-                             std::copy(products, products + count, first + token * num_rows + row);
-                         });
+    const Cut cut(Cut::num_blocks(fusion.token_start, fusion.num_tokens));
+    const ShrinkRows all{fusion.shrink_rows, fusion.shrink_bias, fusion.row_start, fusion.extent};
+    parallel(cut.num_pieces(fusion.token_start, fusion.num_tokens, num_rows), [&](Index number) {
+        const Rectangle some = cut.piece(fusion.token_start, fusion.num_tokens, num_rows, number);
+        float* const first = u + (some.token - fusion.token_start) * num_rows + some.row;
+        rank_rows.shrink(all, some, [&](Index token, Index row, Index count, const float* products) {
+            std::copy(products, products + count, first + token * num_rows + row);
+        });
     });
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
         for (Index token = begin; token < end; ++token) weigh_members(fusion, token, u + token * num_rows);
@@ -159,20 +133,25 @@ static void attend_members(const Rows& rank_rows, const FusionAttention& fusion)
 
 template <typename Rows>
 static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
-    static thread_local std::vector<float> workspace;  // of the calling thread, used by all
+    static thread_local Lines<float> workspace;  // of the calling thread, used by all
+    static thread_local std::vector<WeighedPart> parts;
     const Index size = weighted_size<Rows>(additions);
-    Index num_parts = 0;
-    for (Index i = 0; i < additions.num_additions; ++i) num_parts += additions.additions[i].num_parts;
-    workspace.resize(std::max<size_t>(workspace.size(), num_parts * size));
+    parts.clear();
+    for (Index i = 0; i < additions.num_additions; ++i)
+        for (Index p = 0; p < additions.additions[i].num_parts; ++p)
+            parts.push_back({&additions.additions[i].parts[p], nullptr});
+    const Index num_parts = parts.size();
+    float* weighted = workspace.make_room(num_parts * size);
+    for (WeighedPart& part : parts) part.weighted = weighted, weighted += size;
+    weighted = workspace.data();
     const Rows rank_rows(tokens);
-    float* weighted = workspace.data();
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
         for (Index f = 0; f < addition.num_attentions; ++f) attend_members(rank_rows, addition.attentions[f]);
         shrink_parts(rank_rows, addition, additions, weighted);
         weighted += addition.num_parts * size;
     }
-    return {additions, workspace.data(), expand_part<Rows>};
+    return {additions, parts.data(), num_parts, Rows::items(additions), Rows::expand};
 }
 
 template <>
@@ -195,16 +174,19 @@ template <typename Number>
 static void add_low_rank(const Tokens& tokens, void* const* outputs, const Additions& additions) {
     if (additions.num_segments == 0) return;
     const WeighedRows rows = weigh_rows<Number>(tokens, additions);
+    const WeighedPart* weighed = rows.parts;
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
         Index num_blocks = 0;
         for (Index p = 0; p < addition.num_parts; ++p) num_blocks += num_column_blocks(addition.parts[p]);
         parallel(num_blocks, [&](Index block) {
-            const LowRankPart* part = addition.parts;
-            while (block >= num_column_blocks(*part)) block -= num_column_blocks(*part++);
-            const Index column = block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, part->d_out - column);
-            rows.expand(rows, part->place, {outputs[part->place], part->d_out}, {0, tokens.num_tokens, column, count});
+            const WeighedPart* some = weighed;
+            while (block >= num_column_blocks(*some->part)) block -= num_column_blocks(*some++->part);
+            const LowRankPart& part = *some->part;
+            const Index column = block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, part.d_out - column);
+            rows.expand(rows, *some, {outputs[part.place], part.d_out}, {0, tokens.num_tokens, column, count});
         });
+        weighed += addition.num_parts;
     }
 }
 

@@ -3,7 +3,7 @@
 
 #include "tokens.h"
 
-// A module's rank rows; `place` is that of its output in the group.
+// A module's rank rows, for tile registers in panels (`rank_panels.h`); `place` is that of its output in the group.
 struct LowRankPart {
     const void* shrink_rows;  // [capacity, d_in]
     const void* shrink_bias;  // [capacity] or null
@@ -12,9 +12,9 @@ struct LowRankPart {
     Index place;
 };
 
-// Tokens [token_start, + num_tokens) by rank rows [row_start, + num_rows).
+// Tokens [token_start, + num_tokens) by rank rows [row_start, + num_rows), the first of a resident that has `extent`.
 struct Segment {
-    Index token_start, num_tokens, row_start, num_rows;
+    Index token_start, num_tokens, row_start, num_rows, extent;
     const float* coefficients;  // [num_tokens, num_rows], rows coefficient_stride apart (0: one row for all tokens)
     Index coefficient_stride;
 };
@@ -24,7 +24,7 @@ struct Segment {
 struct FusionAttention {
     const void* shrink_rows;  // of the module with the attention
     const void* shrink_bias;  // or null
-    Index token_start, num_tokens, row_start, num_rows, num_members;
+    Index token_start, num_tokens, row_start, num_rows, extent, num_members;
     const Index* member_of_row;  // [num_rows]
     const uint8_t* allowed;      // [num_tokens, num_members], rows allowed_stride apart, or null for all
     Index allowed_stride;
@@ -60,13 +60,29 @@ struct Outputs {
     }
 };
 
-// What tokens weigh the rank rows of a group's additions with, c (A x + a); the calling thread keeps it until it makes the
-// next. What they add to an output, times B, follows column by column, as soon as the output is there.
+// What tokens weigh a module's rank rows with, c (A x + a), of each segment.
+struct WeighedPart {
+    const LowRankPart* part;
+    const float* weighted;
+};
+
+// Those of a group's additions; the calling thread keeps them until it makes the next.
 struct WeighedRows {
     Additions additions;
-    const float* weighted;  // of each addition's parts, each segment's
-    // Adds a block to the output at `place`, whose numbers begin with the block's first token.
-    void (*expand)(const WeighedRows& rows, Index place, const Outputs& outputs, const Block& block);
+    const WeighedPart* parts;
+    Index num_parts;
+    const struct RankItems* items;  // where tile registers add them, or null
+    // Adds a block to a part's outputs, whose numbers begin with the block's first token.
+    void (*expand)(const WeighedRows& rows, const WeighedPart& part, const Outputs& outputs, const Block& block);
+};
+
+// What adapters add to the outputs of one module, times B: to sums by the product that has them (`rank_sums.h`), or block
+// by block as soon as the outputs are there.
+struct AddedRows {
+    const WeighedRows* all;
+    const WeighedPart* part;
+
+    void expand(const Outputs& outputs, const Block& block) const { all->expand(*all, *part, outputs, block); }
 };
 
 template <typename Number>

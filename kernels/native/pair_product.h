@@ -10,7 +10,7 @@
 
 struct PairProduct {
     using Number = BFloat16;
-    static constexpr bool SHARES_TOKENS = false;
+    static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = false;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 8;
     const uint16_t* x;

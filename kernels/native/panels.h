@@ -5,6 +5,7 @@
 
 #include "lanes.h"
 #include "lines.h"
+#include "low_rank.h"
 #include "threads.h"
 #include "tokens.h"
 
@@ -33,6 +34,7 @@ struct LinearPart {
     void* y;
     Index y_stride, d_out;
     Index add;
+    const AddedRows* rows;  // what adapters add, or null
 };
 
 template <int PANELS, typename Product>
@@ -67,13 +69,20 @@ static inline void finish(Lanes sums, const LinearPart& part, Index token, Index
     store_lanes(sums, y);
 }
 
-// What is done to a block of outputs as soon as it is there, by the thread that has computed it.
-struct AfterColumns {
-    // A block of the part at `place`, or of both parts of a pair; y begins with the block's first token.
-    void (*run)(const void* context, const LinearPart* parts, Index place, const Block& block);
+// What two parts of one width are for if nobody keeps them: a thread hands each block on as soon as it is there.
+struct AfterPair {
+    // A block of both parts; their y are the thread's own memory, and begin with the block's first token.
+    void (*run)(const void* context, const LinearPart* parts, const Block& block);
     const void* context;
-    Index pair_bytes;  // a number's, of two parts that are taken together and not kept: y is the thread's own memory; or 0
+    Index number_bytes;
 };
+
+// Adds what adapters say to a block of outputs that are there, unless the product has.
+template <typename Product>
+static inline void add_rank_rows(const LinearPart& part, const Block& block) {
+    if constexpr (!Product::ADDS_RANK_ROWS)
+        if (part.rows) part.rows->expand({part.y, part.y_stride}, block);
+}
 
 // Outputs are shared out in units of so many panels: of single ones where that is no slower, so that threads get as many.
 template <typename Product>
@@ -122,39 +131,45 @@ static void by_rows(const Product& product, Index num_outputs, Index num_units, 
     }
 }
 
-// Two parts of one width, the same columns of both by one thread, which hands them on before it takes others.
+// The same columns of both parts by one thread, which hands them on before it takes others.
 template <typename Product>
-static void multiply_pair(const Product& product, const LinearPart* parts, const AfterColumns& after) {
+static void multiply_pair(const Product& product, const LinearPart* parts, const AfterPair& after) {
     const Index width = product.unit() * PANEL, total = num_units(product, parts[0]);
-    const Index unit_bytes = 2 * product.num_tokens * width * after.pair_bytes;
+    const Index unit_bytes = 2 * product.num_tokens * width * after.number_bytes;
     const Index most = std::clamp<Index>(MOST_PAIR_BYTES / unit_bytes, 1, MOST_IN_A_ROW * Product::TILE_PANELS / product.unit());
     const Index rows = num_rows(product, total, most, true);
     by_rows(product, 2 * parts[0].d_out, total, rows, [&](const Product& some, Index token, Index begin, Index end) {
         const Index column = begin * width, count = std::min(parts[0].d_out, end * width) - column;
-        const Index part_bytes = some.num_tokens * count * after.pair_bytes;
+        const Index part_bytes = some.num_tokens * count * after.number_bytes;
+        const Block block{token, some.num_tokens, column, count};
         static thread_local Lines<char> own;
-        char* y = own.make_room(2 * part_bytes) - column * after.pair_bytes;
+        char* y = own.make_room(2 * part_bytes) - column * after.number_bytes;
         LinearPart pair[] = {parts[0], parts[1]};
         for (LinearPart& part : pair) {
             part.y = y;
             part.y_stride = count;
             y += part_bytes;
             some_units(some, part, begin, end);
+            add_rank_rows<Product>(part, block);
         }
-        after.run(after.context, pair, 0, {token, some.num_tokens, column, count});
+        after.run(after.context, pair, block);
     });
 }
 
-// Computes the parts in tiles of up to Product::TILE_PANELS panels with product.panels(part, first, count). `after` may be
-// null.
+// Computes the parts in tiles of up to Product::TILE_PANELS panels with product.panels(part, first, count); with `after`,
+// which may be null, a pair of them.
 template <typename Product>
-static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+static void multiply(const Product& product, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     if (product.num_tokens == 0) return;
-    if (after && after->pair_bytes) return multiply_pair(product, parts, *after);
+    if (after) return multiply_pair(product, parts, *after);
     const Index width = product.unit() * PANEL, most = MOST_IN_A_ROW * Product::TILE_PANELS / product.unit();
     Index total = 0;
-    for (Index p = 0; p < num_parts; ++p) total += num_units(product, parts[p]);
-    const Index rows = num_rows(product, total, most, after);
+    bool has_rows = false;
+    for (Index p = 0; p < num_parts; ++p) {
+        total += num_units(product, parts[p]);
+        has_rows |= parts[p].rows != nullptr;
+    }
+    const Index rows = num_rows(product, total, most, has_rows);
     by_rows(product, total * width, total, rows, [&](const Product& some, Index token, Index begin, Index end) {
         for (Index p = 0, count; p < num_parts && end > 0; begin -= count, end -= count, ++p) {
             count = num_units(product, parts[p]);
@@ -163,8 +178,7 @@ static void multiply(const Product& product, const LinearPart* parts, Index num_
             LinearPart part = parts[p];
             part.y = static_cast<typename Product::Number*>(part.y) + token * part.y_stride;
             some_units(some, part, first, last);
-            const Block block{token, some.num_tokens, column, std::min(part.d_out, last * width) - column};
-            if (after) after->run(after->context, &part, p, block);
+            add_rank_rows<Product>(part, {token, some.num_tokens, column, std::min(part.d_out, last * width) - column});
         }
     });
 }

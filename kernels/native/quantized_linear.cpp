@@ -72,7 +72,7 @@ static void quantize(const Tokens& tokens, QuantizedTokens& result) {
 template <int BITS, typename Type>
 struct ByteProduct {
     using Number = Type;
-    static constexpr bool SHARES_TOKENS = false;
+    static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = false;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 4;
     static constexpr Index STEPS = BITS;  // loads of 64 bytes per group and panel
@@ -153,7 +153,7 @@ struct ByteProduct {
 };
 
 template <int BITS, typename Number>
-static void quantized_linear(const Tokens& tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+static void quantized_linear(const Tokens& tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     static thread_local QuantizedTokens quantized;  // kept: a step has hundreds of products
     QuantizedTokens& here = quantized;
     quantize<Number>(tokens, here);
@@ -172,16 +172,16 @@ extern "C" int has_quantized_linear() { return 0; }
 #endif
 
 extern "C" {
-void int8_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+void int8_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<8, float>(*tokens, parts, num_parts, after);
 }
-void int8_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+void int8_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<8, BFloat16>(*tokens, parts, num_parts, after);
 }
-void int4_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+void int4_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<4, float>(*tokens, parts, num_parts, after);
 }
-void int4_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterColumns* after) {
+void int4_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<4, BFloat16>(*tokens, parts, num_parts, after);
 }
 }

@@ -7,6 +7,18 @@
 
 #include <algorithm>
 
+// A resident's rank rows in a module, from `start` on.
+struct ShrinkRows {
+    const void* rows;
+    const void* bias;  // or null
+    Index start, extent;
+};
+
+// Some tokens of the batch by some rank rows of a resident.
+struct Rectangle {
+    Index token, num_tokens, row, num_rows;
+};
+
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
 constexpr Index COLUMN_BLOCK = 256;  // outputs that are one piece of work
 constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
@@ -61,30 +73,26 @@ static inline void expand_tokens(const float* weighted, Index num_rows, const Nu
 template <typename Number>
 class RankRows {
 public:
-    // Tokens as `shrink` takes them.
-    using Turned = const Number*;
-
     explicit RankRows(const Tokens& tokens) : tokens_(tokens) {}
 
-    Turned turn(Index token, Index) const { return static_cast<const Number*>(tokens_.x) + token * tokens_.x_stride; }
-
-    // take(token, row, count, u): A x + a of a token with a block of the rank rows from `first_row`, counted from there.
+    // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
     template <typename Take>
-    void shrink(Turned x, const void* rows, const void* bias, Index num_tokens, Index first_row, Index num_rows,
-                const Take& take) const {
-        const Index d_in = tokens_.d_in;
+    void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
+        const Index d_in = tokens_.d_in, num_rows = some.num_rows, first_row = all.start + some.row;
+        const Number* x = static_cast<const Number*>(tokens_.x) + some.token * tokens_.x_stride;
         for (Index row = 0; row < num_rows; row += ROW_BLOCK) {
             const Index count = std::min(ROW_BLOCK, num_rows - row);
-            const Number* first = static_cast<const Number*>(rows) + (first_row + row) * d_in;
-            for (Index t = 0; t < num_tokens; ++t) {
+            const Number* first = static_cast<const Number*>(all.rows) + (first_row + row) * d_in;
+            for (Index t = 0; t < some.num_tokens; ++t) {
                 const Number* token = x + t * tokens_.x_stride;
                 float u[ROW_BLOCK];
                 if (count == ROW_BLOCK)
                     dot_rows<ROW_BLOCK>(token, first, d_in, d_in, u);
                 else
                     for (Index r = 0; r < count; ++r) dot_rows<1>(token, first + r * d_in, d_in, d_in, u + r);
-                if (bias)
-                    for (Index r = 0; r < count; ++r) u[r] += to_float(static_cast<const Number*>(bias)[first_row + row + r]);
+                if (all.bias)
+                    for (Index r = 0; r < count; ++r)
+                        u[r] += to_float(static_cast<const Number*>(all.bias)[first_row + row + r]);
                 take(t, row, count, u);
             }
         }
@@ -93,6 +101,9 @@ public:
     // Numbers that a segment's weighted products take, [num_tokens, num_rows].
     static Index weighted_size(const Segment& segment) { return segment.num_tokens * segment.num_rows; }
 
+    // What is kept takes all of its place.
+    static void clear(const Segment&, const Rectangle&, float*) {}
+
     // Keeps c u of a token of the segment with its rank rows [row, + count), and exactly 0 where c is 0, whatever u is.
     static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
         const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
@@ -100,9 +111,33 @@ public:
         for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
     }
 
-    // Columns [column, + count) of the part for a segment's tokens.
-    static void expand(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column, Index count,
-                       const float* weighted) {
+    // Adds a block of the part's outputs.
+    static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
+        const Additions& additions = all.additions;
+        const float* weighted = part.weighted;
+        for (Index s = 0; s < additions.num_segments; weighted += weighted_size(additions.segments[s++]))
+            expand_segment(*part.part, outputs, additions.segments[s], block, weighted);
+    }
+
+    static const RankItems* items(const Additions&) { return nullptr; }
+
+private:
+    // Of a segment's tokens those that lie in the block, counted from its first.
+    static void expand_segment(const LowRankPart& part, const Outputs& outputs, const Segment& segment, const Block& block,
+                               const float* weighted) {
+        const Index begin = std::max(segment.token_start, block.token);
+        const Index end = std::min(segment.token_start + segment.num_tokens, block.token + block.num_tokens);
+        if (begin >= end) return;
+        Segment some = segment;
+        some.token_start = begin - block.token;
+        some.num_tokens = end - begin;
+        add_columns(part, outputs, some, block.column, block.num_columns,
+                    weighted + (begin - segment.token_start) * segment.num_rows);
+    }
+
+    // Columns [column, + count) for a segment's tokens.
+    static void add_columns(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column,
+                            Index count, const float* weighted) {
         const Number* rows = static_cast<const Number*>(part.expand_rows) + segment.row_start * part.d_out + column;
         const Index num_rows = segment.num_rows;
         const auto some = [&](auto tokens, Index token) {
@@ -116,6 +151,5 @@ public:
         for (; token < segment.num_tokens; ++token) some(std::integral_constant<int, 1>(), token);
     }
 
-private:
     const Tokens& tokens_;
 };

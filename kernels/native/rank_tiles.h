@@ -2,52 +2,130 @@
 // PEFT's intermediate is in a model of that type.
 #pragma once
 
-#include "expand_tiles.h"
+#include "rank_rows.h"
+#include "rank_sums.h"
 #include "shrink_tiles.h"
+
+#include <vector>
 
 #ifdef HAS_TILE_REGISTERS
 
 class RankTiles {
 public:
-    using Turned = ShrinkTiles::Turned;
-
     static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
 
-    explicit RankTiles(const Tokens& tokens) : d_in_(tokens.d_in), tiles_(tokens) {}
-
-    // Tokens as `shrink` takes them, until this thread turns others.
-    Turned turn(Index token, Index num_tokens) const { return tiles_.turn(token, num_tokens); }
+    explicit RankTiles(const Tokens& tokens) : tokens_(tokens) {}
 
     template <typename Take>
-    void shrink(const Turned& turned, const void* rows, const void* bias, Index num_tokens, Index row, Index num_rows,
-                const Take& take) const {
-        const auto* first_bias = bias ? static_cast<const BFloat16*>(bias) + row : nullptr;
-        tiles_.shrink(turned, static_cast<const BFloat16*>(rows) + row * d_in_, first_bias, num_tokens, num_rows, take);
+    void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
+        const auto* rows = static_cast<const BFloat16*>(all.rows) + all.start * tokens_.d_in;
+        const auto* bias = all.bias ? static_cast<const BFloat16*>(all.bias) + all.start : nullptr;
+        ShrinkTiles(tokens_, rows, bias, all.extent).shrink(some.token, some.num_tokens, some.row, some.num_rows, take);
     }
 
-    // In floats, for bfloat16 numbers [num_tokens, padded num_rows], zeros behind the rows.
-    static Index weighted_size(const Segment& segment) { return segment.num_tokens * padded(segment.num_rows) / 2; }
+    // In floats, for bfloat16 numbers [blocks of 16 tokens of the batch, 16, padded num_rows].
+    static Index weighted_size(const Segment& segment) {
+        return num_blocks(segment) * TILE_ROWS * padded(segment.num_rows) / 2;
+    }
+
+    // Zeroes what a rectangle has of them: all of its blocks of tokens, by its rows in whole lines.
+    static void clear(const Segment& segment, const Rectangle& some, float* weighted) {
+        const Index begin = some.token / TILE_ROWS * TILE_ROWS;
+        const Index end = (some.token + some.num_tokens + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        for (Index token = begin; token < end; ++token)
+            std::memset(place(segment, token, some.row, weighted), 0, padded(some.num_rows) * sizeof(BFloat16));
+    }
 
     static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
         const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
         const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
         const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
-        auto* place = reinterpret_cast<BFloat16*>(weighted) + token * padded(segment.num_rows) + row;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), (__m256i)_mm512_cvtneps_pbh(products));
+        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
     }
 
-    static void expand(const LowRankPart& part, const Outputs& outputs, const Segment& segment, Index column, Index count,
-                       const float* weighted) {
-        const auto* weights = reinterpret_cast<const BFloat16*>(weighted);
-        ExpandTiles(part, outputs, segment, weights, padded(segment.num_rows)).add(column, column + count);
+    // By block of 16 tokens; the calling thread keeps them until it makes others.
+    static const RankItems* items(const Additions& additions) {
+        static thread_local std::vector<RankItem> items;
+        static thread_local std::vector<Index> first;
+        static thread_local RankItems all;
+        const auto of_each_block = [&](const auto& take) {
+            Index weighted = 0;
+            for (const Segment* s = additions.segments; s < additions.segments + additions.num_segments; ++s) {
+                const Index width = padded(s->num_rows);
+                for (Index block = 0; block < num_blocks(*s); ++block, weighted += TILE_ROWS * width)
+                    take(s->token_start / TILE_ROWS + block, RankItem{weighted, width, s->row_start, s->extent});
+            }
+        };
+        first.assign(1, 0);
+        of_each_block([&](Index block, const RankItem&) {
+            if (block + 2 > static_cast<Index>(first.size())) first.resize(block + 2, 0);
+            ++first[block + 1];
+        });
+        for (size_t block = 1; block < first.size(); ++block) first[block] += first[block - 1];
+        items.resize(first.back());
+        static thread_local std::vector<Index> next;
+        next = first;
+        of_each_block([&](Index block, const RankItem& item) { items[next[block]++] = item; });
+        all = {items.data(), first.data(), static_cast<Index>(first.size()) - 1};
+        return &all;
+    }
+
+    // Adds a block, whose first token is the batch's, to the part's outputs.
+    static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
+        const RankSums sums = RankSums::of(all, part);
+        const Index end = block.column + block.num_columns;
+        Index column = block.column;
+        for (; column + 4 * PANEL <= end; column += 4 * PANEL) add_columns<4>(sums, outputs, block, column, 4 * PANEL);
+        for (; column < end; column += PANEL) add_columns<1>(sums, outputs, block, column, std::min(PANEL, end - column));
+        release_tiles();
     }
 
 private:
-    static Index padded(Index num_rows) { return (num_rows + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK; }
+    static Index padded(Index num_rows) { return (num_rows + EXPAND_ROWS - 1) / EXPAND_ROWS * EXPAND_ROWS; }
 
-    Index d_in_;
-    ShrinkTiles tiles_;
+    static Index num_blocks(const Segment& segment) {
+        return (segment.token_start % TILE_ROWS + segment.num_tokens + TILE_ROWS - 1) / TILE_ROWS;
+    }
+
+    // What token `token` of the batch weighs a row with.
+    static BFloat16* place(const Segment& segment, Index token, Index row, float* weighted) {
+        const Index first = segment.token_start / TILE_ROWS * TILE_ROWS;
+        return reinterpret_cast<BFloat16*>(weighted) + (token - first) * padded(segment.num_rows) + row;
+    }
+
+    template <int PANELS>
+    static void add_columns(const RankSums& sums, const Outputs& outputs, const Block& block, Index column, Index count) {
+        for (Index token = block.token; token < block.token + block.num_tokens; token += TILE_ROWS) {
+            const Index num_tokens = std::min<Index>(TILE_ROWS, block.token + block.num_tokens - token);
+            if (!sums.has_any(token / TILE_ROWS)) continue;
+            shape_for_block(num_tokens);
+            clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
+            sums.add<0, 4, 5, PANELS>(token / TILE_ROWS, column / PANEL);
+            BFloat16* y = outputs.at<BFloat16>(token - block.token, column);
+            add_sums<0, PANELS>(y, outputs.stride, num_tokens, count);
+            add_sums<1, PANELS>(y, outputs.stride, num_tokens, count);
+            add_sums<2, PANELS>(y, outputs.stride, num_tokens, count);
+            add_sums<3, PANELS>(y, outputs.stride, num_tokens, count);
+        }
+    }
+
+    template <int SUMS, int PANELS>
+    static void add_sums(BFloat16* y, Index stride, Index num_tokens, Index count) {
+        if constexpr (SUMS < PANELS) {
+            alignas(64) float sums[TILE_ROWS][PANEL];
+            store_tile<SUMS>(sums, sizeof sums[0]);
+            const __mmask16 there = (1u << std::min(count - SUMS * PANEL, PANEL)) - 1;
+            y += SUMS * PANEL;
+            for (Index t = 0; t < num_tokens; ++t, y += stride) {
+                const Lanes total = widen(_mm256_maskz_loadu_epi16(there, y)) + load_lanes(sums[t]);
+                _mm256_mask_storeu_epi16(y, there, (__m256i)_mm512_cvtneps_pbh((__m512)total));
+            }
+        }
+    }
+
+    const Tokens& tokens_;
 };
 
 #endif

@@ -1,187 +1,111 @@
 // What rank rows make of tokens, u = A x + a, in the processor's tile registers.
 //
-// Rank rows go in as they lie, [16 rows][32 inputs], and the tokens turned: for each pair of inputs, those of a block of
-// tokens. Every output is summed over 32 inputs at a time, in order, whoever shares the registers.
+// Tokens go in as they lie, [16 tokens][32 inputs], and rank rows as their panels do. Every output is summed over 32 inputs
+// at a time, in order, whoever shares the registers.
 #pragma once
 
 #include "lanes.h"
-#include "lines.h"
-#include "rank_rows.h"
+#include "rank_panels.h"
 #include "tile_registers.h"
-#include "words.h"
 
 #ifdef HAS_TILE_REGISTERS
 
 class ShrinkTiles {
 public:
-    // Blocks of tokens, one behind the other, each [d_in / 2 pairs][columns of 2 inputs]: a column a token, and zeros.
-    struct Turned {
-        const char* pairs;
-        Index columns;
-        Index num_blocks;
+    ShrinkTiles(const Tokens& tokens, const BFloat16* rows, const BFloat16* bias, Index extent)
+        : tokens_(tokens), rows_(rows), bias_(bias), extent_(extent) {}
 
-        Index stride() const { return columns * sizeof(uint32_t); }
-    };
-
-    explicit ShrinkTiles(const Tokens& tokens) : tokens_(tokens) {}
-
-    // The tokens' pairs of inputs, until this thread turns others.
-    Turned turn(Index token, Index num_tokens) const {
-        const BFloat16* x = static_cast<const BFloat16*>(tokens_.x) + token * tokens_.x_stride;
-        if (num_tokens == 1) return {reinterpret_cast<const char*>(x), 1, 1};
-        static thread_local Lines<char> workspace;
-        const Index columns = num_tokens == 2 ? 2 : TILE_ROWS, num_blocks = (num_tokens + TILE_ROWS - 1) / TILE_ROWS;
-        const Index size = tokens_.d_in / 2 * columns * sizeof(uint32_t);
-        char* pairs = workspace.make_room(num_blocks * size);
-        if (num_tokens == 2) {
-            turn_two(x, pairs);
-        } else {
-            for (Index block = 0; block < num_blocks; ++block)
-                turn_block(x + block * TILE_ROWS * tokens_.x_stride,
-                           std::min<Index>(num_tokens - block * TILE_ROWS, TILE_ROWS), pairs + block * size);
-        }
-        return {pairs, columns, num_blocks};
-    }
-
-    // take(token, row, count, u): what a token makes of a block of rank rows; `rows` and `bias` begin with the first.
+    // take(token, row, count, u): what a token makes of a block of rows, both counted from the first of those given.
     template <typename Take>
-    void shrink(const Turned& turned, const BFloat16* rows, const BFloat16* bias, Index num_tokens, Index num_rows,
-                const Take& take) const {
-        Index row = 0;
-        const auto some = [&](auto blocks, Index count) {
-            shape(count, turned.columns);
-            const Products products{turned, rows + row * tokens_.d_in, tokens_.d_in, bias ? bias + row : nullptr, count};
-            by_all_tokens<decltype(blocks)::value>(products, num_tokens,
-                                                   [&](Index token, Index r, const float* u) { take(token, row + r, count, u); });
-            row += decltype(blocks)::value * count;
-        };
-        if (turned.num_blocks == 1)
-            while (row + 4 * TILE_ROWS <= num_rows) some(std::integral_constant<int, 4>(), TILE_ROWS);
-        while (row + 2 * TILE_ROWS <= num_rows) some(std::integral_constant<int, 2>(), TILE_ROWS);
-        while (row < num_rows) some(std::integral_constant<int, 1>(), std::min<Index>(num_rows - row, TILE_ROWS));
+    void shrink(Index token, Index num_tokens, Index row, Index num_rows, const Take& take) const {
+        const Index num_whole = num_tokens / TILE_ROWS, num_left = num_tokens % TILE_ROWS;
+        if (num_whole > 0) by_rows({token, 0, num_whole, TILE_ROWS, row, num_rows}, take);
+        if (num_left > 0) by_rows({token, num_whole * TILE_ROWS, 1, num_left, row, num_rows}, take);
         release_tiles();
     }
 
 private:
-    // Blocks of `count` rank rows by blocks of tokens.
-    struct Products {
-        const Turned& turned;
-        const BFloat16* rows;
-        Index d_in;
-        const BFloat16* bias;
-        Index count;
+    // Blocks of `count` tokens, of which `before` come before, by some rows.
+    struct Some {
+        Index token, before, num_blocks, count, row, num_rows;
     };
 
-    // Pairs of 16 inputs of both tokens, in turn.
-    void turn_two(const BFloat16* x, char* pairs) const {
-        const BFloat16* other = x + tokens_.x_stride;
-        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(WORDS / 2));
-        for (Index input = 0; input < tokens_.d_in; input += TILE_DEPTH, pairs += 2 * TILE_BYTES) {
-            const __m512i first = _mm512_loadu_si512(x + input), second = _mm512_loadu_si512(other + input);
-            _mm512_store_si512(pairs, _mm512_permutex2var_epi32(first, low, second));
-            _mm512_store_si512(pairs + TILE_BYTES, _mm512_permutex2var_epi32(first, high, second));
-        }
+    template <typename Take>
+    void by_rows(const Some& some, const Take& take) const {
+        shape(some.count);
+        Index row = 0;
+        if (some.num_blocks == 1)
+            for (; row + 3 * SHRINK_ROWS < some.num_rows; row += 4 * SHRINK_ROWS) by_tokens<4>(some, row, take);
+        for (; row + SHRINK_ROWS < some.num_rows; row += 2 * SHRINK_ROWS) by_tokens<2>(some, row, take);
+        if (row < some.num_rows) by_tokens<1>(some, row, take);
     }
 
-    void turn_block(const BFloat16* x, Index num_tokens, char* pairs) const {
-        for (Index input = 0; input < tokens_.d_in; input += TILE_DEPTH, pairs += WORDS * TILE_BYTES) {
-            __m512i words[WORDS];
-#pragma GCC unroll 16
-            for (Index t = 0; t < WORDS; ++t)
-                words[t] = t < num_tokens ? _mm512_loadu_si512(x + t * tokens_.x_stride + input) : _mm512_setzero_si512();
-            transpose(words);
-#pragma GCC unroll 16
-            for (Index i = 0; i < WORDS; ++i) _mm512_store_si512(pairs + i * TILE_BYTES, words[i]);
-        }
-    }
-
-    // Registers: sums 0 to 3, rank rows 4 and 5, tokens 6 and 7.
-    static void shape(Index num_rows, Index columns) {
-        const auto shapes_of = [](Index bytes) {
-            return shapes_by_rows(TILE_ROWS, [bytes](TileShapes& some, int num) {
-                for (int tile : {0, 1, 2, 3}) some.set(tile, num, bytes);
-                for (int tile : {4, 5}) some.set(tile, num);
-                for (int tile : {6, 7}) some.set(tile, TILE_ROWS, bytes);
-            });
-        };
-        static const auto one = shapes_of(4), two = shapes_of(8), all = shapes_of(TILE_BYTES);
-        shape_tiles((columns == 1 ? one : columns == 2 ? two : all)[num_rows]);
+    // Registers: sums 0 to 3, tokens 4 and 5, rank rows 6 and 7.
+    static void shape(Index num_tokens) {
+        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
+            for (int tile : {0, 1, 2, 3, 4, 5}) some.set(tile, num_rows);
+            for (int tile : {6, 7}) some.set(tile, TILE_ROWS);
+        });
+        shape_tiles(shapes[num_tokens]);
     }
 
     template <int ROWS, typename Take>
-    static void by_all_tokens(const Products& products, Index num_tokens, const Take& take) {
+    void by_tokens(const Some& some, Index row, const Take& take) const {
         constexpr Index MOST = 4 / ROWS;
         Index block = 0;
-        for (; block + MOST <= products.turned.num_blocks; block += MOST)
-            multiply<ROWS, MOST>(products, block, num_tokens, take);
+        for (; block + MOST <= some.num_blocks; block += MOST) multiply<ROWS, MOST>(some, row, block, take);
         if constexpr (MOST == 4)
-            for (; block + 2 <= products.turned.num_blocks; block += 2) multiply<ROWS, 2>(products, block, num_tokens, take);
-        for (; block < products.turned.num_blocks; ++block) multiply<ROWS, 1>(products, block, num_tokens, take);
+            for (; block + 2 <= some.num_blocks; block += 2) multiply<ROWS, 2>(some, row, block, take);
+        for (; block < some.num_blocks; ++block) multiply<ROWS, 1>(some, row, block, take);
     }
 
     template <int ROWS, int TOKENS, typename Take>
-    static void multiply(const Products& products, Index block, Index num_tokens, const Take& take) {
+    void multiply(const Some& some, Index row, Index block, const Take& take) const {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-        const char* pairs = products.turned.pairs + block * products.d_in / 2 * products.turned.stride();
-        for (Index input = 0; input < products.d_in; input += TILE_DEPTH, pairs += WORDS * products.turned.stride())
-            add_products<ROWS, TOKENS>(products, products.rows + input, pairs);
-        collect<ROWS, TOKENS>(products, block, num_tokens, take);
+        const Index first = some.before + block * TILE_ROWS;
+        const BFloat16* x = static_cast<const BFloat16*>(tokens_.x) + (some.token + first) * tokens_.x_stride;
+        const Index last_width = rows_in_block(extent_, some.row + row + (ROWS - 1) * SHRINK_ROWS, SHRINK_ROWS);
+        for (Index input = 0; input < tokens_.d_in; input += TILE_DEPTH)
+            add_products<ROWS, TOKENS>(x + input, rows_ + (some.row + row) * tokens_.d_in, input, last_width);
+        collect<ROWS, TOKENS>(some, row, first, take);
     }
 
-    // Each block of tokens meets each block of rows; what stays in its registers is loaded once.
+    // Each block of tokens meets each block of rows; what stays in its register is loaded once.
     template <int ROWS, int TOKENS, int SUMS = 0>
-    static inline void add_products(const Products& products, const BFloat16* rows, const char* pairs) {
+    void add_products(const BFloat16* x, const BFloat16* rows, Index input, Index last_width) const {
         if constexpr (SUMS < ROWS * TOKENS) {
             constexpr int TOKEN = SUMS / ROWS, ROW = SUMS % ROWS;
-            const Index block_bytes = products.d_in / 2 * products.turned.stride();
-            if constexpr (ROW == 0) load_tile<6 + TOKEN % 2>(pairs + TOKEN * block_bytes, products.turned.stride());
-            if constexpr (TOKEN == 0)
-                load_tile<4 + ROW % 2>(rows + ROW * TILE_ROWS * products.d_in, products.d_in * sizeof(BFloat16));
-            add_pair_products<SUMS, 4 + ROW % 2, 6 + TOKEN % 2>();
-            add_products<ROWS, TOKENS, SUMS + 1>(products, rows, pairs);
+            if constexpr (ROW == 0)
+                load_tile<4 + TOKEN % 2>(x + TOKEN * TILE_ROWS * tokens_.x_stride, tokens_.x_stride * sizeof(BFloat16));
+            if constexpr (TOKEN == 0) {
+                const Index width = ROW + 1 < ROWS ? SHRINK_ROWS : last_width;
+                load_tile<6 + ROW % 2>(rows + ROW * SHRINK_ROWS * tokens_.d_in + input * width, width * sizeof(uint32_t));
+            }
+            add_pair_products<SUMS, 4 + TOKEN % 2, 6 + ROW % 2>();
+            add_products<ROWS, TOKENS, SUMS + 1>(x, rows, input, last_width);
         }
     }
 
     template <int ROWS, int TOKENS, int SUMS = 0, typename Take>
-    static void collect(const Products& products, Index block, Index num_tokens, const Take& take) {
+    void collect(const Some& some, Index row, Index token, const Take& take) const {
         if constexpr (SUMS < ROWS * TOKENS) {
-            constexpr Index ROW = SUMS % ROWS * TILE_ROWS;
-            const Index token = (block + SUMS / ROWS) * TILE_ROWS;
-            collect_tile<SUMS>(products.turned.columns, products.count, products.bias ? products.bias + ROW : nullptr,
-                               std::min<Index>(num_tokens - token, TILE_ROWS),
-                               [&](Index t, const float* u) { take(token + t, ROW, u); });
-            collect<ROWS, TOKENS, SUMS + 1>(products, block, num_tokens, take);
-        }
-    }
-
-    template <int SUMS, typename Take>
-    static void collect_tile(Index columns, Index num_rows, const BFloat16* bias, Index num_tokens, const Take& take) {
-        alignas(64) float u[TILE_ROWS][ROW_BLOCK];
-        const __mmask16 there = (1u << num_rows) - 1;
-        __m512i words[WORDS];
-        if (columns == TILE_ROWS) {
+            const Index first = row + SUMS % ROWS * SHRINK_ROWS, count = std::min(SHRINK_ROWS, some.num_rows - first);
+            alignas(64) float u[TILE_ROWS][SHRINK_ROWS];
             store_tile<SUMS>(u, sizeof u[0]);
-#pragma GCC unroll 16
-            for (int r = 0; r < WORDS; ++r) words[r] = _mm512_load_si512(u[r]);
-            transpose(words);
-        } else {
-            alignas(64) float few[TILE_ROWS * 2];
-            store_tile<SUMS>(few, columns * sizeof(float));
-            const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            for (Index t = 0; t < columns; ++t)
-                words[t] = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there,
-                                                       _mm512_mullo_epi32(places, _mm512_set1_epi32(columns)), few + t, 4);
-        }
-        Lanes offsets = {};
-        if (bias) offsets = widen(_mm256_maskz_loadu_epi16(there, bias));
-        for (Index t = 0; t < num_tokens; ++t) {
-            store_lanes((Lanes)words[t] + offsets, u[t]);
-            take(t, u[t]);
+            Lanes offsets = {};
+            if (bias_) offsets = (Lanes)widen(_mm256_maskz_loadu_epi16((1u << count) - 1, bias_ + some.row + first));
+            for (Index t = 0; t < some.count; ++t) {
+                if (bias_) store_lanes(load_lanes(u[t]) + offsets, u[t]);
+                take(token + SUMS / ROWS * TILE_ROWS + t, first, count, u[t]);
+            }
+            collect<ROWS, TOKENS, SUMS + 1>(some, row, token, take);
         }
     }
 
     const Tokens& tokens_;
+    const BFloat16* rows_;  // the resident's panels
+    const BFloat16* bias_;  // of its first row, or null
+    Index extent_;
 };
 
 #endif

@@ -3,10 +3,11 @@
 // A panel is, 16 pairs of inputs at a time, just what a register takes. Up to 16 tokens meet four panels, because reading
 // weights is what takes long; more meet two at a time, 32 tokens to each, because multiplying is. Of these panels as much
 // of the depth is taken for many tokens in turn as stays in the nearest cache, and the sums are kept aside. Either way an
-// output is summed in the same order.
+// output is summed in the same order, the inputs first, then what adapters add.
 #pragma once
 
 #include "panels.h"
+#include "rank_sums.h"
 #include "tile_registers.h"
 #include "tokens.h"
 
@@ -14,11 +15,12 @@
 
 struct TileProduct {
     using Number = BFloat16;
-    static constexpr bool SHARES_TOKENS = true;
+    static constexpr bool SHARES_TOKENS = true, ADDS_RANK_ROWS = true;
     static constexpr Index TILE_PANELS = 4;
     static constexpr Index WEIGHTS_STRIDE = 2 * PANEL * sizeof(uint16_t);
     const uint16_t* x;
     Index num_tokens, d_in, x_stride;
+    Index first_token = 0;  // of the batch, a multiple of 16
 
     static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
 
@@ -30,7 +32,9 @@ struct TileProduct {
 
     // With the tokens [token, + count) alone.
     TileProduct share(Index token, Index count) const {
-        return TileProduct({x + token * x_stride, count, d_in, x_stride});
+        TileProduct some({x + token * x_stride, count, d_in, x_stride});
+        some.first_token = token;
+        return some;
     }
 
     // Few tokens take single panels well, many take two.
@@ -66,6 +70,8 @@ private:
         }
     };
 
+    static RankSums rank_sums(const LinearPart& part) { return RankSums::of(*part.rows->all, *part.rows->part); }
+
     const uint16_t* weights_of(const LinearPart& part, Index panel) const {
         return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
     }
@@ -73,7 +79,7 @@ private:
     // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
     template <int PANELS>
     void few_tokens(const LinearPart& part, Index first) const {
-        shape_for_few(num_tokens);
+        shape_for_block(num_tokens);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
         for (Index input = 0; input < d_in; input += TILE_DEPTH) {
@@ -83,6 +89,7 @@ private:
             next<2, 7, PANELS>(weights, input);
             next<3, 5, PANELS>(weights, input);
         }
+        if (part.rows) rank_sums(part).add<0, 4, 5, PANELS>(first_token / TILE_ROWS, first);
         store<0, PANELS>(part, 0, num_tokens, first);
         store<1, PANELS>(part, 0, num_tokens, first + 1);
         store<2, PANELS>(part, 0, num_tokens, first + 2);
@@ -135,14 +142,6 @@ private:
         }
     }
 
-    static void shape_for_few(Index num) {
-        static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int num_rows) {
-            for (int tile : {0, 1, 2, 3, 4}) some.set(tile, num_rows);
-            for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
-        });
-        shape_tiles(shapes[num]);
-    }
-
     static void shape_for_many(Index num) {
         static const auto shapes = shapes_by_rows(2 * TILE_ROWS, [](TileShapes& some, int num_rows) {
             const int upper = std::min(num_rows, TILE_ROWS), lower = std::max(num_rows - TILE_ROWS, 1);
@@ -181,6 +180,12 @@ private:
             store_tile<0>(sums.of[0], TILE_BYTES), store_tile<1>(sums.of[1], TILE_BYTES);
             store_tile<2>(sums.of[2], TILE_BYTES), store_tile<3>(sums.of[3], TILE_BYTES);
             return;
+        }
+        if (part.rows) {
+            const Index number = (first_token + token) / TILE_ROWS;
+            const RankSums rows = rank_sums(part);
+            rows.add<0, 4, 6, PANELS>(number, first);
+            if constexpr (BLOCKS == 2) rows.add<2, 5, 6, PANELS>(number + 1, first);
         }
         const Index num_upper = std::min<Index>(num, TILE_ROWS), num_lower = num - num_upper;
         if constexpr (PANELS == 2) {

@@ -50,6 +50,15 @@ static inline void shape_tiles(const TileShapes& shapes) { asm volatile("ldtilec
 
 static inline void release_tiles() { asm volatile("tilerelease"); }
 
+// Sums 0 to 3 and what is multiplied, 4, of so many rows; 5 to 7 whole, for what it is multiplied with.
+static inline void shape_for_block(Index num_rows) {
+    static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int rows) {
+        for (int tile : {0, 1, 2, 3, 4}) some.set(tile, rows);
+        for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
+    });
+    shape_tiles(shapes[num_rows]);
+}
+
 template <int TILE>
 static inline void clear_tile() {
     asm volatile("tilezero %%tmm%c0" ::"i"(TILE));

@@ -17,7 +17,7 @@ typedef uint32_t Words __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 
 struct WideningProduct {
     using Number = BFloat16;
-    static constexpr bool SHARES_TOKENS = false;
+    static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = false;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 4;
     const float* x;

@@ -21,11 +21,14 @@ from loose_adapters import (
     make_lora,
     make_modules,
 )
+from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.lora_weights import ModuleLoRA
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.pool_ledger import MoveRows, PoolLedger, WriteRows
 from fusionserve.adapters.side_copies import CopyError, SideStream
+from fusionserve.kernels.segments import Addition, Additions, Segment, Segments
 
 
 def make_pool(capacity: int = 16, dtype: torch.dtype = torch.float32) -> AdapterPool:
@@ -120,7 +123,7 @@ def test_random_traffic_keeps_every_resident_true() -> None:
     ]
     held: list[Adapter] = []
     num_moves = 0
-    for _ in range(300):
+    for _ in range(450):
         wanted = chance.choice(adapters)
         if ledger.hold([wanted]):
             held.append(wanted)
@@ -134,6 +137,47 @@ def test_random_traffic_keeps_every_resident_true() -> None:
                 assert_resident(pool, adapter, ledger.start_of(adapter))
         ledger.check_integrity(len(held))
     assert num_moves > 10, "the traffic is too tame"
+
+
+def test_rows_that_lie_as_kernels_take_them_add_what_the_adapter_says() -> None:
+    """Odd ranks and even, a rank that differs by module, and moves over one another."""
+    d_in, d_out = 64, 37
+    modules = make_modules(d_in, d_out)
+    pool = AdapterPool(modules, 120, dtype=torch.bfloat16, device=torch.device("cpu"))
+    ranks, starts = {"a": (3, 37), "b": (40, 1), "c": (16, 0)}, {"a": 0, "b": 38, "c": 78}
+    adapters = {
+        name: make_adapter(
+            make_content(
+                {
+                    path: make_lora(rank, seed=rank, d_in=d_in, d_out=d_out, bias=name == "b")
+                    for path, rank in zip((FIRST, SECOND), of_modules, strict=True)
+                    if rank
+                }
+            )
+        )
+        for name, of_modules in ranks.items()
+    }
+    pool.apply(tuple(WriteRows(adapter, starts[name] + 10) for name, adapter in adapters.items()))
+    pool.apply(tuple(MoveRows(starts[n] + 10, starts[n], a.num_rows) for n, a in adapters.items()))
+    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
+    segments = [
+        Segment(token, token + 1, starts[n], starts[n] + a.num_rows, a.num_rows, torch.ones(1, a.num_rows))
+        for token, (n, a) in enumerate(adapters.items())
+    ]
+    for path in (FIRST, SECOND):
+        y = torch.zeros(3, d_out, dtype=torch.bfloat16)
+        Segments(segments, x).add_(x, Additions([Addition({0: pool.rows(path).part})]), [y])
+        for token, adapter in enumerate(adapters.values()):
+            lora = adapter.weights.modules.get(path)
+            expected = torch.zeros(d_out) if lora is None else _delta(x[token].float(), lora)
+            torch.testing.assert_close(y[token].float(), expected, rtol=0.05, atol=0.5)
+
+
+def _delta(x: Tensor, lora: ModuleLoRA) -> Tensor:
+    """(A x + a) B of the weights as the pool rounds them."""
+    shrink, expand = lora.shrink.bfloat16().float(), lora.expand.bfloat16().float()
+    bias = 0 if lora.shrink_bias is None else lora.shrink_bias.bfloat16().float()
+    return (x @ shrink.T + bias) @ expand
 
 
 def test_copies_ahead_reach_the_rows_when_they_are_due_and_not_before() -> None:

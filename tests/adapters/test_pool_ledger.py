@@ -101,16 +101,16 @@ def test_adapter_named_twice_takes_rows_once_and_two_holds(is_resident: bool) ->
 
 
 def test_gaps_are_closed_when_no_single_one_is_wide_enough() -> None:
-    ledger, rows = PoolLedger(12), Rows(12)
-    adapters = [make_ranked(3) for _ in range(4)]
+    ledger, rows = PoolLedger(16), Rows(16)
+    adapters = [make_ranked(4) for _ in range(4)]
     for adapter in adapters:
         assert ledger.hold([adapter])
     ledger.release([adapters[0], adapters[2]])
-    wide = make_ranked(6)
+    wide = make_ranked(8)
     rows.apply(ledger.take_changes())
     assert ledger.hold([wide])
     changes = ledger.take_changes()
-    assert changes == (MoveRows(3, 0, 3), MoveRows(9, 3, 3), WriteRows(wide, 6))
+    assert changes == (MoveRows(4, 0, 4), MoveRows(12, 4, 4), WriteRows(wide, 8))
     rows.apply(changes)
     rows.assert_holds(ledger, [adapters[1], adapters[3], wide])
 
@@ -171,9 +171,9 @@ def test_repeat_writes_hands_out_every_resident_again() -> None:
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_gaps_are_closed_under_a_copy_that_is_not_done(has_begun: bool) -> None:
     """Rows that are being filled move when they are full; rows that are to be filled need not."""
-    copies, rows = DelayedCopies(None), Rows(12)
-    ledger = PoolLedger(12, copies)
-    a, b, c, wide = make_ranked(3), make_ranked(3), make_ranked(3), make_ranked(5)
+    copies, rows = DelayedCopies(None), Rows(16)
+    ledger = PoolLedger(16, copies)
+    a, b, c, wide = make_ranked(4), make_ranked(4), make_ranked(4), make_ranked(6)
 
     def begin() -> list[WriteRows]:
         writes = ledger.take_copies()
@@ -192,10 +192,10 @@ def test_gaps_are_closed_under_a_copy_that_is_not_done(has_begun: bool) -> None:
     ledger.release([a])
     assert not ledger.hold([wide])
     changes = ledger.take_changes()
-    assert changes == (MoveRows(3, 0, 3), *([MoveRows(6, 3, 3)] if has_begun else []))
+    assert changes == (MoveRows(4, 0, 4), *([MoveRows(8, 4, 4)] if has_begun else []))
     copies.join()
     rows.apply(changes)
-    assert begin() == [*([] if has_begun else [WriteRows(c, 3)]), WriteRows(wide, 6)]
+    assert begin() == [*([] if has_begun else [WriteRows(c, 4)]), WriteRows(wide, 8)]
     copies.finish()
     ledger.begin_round()
     assert ledger.hold([c, wide])
@@ -203,7 +203,7 @@ def test_gaps_are_closed_under_a_copy_that_is_not_done(has_begun: bool) -> None:
 
 
 def test_copies_are_handed_out_a_few_at_a_time_in_the_order_of_asking() -> None:
-    ledger, adapters = PoolLedger(16, DelayedCopies()), [make_ranked(1) for _ in range(9)]
+    ledger, adapters = PoolLedger(18, DelayedCopies()), [make_ranked(2) for _ in range(9)]
     for adapter in adapters:
         assert not ledger.hold([adapter])
     handed = [[write.resident for write in ledger.take_copies()] for _ in range(4)]

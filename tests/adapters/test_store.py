@@ -87,7 +87,7 @@ async def test_first_root_with_the_directory_wins(disk: Disk, store: AdapterStor
     disk.write("a", "2", root=1)
     disk.write("b", "3", root=1)
     leased = await store.lease(["a", "b"])
-    assert [adapter.num_rows for adapter in leased] == [1, 3]
+    assert [adapter.weights.max_rank for adapter in leased] == [1, 3]
     store.registry.release(leased)
 
 
@@ -153,11 +153,11 @@ async def test_explicit_load_waits_for_the_one_under_way(disk: Disk, store: Adap
     await asyncio.sleep(0.01)
     disk.gate.set()
     (first,) = await lease
-    assert [(adapter.version, adapter.num_rows) for adapter in await asyncio.gather(*loads)] == [
+    assert [(adapter.version, adapter.weights.max_rank) for adapter in await asyncio.gather(*loads)] == [
         (2, 2),
         (3, 2),
     ]
-    assert (first.version, first.num_rows) == (1, 1)
+    assert (first.version, first.weights.max_rank) == (1, 1)
     with pytest.raises(AlreadyExistsError):
         await late
     entry = store.registry.get("a")
@@ -211,11 +211,11 @@ async def test_evicted_adapter_comes_back_from_where_it_was(disk: Disk) -> None:
     assert store.registry.get("a") is None
     assert (await store.status("a", frozenset())).state is AdapterState.AVAILABLE
     (again,) = await store.lease(["a"])
-    assert (again.version, again.num_rows) == (2, 4)
+    assert (again.version, again.weights.max_rank) == (2, 4)
     store.registry.release([again])
     await store.unload("a", _forget)
     (default,) = await store.lease(["a"])  # an unloaded name is found under its own name again
-    assert default.num_rows == 5
+    assert default.weights.max_rank == 5
     store.registry.release([default])
 
 
@@ -225,7 +225,7 @@ async def test_operators_directory_need_not_lie_under_a_root(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / ADAPTER_CONFIG).write_text("3")
     adapter = await store.load_from("named", tmp_path / "elsewhere")
-    assert adapter.num_rows == 3
+    assert adapter.weights.max_rank == 3
     assert (await store.status("named", frozenset([adapter.uid]))).residency is Residency.DEVICE
     final = await store.unload("named", _forget)
     assert (final.state, final.residency) == (AdapterState.DRAINING, Residency.DISK)

@@ -64,7 +64,7 @@ def folders(tmp_path: Path) -> Path:
 async def serving(
     folders: Path, device: str, copies: DelayedCopies | None = None, max_batch_tokens: int = 40
 ) -> AsyncIterator[TestedEngine]:
-    options = {"device": device, "fusion_dirs": (folders / "fusions",), "adapter_pool_ranks": 160}
+    options = {"device": device, "fusion_dirs": (folders / "fusions",), "adapter_pool_ranks": 176}
     options |= {"max_batch_tokens": max_batch_tokens}
     async with running_engine(folders / "model", folders / "adapters", copies, **options) as engine:
         yield engine

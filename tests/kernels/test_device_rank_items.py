@@ -158,7 +158,7 @@ def make_rows(*, member_keys: bool, base_member: bool, attends: tuple[bool, ...]
 def reference_weights(x: Tensor, part: PartRows, fused: FusedRange, path: str) -> Tensor:
     """Fusion weights [tokens, members (+ 1)] of a module's attention, in float64."""
     rows = fused.rows
-    here = slice(fused.row_start, fused.row_start + rows.num_rows)
+    here = slice(fused.row_start, fused.row_start + rows.num_used_rows)
     bias = x.new_zeros(CAPACITY) if part.bias is None else part.bias
     shrunk = (x[fused.start : fused.end].double() @ part.shrink[here].double().T + bias[here].double()).cpu()
     u, scores = shrunk[:, : rows.num_member_rows], shrunk[:, rows.num_member_rows :]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import Tensor
 
 from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
-from fusionserve.kernels.low_rank import reference_delta
+from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
 from fusionserve.kernels.segments import (
     Addition,
     Additions,
@@ -31,36 +33,47 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def make_rows(d_in: int, d_out: int, dtype: torch.dtype, *, bias: bool) -> PartRows:
+    """Row by row, as the definition has them."""
     shrink = make((CAPACITY, d_in), dtype, 1) * d_in**-0.5
     return PartRows(shrink, make((CAPACITY,), dtype, 2) if bias else None, make((CAPACITY, d_out), dtype, 3))
 
 
+def as_kernels_take(rows: PartRows, residents: Iterable[tuple[int, int]]) -> PartRows:
+    """The same rows, in panels if the processor has them so: `residents` are their first rows and numbers."""
+    (capacity, d_in), d_out = rows.shrink.shape, rows.expand.shape[1]
+    if not has_panels(d_in, rows.shrink):
+        return rows
+    capacity, width = padded_shape(capacity, d_out)
+    shrink, expand = rows.shrink.new_zeros(capacity, d_in), rows.expand.new_zeros(capacity, width)
+    for start, extent in residents:
+        here = slice(start, start + extent)
+        pack_rows_(rows.shrink[here], rows.expand[here], shrink[here], expand[here])
+    return PartRows(shrink, rows.bias, expand[:, :d_out], in_panels=True)
+
+
 def expected_output(x: Tensor, rows: PartRows, y: Tensor, segments: list[Segment]) -> Tensor:
-    """y plus each segment's delta, in float64."""
+    """y plus each segment's delta, in float64; in panels what weighs a row is rounded before it does."""
     wide = y.double()
     bias = torch.zeros(CAPACITY) if rows.bias is None else rows.bias
     for segment in segments:
         tokens = slice(segment.token_start, segment.token_end)
         here = slice(segment.row_start, segment.row_end)
-        count = segment.token_end - segment.token_start
-        wide[tokens] += reference_delta(
-            x[tokens].double(),
-            rows.shrink[here].double(),
-            bias[here].double(),
-            rows.expand[here].double(),
-            segment.coefficients.double().expand(count, -1),
-        )
+        u = x[tokens].double() @ rows.shrink[here].double().T + bias[here].double()
+        weighted = segment.coefficients.double() * u
+        if has_panels(x.shape[1], x):
+            weighted = weighted.bfloat16().double()
+        wide[tokens] += weighted @ rows.expand[here].double()
     return wide
 
 
 def make_segments() -> list[Segment]:
     """Ranks 1 to 33, one token and several, a blend of two, shared and own coefficients; tokens 0 and 5 are base."""
     return [
-        Segment(1, 2, 0, 16, torch.full((1, 16), 0.5)),
-        Segment(2, 5, 16, 17, torch.tensor([[1.0], [0.0], [-2.0]])),
-        Segment(6, 8, 17, 50, make((2, 33), torch.float32, 4)),
-        Segment(8, 9, 3, 8, torch.ones(1, 5)),
-        Segment(8, 9, 50, 60, torch.full((1, 10), 0.25)),
+        Segment(1, 2, 0, 16, 16, torch.full((1, 16), 0.5)),
+        Segment(2, 5, 16, 17, 2, torch.tensor([[1.0], [0.0], [-2.0]])),
+        Segment(6, 8, 18, 51, 34, make((2, 33), torch.float32, 4)),
+        Segment(8, 9, 52, 57, 6, torch.ones(1, 5)),
+        Segment(8, 9, 58, 68, 10, torch.full((1, 10), 0.25)),
     ]
 
 
@@ -79,7 +92,9 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, d_
     segments = make_segments()
     expected = [expected_output(x, rows, y, segments) for rows, y in zip(parts, outputs, strict=True)]
     before = [y.clone() for y in outputs]
-    Segments(segments, x).add_(x, Additions([Addition(dict(enumerate(parts)))]), outputs)
+    residents = [(segment.row_start, segment.extent) for segment in segments]
+    additions = Additions([Addition({i: as_kernels_take(rows, residents) for i, rows in enumerate(parts)})])
+    Segments(segments, x).add_(x, additions, outputs)
     for y, wide, untouched in zip(outputs, expected, before, strict=True):
         torch.testing.assert_close(
             y.double(), wide, rtol=2**-6 if dtype is torch.bfloat16 else 1e-5, atol=0.02
@@ -93,13 +108,15 @@ def test_segments_of_several_modules_equal_the_definition(dtype: torch.dtype, d_
 def test_token_gets_the_same_bits_in_any_company(dtype: torch.dtype, d_in: int, num_rows: int) -> None:
     num_tokens = 89
     x, before = make((num_tokens, d_in), dtype, 0), make((num_tokens, 200), dtype, 5)
-    additions = Additions([Addition({0: make_rows(d_in, 200, dtype, bias=True)})])
+    extent = num_rows + num_rows % 2
+    rows = as_kernels_take(make_rows(d_in, 200, dtype, bias=True), [(0, extent)])
+    additions = Additions([Addition({0: rows})])
 
     def added(size: int) -> Tensor:
         ends = [min(start + size, num_tokens) for start in range(0, num_tokens, size)]
         starts = range(0, num_tokens, size)
         segments = [
-            Segment(start, end, 0, num_rows, torch.full((1, num_rows), 0.3))
+            Segment(start, end, 0, num_rows, extent, torch.full((1, num_rows), 0.3))
             for start, end in zip(starts, ends, strict=True)
         ]
         y = before.clone()
@@ -115,11 +132,10 @@ def test_token_gets_the_same_bits_in_any_company(dtype: torch.dtype, d_in: int, 
 @with_dtype
 @with_d_in
 def test_zero_coefficient_means_zero_whatever_the_input(dtype: torch.dtype, d_in: int) -> None:
-    rows = make_rows(d_in, 20, dtype, bias=False)
+    rows = as_kernels_take(make_rows(d_in, 20, dtype, bias=False), [(0, 4)])
     x, y = torch.full((2, d_in), float("inf"), dtype=dtype), torch.zeros(2, 20, dtype=dtype)
-    Segments([Segment(0, 1, 0, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, torch.ones(1, 4))], x).add_(
-        x, Additions([Addition({0: rows})]), [y]
-    )
+    segments = [Segment(0, 1, 0, 4, 4, torch.zeros(1, 4)), Segment(1, 2, 0, 4, 4, torch.ones(1, 4))]
+    Segments(segments, x).add_(x, Additions([Addition({0: rows})]), [y])
     assert not y[0].any()
     assert not y[1].isfinite().any()
 
@@ -141,13 +157,14 @@ ALLOWED = {
 def test_attention_over_members_equals_the_definition(
     dtype: torch.dtype, d_in: int, allowed: Tensor | None, member_keys: bool, base_member: bool
 ) -> None:
-    member_of_row, start, num_tokens = torch.tensor([0, 0, 0, 1, 2, 2]), 5, 4
+    member_of_row, start, extent, num_tokens = torch.tensor([0, 0, 0, 1, 2, 2]), 5, 16, 4
     x, rows = make((7, d_in), dtype, 0), make_rows(d_in, 8, dtype, bias=True)
     assert rows.bias is not None
     fusion = FusionAttention(
         token_start=2,
         token_end=2 + num_tokens,
         row_start=start,
+        extent=extent,
         member_of_row=member_of_row,
         num_members=3,
         has_member_keys=member_keys,
@@ -155,10 +172,11 @@ def test_attention_over_members_equals_the_definition(
         allowed=allowed,
     )
     coefficients = torch.full((num_tokens, 6), float("nan"))
-    attention = MemberAttention(rows, fusion, coefficients)
-    segment, y = Segment(2, 2 + num_tokens, start, start + 6, coefficients), make((7, 8), dtype, 5)
+    taken = as_kernels_take(rows, [(start, extent)])
+    attention = MemberAttention(taken, fusion, coefficients)
+    segment, y = Segment(2, 2 + num_tokens, start, start + 6, extent, coefficients), make((7, 8), dtype, 5)
     expected_y = y.double()
-    Segments([segment], x).add_(x, Additions([Addition({0: rows}, [attention])]), [y])
+    Segments([segment], x).add_(x, Additions([Addition({0: taken}, [attention])]), [y])
     weights = attention.weights
     outputs = (
         x[2:6].double() @ rows.shrink[start : start + 15].double().T + rows.bias[start : start + 15].double()

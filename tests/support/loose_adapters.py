@@ -18,12 +18,12 @@ FIRST, SECOND, EMBEDDING = "layers.0.proj", "layers.1.proj", "embed_tokens"
 _uids = count(1)
 
 
-def make_modules() -> BaseModules:
+def make_modules(d_in: int = D_IN, d_out: int = D_OUT) -> BaseModules:
     """Two linear modules and an embedding."""
     modules = [
         BaseModule(path=EMBEDDING, kind=ModuleKind.EMBEDDING, d_in=VOCAB, d_out=D_IN, has_bias=False),
         *(
-            BaseModule(path=path, kind=ModuleKind.LINEAR, d_in=D_IN, d_out=D_OUT, has_bias=True)
+            BaseModule(path=path, kind=ModuleKind.LINEAR, d_in=d_in, d_out=d_out, has_bias=True)
             for path in (FIRST, SECOND)
         ),
     ]

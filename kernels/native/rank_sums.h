@@ -1,0 +1,71 @@
+// What rank rows add to outputs, w B, in the processor's tile registers: to sums that are there already.
+//
+// A product takes what 16 tokens weigh 32 rank rows with, and pairs of these rows for 16 outputs, as their panels have
+// them. Tokens that share the registers with others' rows meet them with zeros. Every sum is in the same order, whoever
+// shares the registers: rank rows are finite, and none of them is zero times anything else.
+#pragma once
+
+#include "low_rank.h"
+#include "rank_panels.h"
+#include "tile_registers.h"
+
+#ifdef HAS_TILE_REGISTERS
+
+// A segment's rank rows as a block of 16 tokens meets them: `weighted` [16][width] lies so far behind the part's first,
+// `width` a multiple of 32, with zeros where there is no row or another's token.
+struct RankItem {
+    Index weighted, width, row_start, extent;
+};
+
+// Those of block b are items [first[b], first[b + 1]).
+struct RankItems {
+    const RankItem* items;
+    const Index* first;
+    Index num_blocks;
+};
+
+// The rank rows of one module.
+struct RankSums {
+    const RankItems* items;
+    const BFloat16* weighted;
+    const BFloat16* rows;  // expand rows
+    Index d_out;           // padded to whole panels
+
+    static RankSums of(const WeighedRows& all, const WeighedPart& part) {
+        return {all.items, reinterpret_cast<const BFloat16*>(part.weighted),
+                static_cast<const BFloat16*>(part.part->expand_rows), (part.part->d_out + PANEL - 1) / PANEL * PANEL};
+    }
+
+    bool has_any(Index block) const {
+        return block < items->num_blocks && items->first[block] < items->first[block + 1];
+    }
+
+    // Registers SUMS and the next ones, a panel each, += what the tokens of a block add to it. WEIGHTS takes as many
+    // tokens as they do; ROWS and the registers behind it, up to 7, take pairs of rows.
+    template <int SUMS, int WEIGHTS, int ROWS, int PANELS>
+    void add(Index block, Index panel) const {
+        if (!has_any(block)) return;
+        for (Index i = items->first[block]; i < items->first[block + 1]; ++i) {
+            const RankItem& item = items->items[i];
+            for (Index row = 0; row < item.width; row += EXPAND_ROWS) {
+                const Index count = rows_in_block(item.extent, row, EXPAND_ROWS);
+                load_tile<WEIGHTS>(weighted + item.weighted + row, item.width * sizeof(BFloat16));
+                add_panels<SUMS, WEIGHTS, ROWS, PANELS>(rows + (item.row_start + row) * d_out + panel * PANEL * count,
+                                                        PANEL * count);
+            }
+        }
+    }
+
+private:
+    template <int SUMS, int WEIGHTS, int ROWS, int PANELS, int P = 0>
+    static void add_panels(const BFloat16* pairs, Index panel_size) {
+        if constexpr (P < PANELS) {
+            constexpr int TILE = ROWS + P % (8 - ROWS);
+            load_tile<TILE>(pairs + P * panel_size, TILE_BYTES);
+            add_pair_products<SUMS + P, WEIGHTS, TILE>();
+            add_panels<SUMS, WEIGHTS, ROWS, PANELS, P + 1>(pairs, panel_size);
+        }
+    }
+};
+
+#endif
