@@ -96,7 +96,7 @@ class Projections:
         self, product: LinearProduct, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan, *, add: bool
     ) -> None:
         """The base's product, natively with what segments add to it."""
-        if plan.segments is None or product.native(x) is None:
+        if plan.segments is None or product.native(x) is None or all(m.rows.is_empty for m in self.modules):
             product.compute(x, outputs, add=add)
         else:
             additions = self.additions(plan.segments)
