@@ -82,14 +82,13 @@ class ModuleRows:
             _fill_(self.shrink_bias[rows], [(piece.offset, piece.shrink_bias) for piece in pieces])
         shrinking = [(piece.offset, piece.shrink) for piece in pieces]
         expanding = [(piece.offset, piece.expand) for piece in pieces]
-        if not self._in_panels:
+        if self._in_panels and pieces:
+            module = self._module
+            plain = _joined(shrinking, shrink, module.d_in), _joined(expanding, expand, module.d_out)
+            pack_rows_(*plain, shrink, expand)
+        else:
             _fill_(shrink, shrinking)
             _fill_(expand, expanding)
-            return
-        plain = shrink.new_empty(shrink.shape), expand.new_empty(num_rows, self._module.d_out)
-        _fill_(plain[0], shrinking)
-        _fill_(plain[1], expanding)
-        pack_rows_(*plain, shrink, expand)
 
     def _use_bias(self) -> None:
         """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""
@@ -110,13 +109,13 @@ class ModuleRows:
 
     def _allocate(self) -> None:
         zeros, module = partial(self._pages.zeros, self._like), self._module
-        capacity, width = self._capacity, module.d_out
+        shapes = [(self._capacity, module.d_in), (self._capacity, module.d_out)]
         if self._in_panels:
-            capacity, width = padded_shape(capacity, width)
+            shapes = [padded_shape(*shape) for shape in shapes]
         self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
-            zeros(capacity, module.d_in),
-            zeros(capacity),
-            zeros(capacity, width),
+            zeros(*shapes[0]),
+            zeros(self._capacity),
+            zeros(*shapes[1]),
         )
         self.layout += 1
 
@@ -128,6 +127,16 @@ def _fill_(rows: Tensor, pieces: Sequence[tuple[int, Tensor | None]]) -> None:
         rows.zero_()
     for offset, piece in there:
         rows[offset : offset + len(piece)].copy_(piece, non_blocking=True)
+
+
+def _joined(pieces: Sequence[tuple[int, Tensor | None]], like: Tensor, width: int) -> Tensor:
+    """The same as a tensor of the type and the number of rows of `like`: the only piece itself, if it is that."""
+    first = pieces[0][1]
+    if len(pieces) == 1 and first is not None and len(first) == len(like) and first.dtype == like.dtype:
+        return first
+    rows = like.new_empty(len(like), width)
+    _fill_(rows, pieces)
+    return rows
 
 
 class AdapterPool:

@@ -26,11 +26,12 @@ def _has_panels(d_in: int) -> bool:
     return library is not None and bool(library.has_rank_panels(c_int64(d_in)))
 
 
-def padded_shape(capacity: int, d_out: int) -> tuple[int, int]:
-    """Rows and width of a module's expand rows in panels: whole panels, and rows behind the last that may be read."""
+def padded_shape(capacity: int, width: int) -> tuple[int, int]:
+    """Of a tensor for so many rows in panels: rows behind the last that may be read, and whole panels of outputs."""
     library = native_library()
     assert library is not None, "panels without a native library"
-    return capacity + int(library.num_spare_rank_rows()), -(-d_out // PANEL) * PANEL
+    width = -(-width // PANEL) * PANEL
+    return capacity + -(-int(library.num_spare_rank_numbers()) // width), width
 
 
 def pack_rows_(shrink: Tensor, expand: Tensor, shrink_rows: Tensor, expand_rows: Tensor) -> None:

@@ -13,7 +13,7 @@ extern "C" int has_rank_panels(Index d_in) {
 #endif
 }
 
-extern "C" Index num_spare_rank_rows() { return SPARE_ROWS; }
+extern "C" Index num_spare_rank_numbers() { return SPARE_NUMBERS; }
 
 // rows [extent, d_in] -> panels.
 extern "C" void pack_shrink_rows(const uint32_t* rows, Index extent, Index d_in, uint32_t* panels) {

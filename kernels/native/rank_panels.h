@@ -4,7 +4,7 @@
 //     shrink: blocks of 16 rows, each [d_in / 2][rows][2]: for each pair of inputs, the rows' pairs
 //     expand: blocks of 32 rows, each [d_out / 16][rows / 2][16][2]: for each panel of outputs, pairs of rows
 // The last block has the rows that are left. A register is filled from whole lines, so it also takes what lies behind a
-// narrower block: numbers that meet zeros, or make sums that nobody reads. SPARE_ROWS behind the last row are such numbers.
+// narrower block: numbers that meet zeros, or make sums that nobody reads. Behind the last row are SPARE_NUMBERS such ones.
 #pragma once
 
 #include "panels.h"
@@ -13,7 +13,7 @@
 
 constexpr Index SHRINK_ROWS = 16;
 constexpr Index EXPAND_ROWS = 32;
-constexpr Index SPARE_ROWS = 32;
+constexpr Index SPARE_NUMBERS = 512;
 
 // Rows of the block that begins with `row`, of a resident with `extent` rows.
 static inline Index rows_in_block(Index extent, Index row, Index most) { return std::min(most, extent - row); }

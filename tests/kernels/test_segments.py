@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 import torch
+from kernel_rows import as_kernels_take
 from torch import Tensor
 
 from fusionserve.kernels.fusion_weights import masked_softmax, member_scores, with_base_member
-from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
+from fusionserve.kernels.rank_panels import has_panels
 from fusionserve.kernels.segments import (
     Addition,
     Additions,
@@ -36,19 +35,6 @@ def make_rows(d_in: int, d_out: int, dtype: torch.dtype, *, bias: bool) -> PartR
     """Row by row, as the definition has them."""
     shrink = make((CAPACITY, d_in), dtype, 1) * d_in**-0.5
     return PartRows(shrink, make((CAPACITY,), dtype, 2) if bias else None, make((CAPACITY, d_out), dtype, 3))
-
-
-def as_kernels_take(rows: PartRows, residents: Iterable[tuple[int, int]]) -> PartRows:
-    """The same rows, in panels if the processor has them so: `residents` are their first rows and numbers."""
-    (capacity, d_in), d_out = rows.shrink.shape, rows.expand.shape[1]
-    if not has_panels(d_in, rows.shrink):
-        return rows
-    capacity, width = padded_shape(capacity, d_out)
-    shrink, expand = rows.shrink.new_zeros(capacity, d_in), rows.expand.new_zeros(capacity, width)
-    for start, extent in residents:
-        here = slice(start, start + extent)
-        pack_rows_(rows.shrink[here], rows.expand[here], shrink[here], expand[here])
-    return PartRows(shrink, rows.bias, expand[:, :d_out], in_panels=True)
 
 
 def expected_output(x: Tensor, rows: PartRows, y: Tensor, segments: list[Segment]) -> Tensor:

@@ -1,0 +1,21 @@
+"""Rank rows for tests of the kernels that meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
+from fusionserve.kernels.segments import PartRows
+
+
+def as_kernels_take(rows: PartRows, residents: Iterable[tuple[int, int]]) -> PartRows:
+    """The same rows, in panels if the processor has them so: `residents` are their first rows and numbers."""
+    (capacity, d_in), d_out = rows.shrink.shape, rows.expand.shape[1]
+    if not has_panels(d_in, rows.shrink):
+        return rows
+    shrink = rows.shrink.new_zeros(padded_shape(capacity, d_in))
+    expand = rows.expand.new_zeros(padded_shape(capacity, d_out))
+    for start, extent in residents:
+        here = slice(start, start + extent)
+        pack_rows_(rows.shrink[here], rows.expand[here], shrink[here], expand[here])
+    return PartRows(shrink, rows.bias, expand[:, :d_out], in_panels=True)
