@@ -20,7 +20,7 @@ extern "C" int has_packed_linear() { return 1; }
 extern "C" void packed_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts,
                                    const AfterPair* after) {
 #ifdef HAS_TILE_REGISTERS
-    if (TileProduct::takes(*tokens)) return multiply(TileProduct(*tokens), parts, num_parts, after);
+    if (tiles_take(tokens->d_in)) return multiply(TileProduct(*tokens), parts, num_parts, after);
 #endif
     multiply(VectorProduct(*tokens), parts, num_parts, after);
 }

@@ -162,7 +162,7 @@ WeighedRows weigh_rows<float>(const Tokens& tokens, const Additions& additions) 
 template <>
 WeighedRows weigh_rows<BFloat16>(const Tokens& tokens, const Additions& additions) {
 #ifdef HAS_TILE_REGISTERS
-    if (RankTiles::takes(tokens)) return weigh_all<RankTiles>(tokens, additions);
+    if (tiles_take(tokens.d_in)) return weigh_all<RankTiles>(tokens, additions);
 #endif
     return weigh_all<RankRows<BFloat16>>(tokens, additions);
 }

@@ -2,12 +2,12 @@
 
 #include "rank_panels.h"
 
-#include "rank_tiles.h"
+#include "tile_registers.h"
 
 // True if modules with so many inputs have rank rows in panels, for products in bfloat16.
 extern "C" int has_rank_panels(Index d_in) {
 #ifdef HAS_TILE_REGISTERS
-    return RankTiles::takes({nullptr, 0, d_in, d_in});
+    return tiles_take(d_in);
 #else
     return 0;
 #endif

@@ -12,8 +12,6 @@
 
 class RankTiles {
 public:
-    static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
-
     explicit RankTiles(const Tokens& tokens) : tokens_(tokens) {}
 
     template <typename Take>

@@ -22,8 +22,6 @@ struct TileProduct {
     Index num_tokens, d_in, x_stride;
     Index first_token = 0;  // of the batch, a multiple of 16
 
-    static bool takes(const Tokens& tokens) { return tokens.d_in % TILE_DEPTH == 0 && may_use_tiles(); }
-
     explicit TileProduct(const Tokens& tokens)
         : x(static_cast<const uint16_t*>(tokens.x)),
           num_tokens(tokens.num_tokens),

@@ -38,6 +38,9 @@ static inline bool may_use_tiles() {
     return granted;
 }
 
+// True if they multiply inputs so wide: products, rank rows and how these lie all ask here.
+static inline bool tiles_take(Index d_in) { return d_in % TILE_DEPTH == 0 && may_use_tiles(); }
+
 // Shapes for each number of rows from 1 to `most`, made once: the processor waits for shapes that were just written.
 template <typename Make>
 static std::vector<TileShapes> shapes_by_rows(int most, const Make& make) {

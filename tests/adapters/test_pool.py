@@ -28,6 +28,7 @@ from fusionserve.adapters.lora_weights import ModuleLoRA
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.pool_ledger import MoveRows, PoolLedger, WriteRows
 from fusionserve.adapters.side_copies import CopyError, SideStream
+from fusionserve.config import EngineConfig
 from fusionserve.kernels.segments import Addition, Additions, Segment, Segments
 
 
@@ -171,6 +172,14 @@ def test_rows_that_lie_as_kernels_take_them_add_what_the_adapter_says() -> None:
             lora = adapter.weights.modules.get(path)
             expected = torch.zeros(d_out) if lora is None else _delta(x[token].float(), lora)
             torch.testing.assert_close(y[token].float(), expected, rtol=0.05, atol=0.5)
+
+
+def test_pool_of_an_odd_size_gets_a_row_more() -> None:
+    """So that an adapter fits whose rank is all of it: kernels take rows by twos."""
+    config = EngineConfig(model="m", model_name="m", adapter_pool_ranks=5)
+    adapter = make_two_module_adapter(1, 5, 3)
+    assert config.adapter_pool_ranks == adapter.num_rows == 6
+    assert PoolLedger(config.adapter_pool_ranks).hold([adapter])
 
 
 def _delta(x: Tensor, lora: ModuleLoRA) -> Tensor:

@@ -89,15 +89,10 @@ async def serving(
 def requests(output: OutputOptions | None = OUTPUT) -> list[GenerateParams]:
     kinds = [Adaptation(), lora("ada"), lora("dora"), blend(ada=0.3, bea=0.9)]
     kinds.append(Adaptation("fusion", fusion="mix"))
-    lengths = (
-        5,
-        3,
-        7,
-        4,
-        18,
-    )  # together more than 32, for the largest tile; the last fills a block and begins one
+    # Together more than 32, for the largest tile; the last fills a block and begins one.
+    lengths = (5, 3, 7, 4, 18)
     return [
-        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=2, output=output)
+        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=3, output=output)
         for n, (kind, length) in enumerate(zip(kinds, lengths, strict=True))
     ]
 

@@ -40,6 +40,11 @@ def make_rows() -> list[PartRows]:
     return [PartRows(shrink, None, make(CAPACITY, d_out, seed=2).to(DTYPE)) for d_out in D_OUTS]
 
 
+def make_inputs(num_tokens: int) -> tuple[Tensor, list[Tensor]]:
+    x = make(num_tokens, D_IN, seed=3).to(DTYPE)
+    return x, [make(num_tokens, d_out, seed=4).to(DTYPE) for d_out in D_OUTS]
+
+
 def segments_of(tokens: range) -> list[Segment]:
     """Each token has a resident, every fifth is base; neighbours in it are one segment, as in a plan."""
     whose = [None if token % 5 == 4 else RESIDENTS[token // 7 % len(RESIDENTS)] for token in tokens]
@@ -75,8 +80,7 @@ def projected(
 @pytest.mark.parametrize("bits", [None, 8], ids=["bfloat16", "int8"])
 def test_projections_equal_product_and_segments_apart(bits: int | None, adds: bool) -> None:
     group, rows, num_tokens = make_group(bits), make_rows(), 150
-    x = make(num_tokens, D_IN, seed=3).to(DTYPE)
-    residual = [make(num_tokens, d_out, seed=4).to(DTYPE) for d_out in D_OUTS]
+    x, residual = make_inputs(num_tokens)
     found = projected(group, rows, x, residual, range(num_tokens), adds)
     for module, part, y, before in zip(group, rows, found, residual, strict=True):
         expected = module.reference(x).double() + (before.double() if adds else 0)
@@ -91,8 +95,7 @@ def test_projections_equal_product_and_segments_apart(bits: int | None, adds: bo
 @pytest.mark.parametrize("bits", [None, 8], ids=["bfloat16", "int8"])
 def test_token_gets_the_same_bits_in_any_company(bits: int | None, adds: bool) -> None:
     group, rows, num_tokens = make_group(bits), make_rows(), 300
-    x = make(num_tokens, D_IN, seed=3).to(DTYPE)
-    residual = [make(num_tokens, d_out, seed=4).to(DTYPE) for d_out in D_OUTS]
+    x, residual = make_inputs(num_tokens)
     together = projected(group, rows, x, residual, range(num_tokens), adds)
     for size in (1, 3, 16, 17, 90):
         for start in range(0, num_tokens - size, 61):

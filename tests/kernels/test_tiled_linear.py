@@ -25,9 +25,9 @@ BITS = [8, 4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 with_bits = pytest.mark.parametrize("bits", BITS)
-# Types differ in how inputs are read and sums are written: a size of one range and one of two show both kernels.
+# Types differ in how inputs are read and sums are written: sizes of one range, of two and of four show all of it.
 PRODUCTS = [(size, torch.float32) for size in SIZES]
-PRODUCTS += [(size, dtype) for size in ((96, 48), (544, 272)) for dtype in DTYPES[1:]]
+PRODUCTS += [(size, dtype) for size in ((96, 48), (544, 272), (1056, 16)) for dtype in DTYPES[1:]]
 
 with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
