@@ -43,7 +43,7 @@ struct Job {
     std::atomic<const void*> work{nullptr};
     std::atomic<int> num_queues{0};
     std::atomic<uint64_t> round{0};
-    std::atomic<Index> num_done{0};
+    alignas(64) std::atomic<Index> num_done{0};  // in a line that no helper watches
     Queue queues[MOST_QUEUES];
 };
 
@@ -98,24 +98,30 @@ private:
         return num_queues;
     }
 
-    // Claims and runs pieces of the job numbered `round` until none is left, those of the thread's own queue first.
+    // Claims and runs pieces of the job numbered `round` until none is left, those of the thread's own queue first. It says
+    // once how many they were: threads that count at every piece take the line from each other as often.
     void take_pieces(uint64_t round, int number) {
         const int num_queues = job_.num_queues.load(std::memory_order_relaxed);
-        for (int q = 0; q < num_queues; ++q) take_from(job_.queues[(number + q) % num_queues], round);
+        Index num_done = 0;
+        for (int q = 0; q < num_queues; ++q) num_done += take_from(job_.queues[(number + q) % num_queues], round);
+        if (num_done > 0) job_.num_done.fetch_add(num_done, std::memory_order_release);
     }
 
-    void take_from(Queue& queue, uint64_t round) {
+    // Returns how many.
+    Index take_from(Queue& queue, uint64_t round) {
+        Index num_done = 0;
         uint64_t ticket = queue.ticket.load(std::memory_order_acquire);
         while ((ticket & ~PIECE_MASK) == round) {
             const Index piece = ticket & PIECE_MASK;
             const Piece run = job_.run.load(std::memory_order_relaxed);
             const void* work = job_.work.load(std::memory_order_relaxed);
-            if (piece >= queue.end.load(std::memory_order_relaxed)) return;
+            if (piece >= queue.end.load(std::memory_order_relaxed)) break;
             if (!queue.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
             run(work, piece);
-            job_.num_done.fetch_add(1, std::memory_order_release);
+            ++num_done;
             ticket = queue.ticket.load(std::memory_order_acquire);
         }
+        return num_done;
     }
 
     void help(int number) {
