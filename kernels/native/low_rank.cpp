@@ -5,6 +5,7 @@
 
 #include "low_rank.h"
 
+#include "cut.h"
 #include "lines.h"
 #include "rank_rows.h"
 #include "rank_tiles.h"
@@ -13,72 +14,15 @@
 #include <algorithm>
 #include <vector>
 
-// How segments are cut into rectangles, which are pieces of work: blocks of tokens by all of their rank rows or, where
-// threads would go without, by blocks of them. Blocks of tokens begin with the same tokens of the batch in every segment.
-class Cut {
-public:
-    static bool are_few(Index num_pieces) { return num_pieces < 2 * num_threads(); }
-
-    static Index num_blocks(Index token_start, Index num_tokens) {
-        return (token_start % TOKENS + num_tokens + TOKENS - 1) / TOKENS;
-    }
-
-    // For segments of so many blocks of tokens together.
-    explicit Cut(Index num_blocks) : is_by_rows_(are_few(num_blocks)) {}
-
-    Index num_pieces(Index token_start, Index num_tokens, Index num_rows) const {
-        return num_blocks(token_start, num_tokens) * (is_by_rows_ ? (num_rows + ROWS - 1) / ROWS : 1);
-    }
-
-    Rectangle piece(Index token_start, Index num_tokens, Index num_rows, Index number) const {
-        const Index count = num_blocks(token_start, num_tokens), row = number / count * ROWS;
-        const Index block = (token_start / TOKENS + number % count) * TOKENS, begin = std::max(block, token_start);
-        const Index end = std::min(block + TOKENS, token_start + num_tokens);
-        return {begin, end - begin, row, std::min(is_by_rows_ ? ROWS : num_rows, num_rows - row)};
-    }
-
-private:
-    static constexpr Index TOKENS = 64, ROWS = 32;
-    bool is_by_rows_;
-};
-
-// Numbers that one part's weighed rows take.
-template <typename Rows>
-static Index weighted_size(const Additions& additions) {
-    Index size = 0;
-    for (Index s = 0; s < additions.num_segments; ++s) size += Rows::weighted_size(additions.segments[s]);
-    return size;
-}
-
 // The rows of an addition's parts, one behind the other.
 template <typename Rows>
-static void shrink_parts(const Rows& rank_rows, const Addition& addition, const Additions& additions, float* all_weighted) {
-    const Segment *const first = additions.segments, *const end = first + additions.num_segments;
-    const Index size = weighted_size<Rows>(additions);
-    Index num_blocks = 0, num_pieces = 0;
-    for (const Segment* s = first; s < end; ++s) num_blocks += Cut::num_blocks(s->token_start, s->num_tokens);
-    const Cut cut(num_blocks);
-    const auto pieces_of = [&](const Segment& s) { return cut.num_pieces(s.token_start, s.num_tokens, s.num_rows); };
-    for (const Segment* s = first; s < end; ++s) num_pieces += pieces_of(*s);
-    const Index together = Cut::are_few(num_pieces) ? 1 : addition.num_parts;
-    parallel(num_pieces * (addition.num_parts / together), [&](Index item) {
-        const Index first_part = item / num_pieces * together;
-        Index number = item % num_pieces;
-        const Segment* s = first;
-        float* weighted = all_weighted + first_part * size;
-        for (Index count; number >= (count = pieces_of(*s)); ++s) {
-            number -= count;
-            weighted += Rows::weighted_size(*s);
-        }
-        const Rectangle some = cut.piece(s->token_start, s->num_tokens, s->num_rows, number);
-        for (Index p = first_part; p < first_part + together; ++p, weighted += size) {
-            const LowRankPart& part = addition.parts[p];
-            Rows::clear(*s, some, weighted);
-            rank_rows.shrink({part.shrink_rows, part.shrink_bias, s->row_start, s->extent}, some,
-                             [&](Index token, Index row, Index count, const float* u) {
-                                 Rows::keep(*s, some.token - s->token_start + token, some.row + row, count, u, weighted);
-                             });
-        }
+static void shrink_parts(const Rows& rank_rows, const Addition& addition, const RankPieces<Rows>& pieces, float* weighted) {
+    const Index together = Cut::are_few(pieces.size()) ? 1 : addition.num_parts;
+    parallel(pieces.size() * (addition.num_parts / together), [&](Index item) {
+        const RankPiece& piece = pieces[item % pieces.size()];
+        const Index first = item / pieces.size() * together;
+        for (Index p = first; p < first + together; ++p)
+            rank_rows.weigh(piece, addition.parts[p], weighted + p * pieces.weighted_size() + piece.weighted);
     });
 }
 
@@ -135,7 +79,8 @@ template <typename Rows>
 static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
     static thread_local Lines<float> workspace;  // of the calling thread, used by all
     static thread_local std::vector<WeighedPart> parts;
-    const Index size = weighted_size<Rows>(additions);
+    const RankPieces<Rows> pieces(additions);
+    const Index size = pieces.weighted_size();
     parts.clear();
     for (Index i = 0; i < additions.num_additions; ++i)
         for (Index p = 0; p < additions.additions[i].num_parts; ++p)
@@ -148,7 +93,7 @@ static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
         for (Index f = 0; f < addition.num_attentions; ++f) attend_members(rank_rows, addition.attentions[f]);
-        shrink_parts(rank_rows, addition, additions, weighted);
+        shrink_parts(rank_rows, addition, pieces, weighted);
         weighted += addition.num_parts * size;
     }
     return {additions, parts.data(), num_parts, Rows::items(additions), Rows::expand};

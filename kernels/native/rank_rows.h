@@ -19,6 +19,15 @@ struct Rectangle {
     Index token, num_tokens, row, num_rows;
 };
 
+// Some of a segment's tokens by some of its rank rows or, of several segments in a row, all tokens by all rank rows.
+// What they weigh the first segment's rows with lies `weighted` numbers behind the part's first.
+struct RankPiece {
+    const Segment* segment;
+    Index num_segments;
+    Rectangle some;
+    Index weighted;
+};
+
 constexpr Index ROW_BLOCK = 16;      // rank rows that read an input together
 constexpr Index COLUMN_BLOCK = 256;  // outputs that are one piece of work
 constexpr Index ROWS_AHEAD = 8;      // that are asked for early: they lie too far apart for the processor to guess
@@ -101,14 +110,20 @@ public:
     // Numbers that a segment's weighted products take, [num_tokens, num_rows].
     static Index weighted_size(const Segment& segment) { return segment.num_tokens * segment.num_rows; }
 
-    // What is kept takes all of its place.
-    static void clear(const Segment&, const Rectangle&, float*) {}
+    static constexpr Index BLOCK_TOKENS = 16, ROW_BLOCKS_TOGETHER = 1;
 
-    // Keeps c u of a token of the segment with its rank rows [row, + count), and exactly 0 where c is 0, whatever u is.
-    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
-        float* place = weighted + token * segment.num_rows + row;
-        for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+    // Writes c u of a piece, which is of one segment, and exactly 0 where c is 0, whatever u is.
+    void weigh(const RankPiece& piece, const LowRankPart& part, float* weighted) const {
+        const Segment& s = *piece.segment;
+        const Rectangle& some = piece.some;
+        shrink({part.shrink_rows, part.shrink_bias, s.row_start, s.extent}, some,
+               [&](Index token, Index row, Index count, const float* u) {
+                   token += some.token - s.token_start;
+                   row += some.row;
+                   const float* coefficients = s.coefficients + token * s.coefficient_stride + row;
+                   float* place = weighted + token * s.num_rows + row;
+                   for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+               });
     }
 
     // Adds a block of the part's outputs.

@@ -14,11 +14,16 @@ class RankTiles {
 public:
     explicit RankTiles(const Tokens& tokens) : tokens_(tokens) {}
 
+    static constexpr Index BLOCK_TOKENS = TILE_ROWS, ROW_BLOCKS_TOGETHER = 4;
+
+    // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
     template <typename Take>
     void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
-        const auto* rows = static_cast<const BFloat16*>(all.rows) + all.start * tokens_.d_in;
-        const auto* bias = all.bias ? static_cast<const BFloat16*>(all.bias) + all.start : nullptr;
-        ShrinkTiles(tokens_, rows, bias, all.extent).shrink(some.token, some.num_tokens, some.row, some.num_rows, take);
+        const auto block_of = [&](Index i) { return row_block(all, some.row + i * SHRINK_ROWS); };
+        const Index num_row_blocks = (some.num_rows + SHRINK_ROWS - 1) / SHRINK_ROWS;
+        ShrinkTiles(tokens_, num_row_blocks, block_of).shrink(some.token, some.num_tokens, [&](Index token, Index i, const float* u) {
+            take(token, i * SHRINK_ROWS, std::min(SHRINK_ROWS, some.num_rows - i * SHRINK_ROWS), u);
+        });
     }
 
     // In floats, for bfloat16 numbers [blocks of 16 tokens of the batch, 16, padded num_rows].
@@ -26,21 +31,15 @@ public:
         return num_blocks(segment) * TILE_ROWS * padded(segment.num_rows) / 2;
     }
 
-    // Zeroes what a rectangle has of them: all of its blocks of tokens, by its rows in whole lines.
-    static void clear(const Segment& segment, const Rectangle& some, float* weighted) {
-        const Index begin = some.token / TILE_ROWS * TILE_ROWS;
-        const Index end = (some.token + some.num_tokens + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-        for (Index token = begin; token < end; ++token)
-            std::memset(place(segment, token, some.row, weighted), 0, padded(some.num_rows) * sizeof(BFloat16));
-    }
-
-    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
-        const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
-        const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
-        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
+    // Writes c u of a piece, and exactly 0 where c is 0, whatever u is.
+    void weigh(const RankPiece& piece, const LowRankPart& part, float* weighted) const {
+        if (piece.num_segments > 1) return weigh_together(piece, part, weighted);
+        const Segment& s = *piece.segment;
+        const Rectangle& some = piece.some;
+        clear(s, some, weighted);
+        shrink(rows_of(s, part), some, [&](Index token, Index row, Index count, const float* u) {
+            keep(s, some.token - s.token_start + token, some.row + row, count, u, weighted);
+        });
     }
 
     // By block of 16 tokens; the calling thread keeps them until it makes others.
@@ -81,6 +80,57 @@ public:
     }
 
 private:
+    static ShrinkRows rows_of(const Segment& s, const LowRankPart& part) {
+        return {part.shrink_rows, part.shrink_bias, s.row_start, s.extent};
+    }
+
+    // The block of a resident's rows that begins with `row`.
+    RowBlock row_block(const ShrinkRows& all, Index row) const {
+        const auto* bias = static_cast<const BFloat16*>(all.bias);
+        return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * tokens_.d_in,
+                rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
+    }
+
+    // Segments of one block of tokens: all of it meets the rows of each, which keeps what its own tokens make of them.
+    void weigh_together(const RankPiece& piece, const LowRankPart& part, float* weighted) const {
+        struct Place {
+            const Segment* segment;
+            Index row;
+            float* weighted;
+        } places[ROW_BLOCKS_TOGETHER];
+        Index num_places = 0;
+        for (const Segment* s = piece.segment; s < piece.segment + piece.num_segments; ++s) {
+            clear(*s, {s->token_start, s->num_tokens, 0, s->num_rows}, weighted);
+            for (Index row = 0; row < s->num_rows; row += SHRINK_ROWS) places[num_places++] = {s, row, weighted};
+            weighted += weighted_size(*s);
+        }
+        const auto block_of = [&](Index i) { return row_block(rows_of(*places[i].segment, part), places[i].row); };
+        const Index first = piece.segment->token_start / TILE_ROWS * TILE_ROWS;
+        const Index num_tokens = std::min<Index>(TILE_ROWS, tokens_.num_tokens - first);
+        ShrinkTiles(tokens_, num_places, block_of).shrink(first, num_tokens, [&](Index token, Index i, const float* u) {
+            const auto& [s, row, here] = places[i];
+            const Index own = first + token - s->token_start;
+            if (own >= 0 && own < s->num_tokens) keep(*s, own, row, std::min(SHRINK_ROWS, s->num_rows - row), u, here);
+        });
+    }
+
+    // Zeroes what a rectangle has of them: all of its blocks of tokens, by its rows in whole lines.
+    static void clear(const Segment& segment, const Rectangle& some, float* weighted) {
+        const Index begin = some.token / TILE_ROWS * TILE_ROWS;
+        const Index end = (some.token + some.num_tokens + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        for (Index token = begin; token < end; ++token)
+            std::memset(place(segment, token, some.row, weighted), 0, padded(some.num_rows) * sizeof(BFloat16));
+    }
+
+    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
+        const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
+        const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
+        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
+    }
+
     static Index padded(Index num_rows) { return (num_rows + EXPAND_ROWS - 1) / EXPAND_ROWS * EXPAND_ROWS; }
 
     static Index num_blocks(const Segment& segment) {
@@ -100,7 +150,7 @@ private:
             if (!sums.has_any(token / TILE_ROWS)) continue;
             shape_for_block(num_tokens);
             clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
-            sums.add<0, 4, 5, PANELS>(token / TILE_ROWS, column / PANEL);
+            sums.add<0, 4, 5, PANELS, 6, 7>(token / TILE_ROWS, column / PANEL);
             BFloat16* y = outputs.at<BFloat16>(token - block.token, column);
             add_sums<0, PANELS>(y, outputs.stride, num_tokens, count);
             add_sums<1, PANELS>(y, outputs.stride, num_tokens, count);

@@ -28,12 +28,10 @@ struct TileProduct {
           d_in(tokens.d_in),
           x_stride(tokens.x_stride) {}
 
-    // With the tokens [token, + count) alone.
-    TileProduct share(Index token, Index count) const {
-        TileProduct some({x + token * x_stride, count, d_in, x_stride});
-        some.first_token = token;
-        return some;
-    }
+    struct Share;
+
+    // With the tokens [token, + count) alone, for the calling thread, whose registers are in shape until it goes.
+    Share share(Index token, Index count) const;
 
     // Few tokens take single panels well, many take two.
     Index unit() const { return num_tokens <= TILE_ROWS ? 1 : TILE_PANELS; }
@@ -48,7 +46,6 @@ struct TileProduct {
             for (Index panel = first; panel < first + count; panel += 2)
                 panel + 2 <= first + count ? many_tokens<2>(part, panel) : many_tokens<1>(part, panel);
         }
-        release_tiles();
     }
 
 private:
@@ -74,37 +71,33 @@ private:
         return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
     }
 
-    // Registers: sums 0 to 3, tokens 4, weights 5 to 7.
+    // Registers: sums 0 to 3, tokens 4, weights 5.
     template <int PANELS>
     void few_tokens(const LinearPart& part, Index first) const {
-        shape_for_block(num_tokens);
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
-        const RankSums rows = part.rows ? rank_sums(part) : RankSums{};
-        RankAhead ahead(rows, first_token / TILE_ROWS, first, PANELS, d_in / TILE_DEPTH);
         for (Index input = 0; input < d_in; input += TILE_DEPTH) {
-            ahead.ask();
             load_tile<4>(x + input, x_stride * sizeof(uint16_t));
-            next<0, 5, PANELS>(weights, input);
-            next<1, 6, PANELS>(weights, input);
-            next<2, 7, PANELS>(weights, input);
-            next<3, 5, PANELS>(weights, input);
+            next<0, PANELS>(weights, input);
+            next<1, PANELS>(weights, input);
+            next<2, PANELS>(weights, input);
+            next<3, PANELS>(weights, input);
         }
-        rows.add<0, 4, 5, PANELS>(first_token / TILE_ROWS, first);
+        if (part.rows) rank_sums(part).add<0, 4, 5, PANELS, 6, 7>(first_token / TILE_ROWS, first);
         store<0, PANELS>(part, 0, num_tokens, first);
         store<1, PANELS>(part, 0, num_tokens, first + 1);
         store<2, PANELS>(part, 0, num_tokens, first + 2);
         store<3, PANELS>(part, 0, num_tokens, first + 3);
     }
 
-    template <int P, int TILE, int PANELS>
+    template <int P, int PANELS>
     void next(const uint16_t* weights, Index input) const {
         if constexpr (P < PANELS) {
             const uint16_t* here = weights + (P * d_in + input) * PANEL;
             for (int row = 0; row < TILE_ROWS; ++row)
                 prefetch_panel(here + row * 2 * PANEL, (d_in - input) * PANEL * 2 - (row + 1) * 64, d_in * PANEL * 2, PANELS);
-            load_tile<TILE>(here, WEIGHTS_STRIDE);
-            add_pair_products<P, 4, TILE>();
+            load_tile<5>(here, WEIGHTS_STRIDE);
+            add_pair_products<P, 4, 5>();
         }
     }
 
@@ -223,5 +216,19 @@ private:
         }
     }
 };
+
+struct TileProduct::Share : TileProduct {
+    explicit Share(const TileProduct& some) : TileProduct(some) {
+        if (num_tokens <= TILE_ROWS) shape_for_block(num_tokens);
+    }
+    ~Share() { release_tiles(); }
+    Share(const Share&) = delete;
+};
+
+inline TileProduct::Share TileProduct::share(Index token, Index count) const {
+    TileProduct some({x + token * x_stride, count, d_in, x_stride});
+    some.first_token = token;
+    return Share(some);
+}
 
 #endif

@@ -53,11 +53,14 @@ static inline void shape_tiles(const TileShapes& shapes) { asm volatile("ldtilec
 
 static inline void release_tiles() { asm volatile("tilerelease"); }
 
-// Sums 0 to 3 and what is multiplied, 4, of so many rows; 5 to 7 whole, for what it is multiplied with.
+// Sums 0 to 3 and what is multiplied, 4, of so many rows; 5 whole, for what it is multiplied with; 6 and 7 for half as
+// deep a product as 4 and 5.
 static inline void shape_for_block(Index num_rows) {
     static const auto shapes = shapes_by_rows(TILE_ROWS, [](TileShapes& some, int rows) {
         for (int tile : {0, 1, 2, 3, 4}) some.set(tile, rows);
-        for (int tile : {5, 6, 7}) some.set(tile, TILE_ROWS);
+        some.set(5, TILE_ROWS);
+        some.set(6, rows, TILE_BYTES / 2);
+        some.set(7, TILE_ROWS / 2);
     });
     shape_tiles(shapes[num_rows]);
 }
