@@ -54,13 +54,6 @@ struct RankSums {
         }
     }
 
-private:
-    template <int SUMS, int WEIGHTS, int ROWS, int PANELS>
-    void add_rows(const RankItem& item, Index row, Index panel) const {
-        load_tile<WEIGHTS>(weighted + item.weighted + row, item.width * sizeof(BFloat16));
-        add_panels<SUMS, WEIGHTS, ROWS, PANELS>(pairs(item, row, panel), panel_size(item, row));
-    }
-
     // A panel's pairs of the rows that begin with `row`, and how many numbers they are.
     const BFloat16* pairs(const RankItem& item, Index row, Index panel) const {
         return rows + (item.row_start + row) * d_out + panel * panel_size(item, row);
@@ -68,6 +61,13 @@ private:
 
     static Index panel_size(const RankItem& item, Index row) {
         return rows_in_block(item.extent, row, EXPAND_ROWS) * PANEL;
+    }
+
+private:
+    template <int SUMS, int WEIGHTS, int ROWS, int PANELS>
+    void add_rows(const RankItem& item, Index row, Index panel) const {
+        load_tile<WEIGHTS>(weighted + item.weighted + row, item.width * sizeof(BFloat16));
+        add_panels<SUMS, WEIGHTS, ROWS, PANELS>(pairs(item, row, panel), panel_size(item, row));
     }
 
     template <int SUMS, int WEIGHTS, int ROWS, int PANELS, int P = 0>
@@ -78,6 +78,48 @@ private:
             add_panels<SUMS, WEIGHTS, ROWS, PANELS, P + 1>(pairs, panel_size);
         }
     }
+};
+
+// Asks for the rank rows that a block of tokens adds to some panels, in as many steps as there are before.
+class RankAhead {
+public:
+    RankAhead(const RankSums& sums, Index block, Index panel, Index num_panels, Index num_steps)
+        : sums_(sums), panel_(panel), num_panels_(num_panels) {
+        if (!sums.has_any(block)) return;
+        item_ = sums.items->items + sums.items->first[block];
+        end_ = sums.items->items + sums.items->first[block + 1];
+        Index num_lines = 0;
+        for (const RankItem* item = item_; item < end_; ++item)
+            num_lines += std::min(item->width, item->extent) * PANEL * num_panels * sizeof(BFloat16) / TILE_BYTES;
+        each_ = (num_lines + num_steps - 1) / num_steps;
+        begin();
+    }
+
+    void ask() {
+        for (Index i = 0; i < each_ && item_ < end_; ++i, line_ += TILE_BYTES) {
+            __builtin_prefetch(line_, 0, 2);
+            if (line_ + TILE_BYTES >= last_) next();
+        }
+    }
+
+private:
+    void next() {
+        row_ += EXPAND_ROWS;
+        if (row_ >= item_->width) row_ = 0, ++item_;
+        if (item_ < end_) begin();
+        line_ -= TILE_BYTES;
+    }
+
+    void begin() {
+        line_ = reinterpret_cast<const char*>(sums_.pairs(*item_, row_, panel_));
+        last_ = line_ + num_panels_ * RankSums::panel_size(*item_, row_) * sizeof(BFloat16);
+    }
+
+    const RankSums& sums_;
+    Index panel_, num_panels_;
+    const RankItem *item_ = nullptr, *end_ = nullptr;
+    Index row_ = 0, each_ = 0;
+    const char *line_ = nullptr, *last_ = nullptr;
 };
 
 #endif

@@ -76,14 +76,17 @@ private:
     void few_tokens(const LinearPart& part, Index first) const {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
+        const RankSums rows = part.rows ? rank_sums(part) : RankSums{};
+        RankAhead ahead(rows, first_token / TILE_ROWS, first, PANELS, d_in / TILE_DEPTH);
         for (Index input = 0; input < d_in; input += TILE_DEPTH) {
+            ahead.ask();
             load_tile<4>(x + input, x_stride * sizeof(uint16_t));
             next<0, PANELS>(weights, input);
             next<1, PANELS>(weights, input);
             next<2, PANELS>(weights, input);
             next<3, PANELS>(weights, input);
         }
-        if (part.rows) rank_sums(part).add<0, 4, 5, PANELS, 6, 7>(first_token / TILE_ROWS, first);
+        rows.add<0, 4, 5, PANELS, 6, 7>(first_token / TILE_ROWS, first);
         store<0, PANELS>(part, 0, num_tokens, first);
         store<1, PANELS>(part, 0, num_tokens, first + 1);
         store<2, PANELS>(part, 0, num_tokens, first + 2);
