@@ -52,7 +52,7 @@ class DecoderModel:
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor | None, batch: AttentionBatch
     ) -> Tensor:
         """token_ids and positions [num_tokens] -> [wanted, vocab]: of the tokens `wanted`, or of all."""
-        x = self._embedding(token_ids[None])[0]
+        x = self._embedding(token_ids)
         angles = self._rotary.angles(positions)
         if not self._stack.compute_(x, angles, batch):
             for layer in self._layers:
@@ -60,5 +60,5 @@ class DecoderModel:
         if wanted is not None:
             x = x[wanted]
         x = rms_norm(x, self._norm.weight, self._norm.variance_epsilon)
-        logits: Tensor = self._head(x[None])[0]
+        logits: Tensor = self._head(x)
         return logits

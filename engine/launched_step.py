@@ -15,7 +15,7 @@ from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 
 
 class LaunchedStep:
-    """Holds what `batch` drew, [2, num_chunks] as by `choose`, on the device and on its way here.
+    """Holds what `batch` drew, [num_chunks] as by `choose`, on the device and on its way here.
 
     `chunks` are those of the batch in the order in which they were computed.
     """
@@ -31,11 +31,12 @@ class LaunchedStep:
     def drawn_ids(self, chunks: Sequence[ScheduledChunk]) -> Tensor:
         """The tokens [chunks] that the requests of `chunks` were given, on the device.
 
-        Those of logits that are not finite are tokens, too, and nobody's: their requests end when they are read.
+        Where logits are not finite it is a token of no meaning: its request ends when it is read.
         """
         places = {chunk.request: place for place, chunk in enumerate(self._chunks)}
         wanted = [places[chunk.request] for chunk in chunks]
-        return self._drawn[0].index_select(0, to_device(wanted, torch.long, self._drawn.device))
+        drawn = self._drawn.index_select(0, to_device(wanted, torch.long, self._drawn.device))
+        return drawn.clamp(min=0)
 
     def read(self) -> list[ChunkResult]:
         """One result per chunk; waits for the step to end."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusionserve.engine.host_copy import to_device
 from fusionserve.generation import SamplingParams
-from fusionserve.kernels.pointwise import largest
+from fusionserve.kernels.pointwise import argmax
 
 _MIN_TEMPERATURE = 1e-30  # greedy to the last bit, and not rounded to 0 in float32
 _TOP_P_TOKENS = 1024  # sorted at first for top-p
@@ -49,26 +49,26 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
 
 def to_tokens(drawn: Tensor) -> list[int | None]:
     """The tokens of what `choose` returned; a GPU is waited for, once."""
-    ids, are_finite = drawn.tolist()
-    return [token if is_finite else None for token, is_finite in zip(ids, are_finite, strict=True)]
+    return [None if token < 0 else token for token in drawn.tolist()]
 
 
 def choose(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-    """The next token of each row of logits [rows, vocab], and 1 if the logits are finite: [2, rows].
+    """The next token of each row of logits [rows, vocab], or -1 where they are not finite.
 
-    A GPU is waited for only if a row changes its logits. Where they are not finite the token is one of no meaning.
+    A GPU is waited for only if a row changes its logits.
     """
     if any(row.params.changes_logits or row.banned_ids for row in rows):
         logits = logits.to(torch.float32, copy=True)
         for index, row in enumerate(rows):
             _apply_penalties_(logits[index], row)
-    best_values, tokens = largest(logits)
+    tokens = argmax(logits)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         places = to_device(drawn, torch.long, logits.device)
         new = _draw(logits.index_select(0, places).float(), [rows[index] for index in drawn])
-        tokens = tokens.index_copy(0, places, new)
-    return torch.stack((tokens, torch.isfinite(best_values).to(tokens.dtype)))
+        is_finite = tokens.index_select(0, places) >= 0
+        tokens = tokens.index_copy(0, places, new.masked_fill(~is_finite, -1))
+    return tokens
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:

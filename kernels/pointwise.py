@@ -3,7 +3,7 @@
     rms_norm      y = x / sqrt(mean(x^2) + eps) * w
     silu_product  y = silu(g) * u
     rotate        (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head, as in Llama
-    largest       max_i x_i and its place
+    argmax        the first place of max_i x_i
 
 In Triton on a GPU; natively where there is a library and the type is float32 or bfloat16; else with torch's operations.
 """
@@ -123,16 +123,14 @@ def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
     return heads * rotation.cos[:, None] + turned * rotation.sin[:, None]
 
 
-def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest number of each row of x [rows, width], float32, and its first place; NaN for a row that has one."""
-    native = native_function("largest", x)
+def argmax(x: Tensor) -> Tensor:
+    """The first place of the largest number of each row of x [rows, width]; -1 if it is not finite or one is NaN."""
+    native = native_function("argmax", x)
     if native is None:
         found = x.float().max(dim=-1)
-        return found.values, found.indices
+        return found.indices.masked_fill(~found.values.isfinite(), -1)
     x = x.contiguous()
     num_rows, width = x.shape
-    values = torch.empty(num_rows)
     places = torch.empty(num_rows, dtype=torch.long)
-    sizes = c_int64(num_rows), c_int64(width)
-    native(c_void_p(x.data_ptr()), *sizes, c_void_p(values.data_ptr()), c_void_p(places.data_ptr()))
-    return values, places
+    native(c_void_p(x.data_ptr()), c_int64(num_rows), c_int64(width), c_void_p(places.data_ptr()))
+    return places

@@ -5,6 +5,7 @@
 #include "cache_tiles.h"
 #include "threads.h"
 
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -95,9 +96,9 @@ void rotate_and_store(const Heads& heads) {
     });
 }
 
-// The largest number of a row and its first place; not a number if one is not.
+// The first place of the largest number of a row; -1 if it is not finite or a number is none.
 template <typename Number>
-static inline void largest_of_row(const Number* row, Index width, float* value, Index* place) {
+static inline Index argmax_of_row(const Number* row, Index width) {
     constexpr Index BLOCK = 1024;  // numbers, of which one block is searched for the place
     float largest = -INFINITY;
     int num_bad = 0;
@@ -112,15 +113,15 @@ static inline void largest_of_row(const Number* row, Index width, float* value, 
         }
         if (here > largest) largest = here, first = begin;
     }
-    *value = num_bad ? NAN : largest;
-    *place = num_bad ? 0 : first;
-    while (!num_bad && *place < width - 1 && to_float(row[*place]) != largest) ++*place;
+    if (num_bad || !(std::abs(largest) < INFINITY)) return -1;
+    while (to_float(row[first]) != largest) ++first;
+    return first;
 }
 
 template <typename Number>
-static void largest(const Number* x, Index num_rows, Index width, float* values, Index* places) {
+static void argmax(const Number* x, Index num_rows, Index width, Index* places) {
     parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
-        for (Index row = begin; row < end; ++row) largest_of_row(x + row * width, width, values + row, places + row);
+        for (Index row = begin; row < end; ++row) places[row] = argmax_of_row(x + row * width, width);
     });
 }
 
@@ -132,12 +133,8 @@ template void rotate_and_store<float>(const Heads&);
 template void rotate_and_store<BFloat16>(const Heads&);
 
 extern "C" {
-void largest_f32(const float* x, Index rows, Index width, float* values, Index* places) {
-    largest(x, rows, width, values, places);
-}
-void largest_bf16(const BFloat16* x, Index rows, Index width, float* values, Index* places) {
-    largest(x, rows, width, values, places);
-}
+void argmax_f32(const float* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
+void argmax_bf16(const BFloat16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, float eps) {
     rms_norm(x, w, y, rows, width, eps);
 }
