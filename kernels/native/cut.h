@@ -83,7 +83,8 @@ private:
     static const Segment* end_of_block(const Segment* first, const Segment* end) {
         const Index block = first->token_start / Rows::BLOCK_TOKENS;
         const auto lies_in_it = [&](const Segment& s) {
-            return s.token_start / Rows::BLOCK_TOKENS == block && (s.token_start + s.num_tokens - 1) / Rows::BLOCK_TOKENS == block;
+            const Index last_token = s.token_start + s.num_tokens - 1;
+            return s.token_start / Rows::BLOCK_TOKENS == block && last_token / Rows::BLOCK_TOKENS == block;
         };
         const Segment* s = first;
         while (s < end && lies_in_it(*s)) ++s;
@@ -96,8 +97,9 @@ private:
     static Index most_together(const Segment* s, const Segment* end) {
         Index num_blocks = 0;
         for (; s < end; ++s) num_blocks += num_row_blocks(*s);
-        const Index turn = Rows::ROW_BLOCKS_TOGETHER * num_threads(), num_turns = (num_blocks + turn - 1) / turn;
-        return (num_blocks + num_turns * num_threads() - 1) / (num_turns * num_threads());
+        const Index threads = num_threads(), turn = Rows::ROW_BLOCKS_TOGETHER * threads;
+        const Index num_shares = (num_blocks + turn - 1) / turn * threads;
+        return (num_blocks + num_shares - 1) / num_shares;
     }
 
     static Index num_together(const Segment* first, const Segment* end, Index most) {

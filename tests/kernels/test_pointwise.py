@@ -95,7 +95,7 @@ def test_rotate_and_store(num_tokens: int, dtype: torch.dtype) -> None:
 
 @with_dtype
 @pytest.mark.parametrize("width", [1, 7, 64, 5000])
-def test_argmax_is_the_first_of_the_argmax(width: int, dtype: torch.dtype) -> None:
+def test_argmax_is_the_first_of_the_largest(width: int, dtype: torch.dtype) -> None:
     x = (make((9, width), torch.float32) * 4).round().to(dtype)
     assert argmax(x).tolist() == [row.index(max(row)) for row in x.tolist()]
 

@@ -23,6 +23,8 @@ pytestmark = [
         not can_pack(torch.zeros(16, 2, dtype=DTYPE)), reason="the processor has no packed product"
     ),
 ]
+with_adds = pytest.mark.parametrize("adds", [False, True], ids=["to outputs", "onto a residual"])
+with_bits = pytest.mark.parametrize("bits", [None, 8], ids=["bfloat16", "int8"])
 
 
 def make(*shape: int, seed: int) -> Tensor:
@@ -76,8 +78,8 @@ def projected(
     return outputs
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["to outputs", "onto a residual"])
-@pytest.mark.parametrize("bits", [None, 8], ids=["bfloat16", "int8"])
+@with_adds
+@with_bits
 def test_projections_equal_product_and_segments_apart(bits: int | None, adds: bool) -> None:
     group, rows, num_tokens = make_group(bits), make_rows(), 150
     x, residual = make_inputs(num_tokens)
@@ -91,8 +93,8 @@ def test_projections_equal_product_and_segments_apart(bits: int | None, adds: bo
         torch.testing.assert_close(y.double(), expected, rtol=2**-6, atol=0.03)
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["to outputs", "onto a residual"])
-@pytest.mark.parametrize("bits", [None, 8], ids=["bfloat16", "int8"])
+@with_adds
+@with_bits
 def test_token_gets_the_same_bits_in_any_company(bits: int | None, adds: bool) -> None:
     group, rows, num_tokens = make_group(bits), make_rows(), 300
     x, residual = make_inputs(num_tokens)
