@@ -14,6 +14,7 @@
 constexpr Index PANEL = 16;         // outputs
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096;
+constexpr Index FEW_TOKENS = 16;
 constexpr Index LEAST_SHARE = 64;   // tokens of a thread's own
 constexpr Index SHARE_STEP = 32;    // and what their number is a multiple of
 constexpr Index MOST_OUTPUTS_PER_TOKEN = 4;  // of which threads have tokens of their own; all of them read all weights
@@ -37,27 +38,38 @@ struct LinearPart {
     const AddedRows* rows;  // what adapters add, or null
 };
 
-template <int PANELS, typename Product>
-static void all_tokens(const Product& product, const LinearPart& part, Index panel) {
-    constexpr int MOST = Product::MOST_TOKENS;
-    Index token = 0;
-    for (; token + MOST <= product.num_tokens; token += MOST) product.template tile<MOST, PANELS>(part, token, panel);
-    if constexpr (MOST > 4)
-        for (; token + 4 <= product.num_tokens; token += 4) product.template tile<4, PANELS>(part, token, panel);
-    for (; token < product.num_tokens; ++token) product.template tile<1, PANELS>(part, token, panel);
+// True if a product's tiles are single panels. With many registers they are for few tokens, which take less long to multiply
+// than weights to read: in one run they are read fastest, and stay in the nearest cache for the next tokens.
+template <typename Product>
+static bool takes_single_panels(const Product& product) {
+    return HAS_MANY_REGISTERS ? product.num_tokens <= FEW_TOKENS : product.num_tokens > 1;
 }
 
-// A product that meets a few tokens at a time with a few panels; `Product` has MOST_TOKENS, num_tokens and
-// tile<TOKENS, PANELS>(part, token, panel).
+// The tile of `count` tokens, at most MOST.
+template <int PANELS, int MOST, typename Product>
+static void tile_of_tokens(const Product& product, const LinearPart& part, Index token, Index count, Index panel) {
+    if (count == MOST) return product.template tile<MOST, PANELS>(part, token, panel);
+    if constexpr (MOST > 1) tile_of_tokens<PANELS, MOST - 1>(product, part, token, count, panel);
+}
+
+template <int PANELS, int MOST, typename Product>
+static void all_tokens(const Product& product, const LinearPart& part, Index panel) {
+    for (Index token = 0; token < product.num_tokens; token += MOST)
+        tile_of_tokens<PANELS, MOST>(product, part, token, std::min<Index>(product.num_tokens - token, MOST), panel);
+}
+
+// Some panels of a product whose registers hold the sums of up to MOST_TOKENS tokens with three of them, or of up to
+// MOST_BY_A_PANEL with one; it has num_tokens and tile<TOKENS, PANELS>(part, token, panel).
 template <typename Product>
 static void few_by_few(const Product& product, const LinearPart& part, Index first, Index count) {
-    if (!HAS_MANY_REGISTERS && product.num_tokens > 1) {
-        for (Index panel = first; panel < first + count; ++panel) all_tokens<1>(product, part, panel);
-        return;
+    if (count == 1 || takes_single_panels(product)) {
+        for (Index panel = first; panel < first + count; ++panel)
+            all_tokens<1, Product::MOST_BY_A_PANEL>(product, part, panel);
+    } else if (count == 2) {
+        all_tokens<2, Product::MOST_TOKENS>(product, part, first);
+    } else {
+        all_tokens<3, Product::MOST_TOKENS>(product, part, first);
     }
-    if (count == 3) return all_tokens<3>(product, part, first);
-    if (count == 2) return all_tokens<2>(product, part, first);
-    all_tokens<1>(product, part, first);
 }
 
 // Stores 16 sums as outputs of a token, with the bias, onto what is there if the part says so; rounded once.

@@ -7,7 +7,8 @@
 // The sums of a group are exact integers, which is what products of four bytes at a time give (bytes.h). Packed:
 // panels of 16 outputs; in a panel, for each group, for each four inputs, the 16 outputs' levels: [d_out / 16][d_in / 32]
 // [8][16][4]. With 4 bits a byte holds one input's level in its low half and the one's four inputs later in its high half:
-// [4][16][4]. Scales: [d_out / 16][d_in / 32][16]. A tile of 4 tokens by 3 panels keeps 12 sums of a group and 12 of all.
+// [4][16][4]. Scales: [d_out / 16][d_in / 32][16]. A tile of 4 tokens by 3 panels keeps 12 sums of a group and 12 of all, one
+// of 8 tokens by a panel 8 and 8.
 
 #include "bytes.h"
 #include "panels.h"
@@ -74,13 +75,13 @@ struct ByteProduct {
     using Number = Type;
     static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = false;
     static constexpr Index TILE_PANELS = 3;
-    static constexpr int MOST_TOKENS = 4;
+    static constexpr int MOST_TOKENS = 4, MOST_BY_A_PANEL = HAS_MANY_REGISTERS ? 8 : 4;
     static constexpr Index STEPS = BITS;  // loads of 64 bytes per group and panel
     static constexpr Index GROUP_BYTES = GROUP * PANEL * BITS / 8;
     const QuantizedTokens& tokens;
     Index num_tokens, d_in;
 
-    static Index unit() { return TILE_PANELS; }
+    Index unit() const { return takes_single_panels(*this) ? 1 : TILE_PANELS; }
 
     void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
@@ -92,7 +93,7 @@ struct ByteProduct {
         Totals totals[TOKENS][PANELS] = {};
         for (Index group = 0; group < num_groups; ++group) {
             Sums sums[TOKENS][PANELS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 3
                 for (int p = 0; p < PANELS; ++p)
@@ -113,13 +114,13 @@ struct ByteProduct {
 #pragma GCC unroll 3
             for (int p = 0; p < PANELS; ++p) {
                 const Totals scale = load_scales(scales + (p * num_groups + group) * PANEL);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t)
                     totals[t][p] = add_scaled(totals[t][p], sums[t][p], scale,
                                               tokens.scales[(token + t) * num_groups + group]);
             }
         }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 3
             for (int p = 0; p < PANELS; ++p)
@@ -142,7 +143,7 @@ struct ByteProduct {
 
     template <int TOKENS, int PANELS>
     void add_four(Sums (&sums)[TOKENS][PANELS], const Levels* levels, const int8_t* inputs) const {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int t = 0; t < TOKENS; ++t) {
             int four;
             std::memcpy(&four, inputs + t * d_in, sizeof four);

@@ -19,14 +19,14 @@ struct WideningProduct {
     using Number = BFloat16;
     static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = false;
     static constexpr Index TILE_PANELS = 3;
-    static constexpr int MOST_TOKENS = 4;
+    static constexpr int MOST_TOKENS = 4, MOST_BY_A_PANEL = 4;
     const float* x;
     Index num_tokens, d_in;
 
     explicit WideningProduct(const Tokens& tokens)
         : x(widened(tokens)), num_tokens(tokens.num_tokens), d_in(tokens.d_in) {}
 
-    static Index unit() { return TILE_PANELS; }
+    Index unit() const { return takes_single_panels(*this) ? 1 : TILE_PANELS; }
 
     void panels(const LinearPart& part, Index first, Index count) const { few_by_few(*this, part, first, count); }
 
