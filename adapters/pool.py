@@ -19,7 +19,7 @@ from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.low_rank import expand_, shrink
-from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
+from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shapes
 from fusionserve.kernels.segments import PartRows
 from fusionserve.kernels.torch_errors import is_device_lost
 
@@ -109,9 +109,9 @@ class ModuleRows:
 
     def _allocate(self) -> None:
         zeros, module = partial(self._pages.zeros, self._like), self._module
-        shapes = [(self._capacity, module.d_in), (self._capacity, module.d_out)]
+        shapes = (self._capacity, module.d_in), (self._capacity, module.d_out)
         if self._in_panels:
-            shapes = [padded_shape(*shape) for shape in shapes]
+            shapes = padded_shapes(self._capacity, module.d_in, module.d_out)
         self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
             zeros(*shapes[0]),
             zeros(self._capacity),

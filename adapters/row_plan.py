@@ -31,8 +31,7 @@ _ROW_COST = 5
 # half as much again, in float32 four times. So many token-rows are still cheaper as a segment.
 _MOST_IN_SEGMENT = {torch.bfloat16: 65_536, torch.float32: 4_096}
 
-
-_TILE_DEPTH = 32  # inputs of a tile register
+_LEAST_INPUTS = 2  # of modules whose rank rows may lie in panels
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +135,9 @@ class PlanCell:
 def suits_segment(num_tokens: int, num_rows: int, like: Tensor) -> bool:
     """True if so many tokens by so many rank rows are cheaper as a segment than as products of their own.
 
-    Tile registers, whose rows lie in panels, take them all.
+    Rows that lie in panels are for segments only.
     """
-    if has_panels(_TILE_DEPTH, like):
+    if has_panels(_LEAST_INPUTS, like):
         return True
     return num_tokens * num_rows <= _MOST_IN_SEGMENT.get(like.dtype, 0) and can_add(like)
 

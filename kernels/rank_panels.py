@@ -1,4 +1,4 @@
-"""Rank rows as tile registers take them; see `native/rank_panels.h` for how they lie.
+"""Rank rows as the processor multiplies them in pairs; see `native/rank_panels.h` for how they lie.
 
 A resident's rows have as many rows of a module's tensors to themselves, and are laid out in them as a whole.
 """
@@ -26,12 +26,14 @@ def _has_panels(d_in: int) -> bool:
     return library is not None and bool(library.has_rank_panels(c_int64(d_in)))
 
 
-def padded_shape(capacity: int, width: int) -> tuple[int, int]:
-    """Of a tensor for so many rows in panels: rows behind the last that may be read, and whole panels of outputs."""
+def padded_shapes(capacity: int, d_in: int, d_out: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of shrink and expand for so many rows in panels: of whole panels, with rows behind the last that may be read."""
     library = native_library()
     assert library is not None, "panels without a native library"
-    width = -(-width // PANEL) * PANEL
-    return capacity + -(-int(library.num_spare_rank_numbers()) // width), width
+    num_spare = int(library.num_spare_rank_numbers())
+    widths = d_in, -(-d_out // PANEL) * PANEL
+    shrink, expand = ((capacity + -(-num_spare // width), width) for width in widths)
+    return shrink, expand
 
 
 def pack_rows_(shrink: Tensor, expand: Tensor, shrink_rows: Tensor, expand_rows: Tensor) -> None:

@@ -40,7 +40,7 @@ class Segment:
 class PartRows:
     """A module's rank rows: shrink [capacity, d_in], bias [capacity] or None, expand [capacity, d_out].
 
-    With `in_panels` numbers lie as tile registers take them (`rank_panels.py`), and a row of expand may be wider.
+    With `in_panels` numbers lie as they are multiplied in pairs (`rank_panels.py`), and a row of expand may be wider.
     """
 
     shrink: Tensor

@@ -25,6 +25,13 @@ static inline __m512bh load_pairs(const BFloat16* numbers, __mmask32 mask) {
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, numbers);
 }
 
+// Two numbers, again and again.
+static inline __m512bh broadcast_pair(const void* numbers) {
+    int both;
+    std::memcpy(&both, numbers, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
 // The sums of 16 registers, as one: a tree of additions between neighbours.
 static inline __m512 sum_each(const __m512* rows) {
     __m512 pairs[8], fours[4], eights[2];

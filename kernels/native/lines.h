@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+constexpr Index LINE_BYTES = 64;
+
 template <typename Number>
 class Lines {
 public:
@@ -19,8 +21,8 @@ public:
     Number* data() { return reinterpret_cast<Number*>(lines_.data()); }
 
 private:
-    struct alignas(64) Line {
-        char bytes[64];
+    struct alignas(LINE_BYTES) Line {
+        char bytes[LINE_BYTES];
     };
 
     std::vector<Line> lines_;

@@ -7,6 +7,7 @@
 
 #include "cut.h"
 #include "lines.h"
+#include "rank_pairs.h"
 #include "rank_rows.h"
 #include "rank_tiles.h"
 #include "threads.h"
@@ -108,6 +109,9 @@ template <>
 WeighedRows weigh_rows<BFloat16>(const Tokens& tokens, const Additions& additions) {
 #ifdef HAS_TILE_REGISTERS
     if (tiles_take(tokens.d_in)) return weigh_all<RankTiles>(tokens, additions);
+#endif
+#ifdef __AVX512BF16__
+    if (has_panels(tokens.d_in)) return weigh_all<RankPairs>(tokens, additions);
 #endif
     return weigh_all<RankRows<BFloat16>>(tokens, additions);
 }

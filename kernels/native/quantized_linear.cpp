@@ -166,7 +166,7 @@ extern "C" int has_quantized_linear() { return 1; }
 #else
 
 template <int BITS, typename Number>
-static void quantized_linear(const Tokens&, const LinearPart*, Index, const AfterColumns*) {}
+static void quantized_linear(const Tokens&, const LinearPart*, Index, const AfterPair*) {}
 
 extern "C" int has_quantized_linear() { return 0; }
 

@@ -2,16 +2,8 @@
 
 #include "rank_panels.h"
 
-#include "tile_registers.h"
-
 // True if modules with so many inputs have rank rows in panels, for products in bfloat16.
-extern "C" int has_rank_panels(Index d_in) {
-#ifdef HAS_TILE_REGISTERS
-    return tiles_take(d_in);
-#else
-    return 0;
-#endif
-}
+extern "C" int has_rank_panels(Index d_in) { return has_panels(d_in); }
 
 extern "C" Index num_spare_rank_numbers() { return SPARE_NUMBERS; }
 

@@ -1,4 +1,5 @@
-// How rank rows lie for the tile registers: as they are multiplied, in one stretch from the first to the last.
+// How rank rows lie where the processor multiplies pairs of bfloat16, in tile registers or in vectors: as they are
+// multiplied, in one stretch from the first to the last.
 //
 // A resident's rows have its own part of the pool's memory, as many rows of it, and it is laid out by the resident alone:
 //     shrink: blocks of 16 rows, each [d_in / 2][rows][2]: for each pair of inputs, the rows' pairs
@@ -17,3 +18,12 @@ constexpr Index SPARE_NUMBERS = 512;
 
 // Rows of the block that begins with `row`, of a resident with `extent` rows.
 static inline Index rows_in_block(Index extent, Index row, Index most) { return std::min(most, extent - row); }
+
+// True if rank rows of modules with so many inputs are multiplied that way.
+static inline bool has_panels([[maybe_unused]] Index d_in) {
+#ifdef __AVX512BF16__
+    return d_in % 2 == 0;
+#else
+    return false;
+#endif
+}

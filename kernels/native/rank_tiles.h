@@ -1,20 +1,17 @@
-// Rank rows that meet tokens in the processor's tile registers. What tokens weigh them with is rounded to bfloat16, as
-// PEFT's intermediate is in a model of that type.
+// Rank rows that meet tokens in the processor's tile registers.
 #pragma once
 
-#include "rank_rows.h"
-#include "rank_sums.h"
+#include "rank_weights.h"
 #include "shrink_tiles.h"
-
-#include <vector>
+#include "tile_sums.h"
 
 #ifdef HAS_TILE_REGISTERS
 
-class RankTiles {
+class RankTiles : public RankWeights {
 public:
     explicit RankTiles(const Tokens& tokens) : tokens_(tokens) {}
 
-    static constexpr Index BLOCK_TOKENS = TILE_ROWS, ROW_BLOCKS_TOGETHER = 4;
+    static constexpr Index ROW_BLOCKS_TOGETHER = 4;
 
     // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
     template <typename Take>
@@ -24,11 +21,6 @@ public:
         ShrinkTiles(tokens_, num_row_blocks, block_of).shrink(some.token, some.num_tokens, [&](Index token, Index i, const float* u) {
             take(token, i * SHRINK_ROWS, std::min(SHRINK_ROWS, some.num_rows - i * SHRINK_ROWS), u);
         });
-    }
-
-    // In floats, for bfloat16 numbers [blocks of 16 tokens of the batch, 16, padded num_rows].
-    static Index weighted_size(const Segment& segment) {
-        return num_blocks(segment) * TILE_ROWS * padded(segment.num_rows) / 2;
     }
 
     // Writes c u of a piece, and exactly 0 where c is 0, whatever u is.
@@ -42,36 +34,9 @@ public:
         });
     }
 
-    // By block of 16 tokens; the calling thread keeps them until it makes others.
-    static const RankItems* items(const Additions& additions) {
-        static thread_local std::vector<RankItem> items;
-        static thread_local std::vector<Index> first;
-        static thread_local RankItems all;
-        const auto of_each_block = [&](const auto& take) {
-            Index weighted = 0;
-            for (const Segment* s = additions.segments; s < additions.segments + additions.num_segments; ++s) {
-                const Index width = padded(s->num_rows);
-                for (Index block = 0; block < num_blocks(*s); ++block, weighted += TILE_ROWS * width)
-                    take(s->token_start / TILE_ROWS + block, RankItem{weighted, width, s->row_start, s->extent});
-            }
-        };
-        first.assign(1, 0);
-        of_each_block([&](Index block, const RankItem&) {
-            if (block + 2 > static_cast<Index>(first.size())) first.resize(block + 2, 0);
-            ++first[block + 1];
-        });
-        for (size_t block = 1; block < first.size(); ++block) first[block] += first[block - 1];
-        items.resize(first.back());
-        static thread_local std::vector<Index> next;
-        next = first;
-        of_each_block([&](Index block, const RankItem& item) { items[next[block]++] = item; });
-        all = {items.data(), first.data(), static_cast<Index>(first.size()) - 1};
-        return &all;
-    }
-
     // Adds a block, whose first token is the batch's, to the part's outputs.
     static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
-        const RankSums sums = RankSums::of(all, part);
+        const TileSums sums{RankSums::of({&all, &part})};
         const Index end = block.column + block.num_columns;
         Index column = block.column;
         for (; column + 4 * PANEL <= end; column += 4 * PANEL) add_columns<4>(sums, outputs, block, column, 4 * PANEL);
@@ -80,10 +45,6 @@ public:
     }
 
 private:
-    static ShrinkRows rows_of(const Segment& s, const LowRankPart& part) {
-        return {part.shrink_rows, part.shrink_bias, s.row_start, s.extent};
-    }
-
     // The block of a resident's rows that begins with `row`.
     RowBlock row_block(const ShrinkRows& all, Index row) const {
         const auto* bias = static_cast<const BFloat16*>(all.bias);
@@ -122,29 +83,8 @@ private:
             std::memset(place(segment, token, some.row, weighted), 0, padded(some.num_rows) * sizeof(BFloat16));
     }
 
-    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
-        const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
-        const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
-        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
-    }
-
-    static Index padded(Index num_rows) { return (num_rows + EXPAND_ROWS - 1) / EXPAND_ROWS * EXPAND_ROWS; }
-
-    static Index num_blocks(const Segment& segment) {
-        return (segment.token_start % TILE_ROWS + segment.num_tokens + TILE_ROWS - 1) / TILE_ROWS;
-    }
-
-    // What token `token` of the batch weighs a row with.
-    static BFloat16* place(const Segment& segment, Index token, Index row, float* weighted) {
-        const Index first = segment.token_start / TILE_ROWS * TILE_ROWS;
-        return reinterpret_cast<BFloat16*>(weighted) + (token - first) * padded(segment.num_rows) + row;
-    }
-
     template <int PANELS>
-    static void add_columns(const RankSums& sums, const Outputs& outputs, const Block& block, Index column, Index count) {
+    static void add_columns(const TileSums& sums, const Outputs& outputs, const Block& block, Index column, Index count) {
         for (Index token = block.token; token < block.token + block.num_tokens; token += TILE_ROWS) {
             const Index num_tokens = std::min<Index>(TILE_ROWS, block.token + block.num_tokens - token);
             if (!sums.has_any(token / TILE_ROWS)) continue;

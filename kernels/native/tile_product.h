@@ -7,8 +7,8 @@
 #pragma once
 
 #include "panels.h"
-#include "rank_sums.h"
 #include "tile_registers.h"
+#include "tile_sums.h"
 #include "tokens.h"
 
 #ifdef HAS_TILE_REGISTERS
@@ -65,8 +65,6 @@ private:
         }
     };
 
-    static RankSums rank_sums(const LinearPart& part) { return RankSums::of(*part.rows->all, *part.rows->part); }
-
     const uint16_t* weights_of(const LinearPart& part, Index panel) const {
         return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
     }
@@ -76,7 +74,7 @@ private:
     void few_tokens(const LinearPart& part, Index first) const {
         clear_tile<0>(), clear_tile<1>(), clear_tile<2>(), clear_tile<3>();
         const uint16_t* weights = weights_of(part, first);
-        const RankSums rows = part.rows ? rank_sums(part) : RankSums{};
+        const TileSums rows{part.rows ? RankSums::of(*part.rows) : RankSums{}};
         RankAhead ahead(rows, first_token / TILE_ROWS, first, PANELS, d_in / TILE_DEPTH);
         for (Index input = 0; input < d_in; input += TILE_DEPTH) {
             ahead.ask();
@@ -180,7 +178,7 @@ private:
         }
         if (part.rows) {
             const Index number = (first_token + token) / TILE_ROWS;
-            const RankSums rows = rank_sums(part);
+            const TileSums rows{RankSums::of(*part.rows)};
             rows.add<0, 4, 6, PANELS>(number, first);
             if constexpr (BLOCKS == 2) rows.add<2, 5, 6, PANELS>(number + 1, first);
         }

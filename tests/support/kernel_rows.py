@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shape
+from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shapes
 from fusionserve.kernels.segments import PartRows
 
 
@@ -13,8 +13,7 @@ def as_kernels_take(rows: PartRows, residents: Iterable[tuple[int, int]]) -> Par
     (capacity, d_in), d_out = rows.shrink.shape, rows.expand.shape[1]
     if not has_panels(d_in, rows.shrink):
         return rows
-    shrink = rows.shrink.new_zeros(padded_shape(capacity, d_in))
-    expand = rows.expand.new_zeros(padded_shape(capacity, d_out))
+    shrink, expand = map(rows.shrink.new_zeros, padded_shapes(capacity, d_in, d_out))
     for start, extent in residents:
         here = slice(start, start + extent)
         pack_rows_(rows.shrink[here], rows.expand[here], shrink[here], expand[here])

@@ -1,0 +1,116 @@
+// Rank rows that meet tokens with the processor's pairwise product, 16 rows or 16 outputs at a time.
+#pragma once
+
+#include "pair_sums.h"
+#include "rank_weights.h"
+
+#ifdef __AVX512BF16__
+
+class RankPairs : public RankWeights {
+public:
+    explicit RankPairs(const Tokens& tokens) : tokens_(tokens) {}
+
+    static constexpr Index ROW_BLOCKS_TOGETHER = 1;
+
+    // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
+    template <typename Take>
+    void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
+        for (Index row = 0; row < some.num_rows; row += SHRINK_ROWS) {
+            const Panel panel = panel_of(all, some.row + row);
+            const Index count = std::min(SHRINK_ROWS, some.num_rows - row);
+            Index token = 0;
+            const auto by_tokens = [&](auto tokens) {
+                constexpr int TOKENS = decltype(tokens)::value;
+                for (; token + TOKENS <= some.num_tokens; token += TOKENS) {
+                    alignas(64) float u[TOKENS][SHRINK_ROWS];
+                    multiply<TOKENS>(panel, some.token + token, token == 0, u);
+                    for (int t = 0; t < TOKENS; ++t) take(token + t, row, count, u[t]);
+                }
+            };
+            by_tokens(std::integral_constant<int, 8>());
+            by_tokens(std::integral_constant<int, 4>());
+            by_tokens(std::integral_constant<int, 2>());
+            by_tokens(std::integral_constant<int, 1>());
+        }
+    }
+
+    // Writes c u of a piece, which is of one segment, and exactly 0 where c is 0, whatever u is.
+    void weigh(const RankPiece& piece, const LowRankPart& part, float* weighted) const {
+        const Segment& s = *piece.segment;
+        const Rectangle& some = piece.some;
+        shrink(rows_of(s, part), some, [&](Index token, Index row, Index count, const float* u) {
+            keep(s, some.token - s.token_start + token, some.row + row, count, u, weighted);
+        });
+    }
+
+    // Adds a block, whose first token is the batch's, to the part's outputs.
+    static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
+        const PairSums sums{RankSums::of({&all, &part})};
+        const Index end = block.column + block.num_columns;
+        Index column = block.column;
+        for (; column + 3 * PANEL <= end; column += 3 * PANEL) add_columns<3>(sums, outputs, block, column, 3 * PANEL);
+        for (; column < end; column += PANEL) add_columns<1>(sums, outputs, block, column, std::min(PANEL, end - column));
+    }
+
+private:
+    static constexpr Index TOKENS = 8;
+    static constexpr Index PREFETCH_BYTES = 1024;
+
+    // Up to 16 rank rows of a resident, [d_in / 2][width][2], and their bias or null.
+    struct Panel {
+        const BFloat16* rows;
+        Index width;
+        const BFloat16* bias;
+    };
+
+    Panel panel_of(const ShrinkRows& all, Index row) const {
+        const auto* bias = static_cast<const BFloat16*>(all.bias);
+        return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * tokens_.d_in,
+                rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
+    }
+
+    // u = A x + a of some tokens. The even pairs of inputs and the odd ones are summed apart, because one sum would wait for
+    // itself where tokens are few.
+    template <int COUNT>
+    void multiply(const Panel& panel, Index token, bool is_first, float (*u)[SHRINK_ROWS]) const {
+        const BFloat16* x = static_cast<const BFloat16*>(tokens_.x) + token * tokens_.x_stride;
+        const Index num_pairs = tokens_.d_in / 2, line = 2 * panel.width;
+        __m512 even[COUNT] = {}, odd[COUNT] = {};
+        const auto add = [&](Index pair, __m512* sums) {
+            const BFloat16* here = panel.rows + pair * line;
+            const __m512bh rows = (__m512bh)_mm512_loadu_si512(here);
+            if (is_first) __builtin_prefetch(reinterpret_cast<const char*>(here) + PREFETCH_BYTES);
+#pragma GCC unroll 8
+            for (int t = 0; t < COUNT; ++t)
+                sums[t] = _mm512_dpbf16_ps(sums[t], broadcast_pair(x + t * tokens_.x_stride + 2 * pair), rows);
+        };
+        Index pair = 0;
+        for (; pair + 2 <= num_pairs; pair += 2) add(pair, even), add(pair + 1, odd);
+        if (pair < num_pairs) add(pair, even);
+        Lanes offsets = {};
+        if (panel.bias) offsets = (Lanes)widen(_mm256_maskz_loadu_epi16((1u << panel.width) - 1, panel.bias));
+#pragma GCC unroll 8
+        for (int t = 0; t < COUNT; ++t) store_lanes((Lanes)even[t] + (Lanes)odd[t] + offsets, u[t]);
+    }
+
+    template <int PANELS>
+    static void add_columns(const PairSums& sums, const Outputs& outputs, const Block& block, Index column, Index count) {
+        for (Index token = block.token; token < block.token + block.num_tokens; token += TOKENS) {
+            const Index num_tokens = std::min(TOKENS, block.token + block.num_tokens - token);
+            if (!sums.has_any(token / BLOCK_TOKENS)) continue;
+            __m512 added[TOKENS * PANELS] = {};
+            sums.add(token, num_tokens, column / PANEL, PANELS, added);
+            BFloat16* y = outputs.at<BFloat16>(token - block.token, column);
+            for (Index t = 0; t < num_tokens; ++t, y += outputs.stride)
+                for (int p = 0; p < PANELS; ++p) {
+                    const __mmask16 there = (1u << std::min(count - p * PANEL, PANEL)) - 1;
+                    const Lanes total = widen(_mm256_maskz_loadu_epi16(there, y + p * PANEL)) + (Lanes)added[t * PANELS + p];
+                    _mm256_mask_storeu_epi16(y + p * PANEL, there, (__m256i)_mm512_cvtneps_pbh((__m512)total));
+                }
+        }
+    }
+
+    const Tokens& tokens_;
+};
+
+#endif
