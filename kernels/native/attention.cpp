@@ -12,6 +12,7 @@
 #include "attention_registers.h"
 #include "attention_stretch.h"
 #include "attention_tiles.h"
+#include "attention_vectors.h"
 #include "lines.h"
 #include "threads.h"
 
@@ -65,29 +66,34 @@ struct TiledCache {
 };
 #endif
 
-// A head's tiles of a stretch in a cache of tiles.
-static TilesAhead tiles_ahead(const void* cache, const Stretch& stretch, Index num_heads, Index head, Index dim) {
+// A key-value head's tiles of a stretch.
+struct HeadTiles {
+    const Stretch& stretch;
+    Index kv_head;
+};
+
+// Where they lie in a cache of tiles.
+static TilesAhead tiles_ahead(const void* cache, const HeadTiles& head, Index num_heads, Index dim) {
     TilesAhead ahead;
     for (Index k = 0; k < STRETCH_TILES; ++k) {
-        const Index slot = stretch.slots[std::min(k, stretch.num_tiles - 1)];
+        const Index slot = head.stretch.slots[std::min(k, head.stretch.num_tiles - 1)];
         ahead.tiles[k] = reinterpret_cast<const char*>(
-            tile_of_head(static_cast<const BFloat16*>(cache), slot, num_heads, head, dim));
+            tile_of_head(static_cast<const BFloat16*>(cache), slot, num_heads, head.kv_head, dim));
     }
     return ahead;
 }
 
 // Some queries over a stretch. One after the other in each part: within a query, each part waits for the one before.
-template <int QUERIES, typename Number, typename Keys, typename Values>
-static inline void attend_stretch(const Attention& a, const Stretch& stretch, const Keys& keys, const Values& values,
-                                  const TilesAhead& keys_ahead, const TilesAhead& values_ahead,
-                                  const Query<Number>* queries) {
+template <int QUERIES, typename Number>
+static inline void attend_stretch(const Attention& a, const Stretch& stretch, const PlainKeys<Number>& keys,
+                                  const PlainValues<Number>& values, const Query<Number>* queries) {
     float scores[QUERIES][STRETCH_TILES * TILE], shrinks[QUERIES];
     const Number* numbers[QUERIES];
     float* sums[QUERIES];
     for (int q = 0; q < QUERIES; ++q) numbers[q] = queries[q].numbers, sums[q] = queries[q].head->sums;
-    keys.template score<QUERIES>(numbers, stretch.num_tiles, keys_ahead, scores);
-    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh<Values>(a, stretch, queries[q], scores[q]);
-    values.template add<QUERIES>(scores, shrinks, stretch.num_tiles, values_ahead, sums);
+    keys.template score<QUERIES>(numbers, stretch.num_tiles, scores);
+    for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, stretch, queries[q], scores[q]);
+    values.template add<QUERIES>(scores, shrinks, stretch.num_tiles, sums);
 }
 
 // Tokens [first, first + count) of one request, and the key-value heads [first_head, last_head).
@@ -121,12 +127,14 @@ struct Workspace {
     typename Cache::Keys keys;
     typename Cache::Values values;
     AttentionRegisters registers;
+    AttentionVectors vectors;
 };
 
-// One stretch for one key-value head.
+// One stretch for one key-value head; `next` is asked for on the way.
 template <typename Cache>
-static void attend_head(const Attention& a, const Item& item, Index kv_head, const Stretch& stretch,
-                        const Stretch& next, Workspace<Cache>& space) {
+static void attend_head(const Attention& a, const Item& item, const HeadTiles& here, const HeadTiles& next,
+                        Workspace<Cache>& space) {
+    const auto& [stretch, kv_head] = here;
     const Index newest = a.lengths[item.first + item.count - 1];
     for (Index k = 0; k < stretch.num_tiles; ++k) {
         // Of the newest tile only the slots that are written: what lies behind them is nobody's.
@@ -137,26 +145,21 @@ static void attend_head(const Attention& a, const Item& item, Index kv_head, con
     const Index count = gather_queries(a, item, kv_head, stretch, space.numbers.data(), space.heads.data(),
                                        space.queries.data());
     const auto* queries = space.queries.data();
-    TilesAhead keys_ahead, values_ahead;
     if constexpr (Cache::IS_TILED) {
-        keys_ahead = tiles_ahead(a.keys, next, a.num_kv_heads, kv_head, a.dim);
-        values_ahead = tiles_ahead(a.values, next, a.num_kv_heads, kv_head, a.value_dim);
-        if (AttentionRegisters::take(a)) {
-            for (Index q = 0; q < count; q += AttentionRegisters::MOST_QUERIES)
-                space.registers.attend(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
-                                       std::min(AttentionRegisters::MOST_QUERIES, count - q));
-            return;
-        }
+        const TilesAhead keys_ahead = tiles_ahead(a.keys, next, a.num_kv_heads, a.dim);
+        const TilesAhead values_ahead = tiles_ahead(a.values, next, a.num_kv_heads, a.value_dim);
+        const auto attend_with = [&](auto& products) {
+            const Index most = products.MOST_QUERIES;
+            for (Index q = 0; q < count; q += most)
+                products.attend(a, stretch, space.keys, space.values, keys_ahead, values_ahead, queries + q,
+                                std::min(most, count - q));
+        };
+        AttentionRegisters::take(a) ? attend_with(space.registers) : attend_with(space.vectors);
+    } else {
+        by_fours(count, [&](auto some, Index q) {
+            attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, queries + q);
+        });
     }
-    const auto attend_some = [&](auto some, Index q) {
-        attend_stretch<decltype(some)::value>(a, stretch, space.keys, space.values, keys_ahead, values_ahead,
-                                              queries + q);
-    };
-    Index q = 0;
-    for (; q + 4 <= count; q += 4) attend_some(std::integral_constant<int, 4>(), q);
-    if (count - q == 3) attend_some(std::integral_constant<int, 3>(), q);
-    if (count - q == 2) attend_some(std::integral_constant<int, 2>(), q);
-    if (count - q == 1) attend_some(std::integral_constant<int, 1>(), q);
 }
 
 template <typename Number>
@@ -209,8 +212,11 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
     for (Stretch stretch = first_stretch(a, item, &tile); stretch.num_tiles > 0;) {
         const Stretch next = make_stretch(a, newest, tile += STRETCH_TILES, a.lengths[newest]);
         const Stretch ahead = next.num_tiles > 0 || !following ? next : first_stretch(a, *following, &unused);
-        for (Index kv_head = item.first_head; kv_head < item.last_head; ++kv_head)
-            attend_head(a, item, kv_head, stretch, ahead.num_tiles > 0 ? ahead : stretch, space);
+        for (Index kv_head = item.first_head; kv_head < item.last_head; ++kv_head) {
+            const bool is_last = kv_head + 1 == item.last_head;
+            const HeadTiles here{stretch, kv_head}, behind{stretch, kv_head + 1}, later{ahead, item.first_head};
+            attend_head(a, item, here, !is_last ? behind : ahead.num_tiles > 0 ? later : here, space);
+        }
         stretch = next;
     }
     space.registers.release();
@@ -239,7 +245,7 @@ static void attend_in(const Attention& a) {
     parallel((count + in_a_row - 1) / in_a_row, [&](Index row) {
         const Index end = std::min(count, (row + 1) * in_a_row);
         for (Index item = row * in_a_row; item < end; ++item)
-            attend_item<Cache>(a, items[item], item + 1 < end ? &items[item + 1] : nullptr);
+            attend_item<Cache>(a, items[item], item + 1 < count ? &items[item + 1] : nullptr);
     });
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "number_rows.h"
 #include "query_softmax.h"
 #include "tile_registers.h"
 

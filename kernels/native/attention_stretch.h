@@ -5,6 +5,7 @@
 #include "attention_tiles.h"
 
 #include <algorithm>
+#include <type_traits>
 
 // What a query head has gathered so far: sum_j e^(s_j - maximum) v_j and those weights' own sum.
 struct Head {
@@ -27,13 +28,23 @@ struct Stretch {
     bool is_whole;  // all tiles, side by side and all slots of each
 };
 
+// some(number, q): `number` queries from q on, four at a time and those that are left; a constant.
+template <typename Some>
+static inline void by_fours(Index count, const Some& some) {
+    Index q = 0;
+    for (; q + 4 <= count; q += 4) some(std::integral_constant<int, 4>(), q);
+    if (count - q == 3) some(std::integral_constant<int, 3>(), q);
+    if (count - q == 2) some(std::integral_constant<int, 2>(), q);
+    if (count - q == 1) some(std::integral_constant<int, 1>(), q);
+}
+
 static inline void cap_scores(const Attention& a, const Stretch& stretch, float* scores) {
     for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
         scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
 }
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
-template <typename Values, typename Number>
+template <typename Number>
 static inline float weigh(const Attention& a, const Stretch& stretch, const Query<Number>& query, float* scores) {
     if (a.softcap > 0) cap_scores(a, stretch, scores);
     Head& head = *query.head;
@@ -52,7 +63,6 @@ static inline float weigh(const Attention& a, const Stretch& stretch, const Quer
         float* tile = scores + k * TILE;
 #pragma omp simd
         for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
-        Values::round(tile);
         total += load_lanes(tile);
     }
     const float shrink = fast_exp(head.maximum - maximum);
