@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from fusionserve.kernels import native_library
 
 PRINT = "from fusionserve.kernels.native_library import native_library; print(native_library() is not None)"
 
@@ -48,6 +51,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     os.utime(abandoned, (0, 0))
     abandoned.parent.chmod(0o700)
     return Built(root, compiler, run(PRINT, root, CXX=str(compiler)).stdout)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for processors of one family")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "icelake-server", "sapphirerapids"])
+def test_sources_compile_for_other_processors(processor: str) -> None:
+    """From no vectors to speak of to tile registers: where the library does not compile, there is torch alone."""
+    sources = [str(path) for path in (Path(native_library.__file__).parent / "native").glob("*.cpp")]
+    flags = ["-std=c++20", f"-march={processor}", "-fopenmp-simd", "-fsyntax-only", "-Wno-psabi"]
+    assert len(sources) > 5
+    done = subprocess.run(["g++", *flags, *sources], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[:2000]
 
 
 def test_library_is_built_once_and_kept(built: Built) -> None:
