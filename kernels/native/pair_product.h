@@ -88,7 +88,8 @@ private:
                 for (int p = 0; p < PANELS; ++p) {
                     const uint16_t* here = weights + (p * num_pairs + pair) * 2 * PANEL;
                     panels[p] = (__m512bh)_mm512_loadu_si512(here);
-                    if (token == 0) prefetch_panel(here, panel_bytes - (pair + 1) * 64, panel_bytes, PANELS);
+                    if (token == 0)
+                        prefetch_panel<PANELS == 1>(here, panel_bytes - (pair + 1) * 64, panel_bytes, PANELS);
                 }
 #pragma GCC unroll 16
                 for (int t = 0; t < TOKENS; ++t) {

@@ -195,8 +195,10 @@ static void multiply(const Product& product, const LinearPart* parts, Index num_
     });
 }
 
-// Where the panel `bytes_left` behind `here` ends, the next tile goes on behind this tile's other panels.
+// Where the panel `bytes_left` behind `here` ends, the next tile goes on behind this tile's other panels. What is read ONCE
+// need not take the place of anything else in the caches.
+template <bool ONCE = false>
 static inline void prefetch_panel(const void* here, Index bytes_left, Index panel_bytes, int num_panels) {
     const Index ahead = PREFETCH_BYTES + (bytes_left <= PREFETCH_BYTES ? (num_panels - 1) * panel_bytes : 0);
-    __builtin_prefetch(static_cast<const char*>(here) + ahead);
+    __builtin_prefetch(static_cast<const char*>(here) + ahead, 0, ONCE ? 0 : 3);
 }

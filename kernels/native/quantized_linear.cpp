@@ -107,7 +107,8 @@ struct ByteProduct {
                     const uint8_t* here = weights + p * panel_bytes + group * GROUP_BYTES + step * 64;
                     levels[p] = load_levels(here);
                     if (token == 0)
-                        prefetch_panel(here, panel_bytes - group * GROUP_BYTES - (step + 1) * 64, panel_bytes, PANELS);
+                        prefetch_panel<PANELS == 1>(here, panel_bytes - group * GROUP_BYTES - (step + 1) * 64, panel_bytes,
+                                                    PANELS);
                 }
                 add_step(sums, levels, inputs, step);
             }
