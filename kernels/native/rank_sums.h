@@ -66,7 +66,7 @@ public:
 
     void ask() {
         for (Index i = 0; i < each_ && item_ < end_; ++i, line_ += LINE_BYTES) {
-            __builtin_prefetch(line_, 0, 3);
+            __builtin_prefetch(line_, 0, 2);
             if (line_ + LINE_BYTES >= last_) next();
         }
     }
