@@ -15,23 +15,9 @@ public:
     // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
     template <typename Take>
     void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
-        for (Index row = 0; row < some.num_rows; row += SHRINK_ROWS) {
-            const Panel panel = panel_of(all, some.row + row);
-            const Index count = std::min(SHRINK_ROWS, some.num_rows - row);
-            Index token = 0;
-            const auto by_tokens = [&](auto tokens) {
-                constexpr int TOKENS = decltype(tokens)::value;
-                for (; token + TOKENS <= some.num_tokens; token += TOKENS) {
-                    alignas(64) float u[TOKENS][SHRINK_ROWS];
-                    multiply<TOKENS>(panel, some.token + token, token == 0, u);
-                    for (int t = 0; t < TOKENS; ++t) take(token + t, row, count, u[t]);
-                }
-            };
-            by_tokens(std::integral_constant<int, 8>());
-            by_tokens(std::integral_constant<int, 4>());
-            by_tokens(std::integral_constant<int, 2>());
-            by_tokens(std::integral_constant<int, 1>());
-        }
+        Index row = 0;
+        for (; row + SHRINK_ROWS < some.num_rows; row += 2 * SHRINK_ROWS) shrink_panels<2, 4>(all, some, row, take);
+        if (row < some.num_rows) shrink_panels<1, 8>(all, some, row, take);
     }
 
     // Writes c u of a piece, which is of one segment, and exactly 0 where c is 0, whatever u is.
@@ -69,28 +55,63 @@ private:
                 rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
     }
 
+    // Of up to PANELS blocks of rows that begin with `row`, MOST tokens at a time.
+    template <int PANELS, int MOST, typename Take>
+    void shrink_panels(const ShrinkRows& all, const Rectangle& some, Index row, const Take& take) const {
+        Panel panels[PANELS];
+        for (int p = 0; p < PANELS; ++p) panels[p] = panel_of(all, some.row + row + p * SHRINK_ROWS);
+        Index token = 0;
+        const auto by_tokens = [&](auto tokens) {
+            constexpr int TOKENS = decltype(tokens)::value;
+            if constexpr (TOKENS <= MOST)
+                for (; token + TOKENS <= some.num_tokens; token += TOKENS) {
+                    alignas(64) float u[TOKENS][PANELS][SHRINK_ROWS];
+                    multiply<TOKENS, PANELS>(panels, some.token + token, token == 0, u);
+                    for (int t = 0; t < TOKENS; ++t)
+                        for (int p = 0; p < PANELS; ++p) {
+                            const Index first = row + p * SHRINK_ROWS;
+                            take(token + t, first, std::min(SHRINK_ROWS, some.num_rows - first), u[t][p]);
+                        }
+                }
+        };
+        by_tokens(std::integral_constant<int, 8>());
+        by_tokens(std::integral_constant<int, 4>());
+        by_tokens(std::integral_constant<int, 2>());
+        by_tokens(std::integral_constant<int, 1>());
+    }
+
     // u = A x + a of some tokens. The even pairs of inputs and the odd ones are summed apart, because one sum would wait for
     // itself where tokens are few.
-    template <int COUNT>
-    void multiply(const Panel& panel, Index token, bool is_first, float (*u)[SHRINK_ROWS]) const {
+    template <int COUNT, int PANELS>
+    void multiply(const Panel* panels, Index token, bool is_first, float (*u)[PANELS][SHRINK_ROWS]) const {
         const BFloat16* x = static_cast<const BFloat16*>(tokens_.x) + token * tokens_.x_stride;
-        const Index num_pairs = tokens_.d_in / 2, line = 2 * panel.width;
-        __m512 even[COUNT] = {}, odd[COUNT] = {};
-        const auto add = [&](Index pair, __m512* sums) {
-            const BFloat16* here = panel.rows + pair * line;
-            const __m512bh rows = (__m512bh)_mm512_loadu_si512(here);
-            if (is_first) __builtin_prefetch(reinterpret_cast<const char*>(here) + PREFETCH_BYTES);
+        const Index num_pairs = tokens_.d_in / 2;
+        __m512 even[COUNT][PANELS] = {}, odd[COUNT][PANELS] = {};
+        const auto add = [&](Index pair, __m512 (*sums)[PANELS]) {
+            __m512bh rows[PANELS];
+#pragma GCC unroll 2
+            for (int p = 0; p < PANELS; ++p) {
+                const BFloat16* here = panels[p].rows + pair * 2 * panels[p].width;
+                rows[p] = (__m512bh)_mm512_loadu_si512(here);
+                if (is_first) __builtin_prefetch(reinterpret_cast<const char*>(here) + PREFETCH_BYTES);
+            }
 #pragma GCC unroll 8
-            for (int t = 0; t < COUNT; ++t)
-                sums[t] = _mm512_dpbf16_ps(sums[t], broadcast_pair(x + t * tokens_.x_stride + 2 * pair), rows);
+            for (int t = 0; t < COUNT; ++t) {
+                const __m512bh inputs = broadcast_pair(x + t * tokens_.x_stride + 2 * pair);
+#pragma GCC unroll 2
+                for (int p = 0; p < PANELS; ++p) sums[t][p] = _mm512_dpbf16_ps(sums[t][p], inputs, rows[p]);
+            }
         };
         Index pair = 0;
         for (; pair + 2 <= num_pairs; pair += 2) add(pair, even), add(pair + 1, odd);
         if (pair < num_pairs) add(pair, even);
-        Lanes offsets = {};
-        if (panel.bias) offsets = (Lanes)widen(_mm256_maskz_loadu_epi16((1u << panel.width) - 1, panel.bias));
+#pragma GCC unroll 2
+        for (int p = 0; p < PANELS; ++p) {
+            const auto& [rows, width, bias] = panels[p];
+            const Lanes offsets = bias ? (Lanes)widen(_mm256_maskz_loadu_epi16((1u << width) - 1, bias)) : Lanes{};
 #pragma GCC unroll 8
-        for (int t = 0; t < COUNT; ++t) store_lanes((Lanes)even[t] + (Lanes)odd[t] + offsets, u[t]);
+            for (int t = 0; t < COUNT; ++t) store_lanes((Lanes)even[t][p] + (Lanes)odd[t][p] + offsets, u[t][p]);
+        }
     }
 
     template <int PANELS>
