@@ -13,7 +13,7 @@
 
 constexpr Index PANEL = 16;         // outputs
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
-constexpr Index PREFETCH_BYTES = 4096;
+constexpr Index PREFETCH_BYTES = 4096, ONCE_PREFETCH_BYTES = 8192;
 constexpr Index FEW_TOKENS = 16;
 constexpr Index LEAST_SHARE = 64;   // tokens of a thread's own
 constexpr Index SHARE_STEP = 32;    // and what their number is a multiple of
@@ -199,6 +199,7 @@ static void multiply(const Product& product, const LinearPart* parts, Index num_
 // need not take the place of anything else in the caches.
 template <bool ONCE = false>
 static inline void prefetch_panel(const void* here, Index bytes_left, Index panel_bytes, int num_panels) {
-    const Index ahead = PREFETCH_BYTES + (bytes_left <= PREFETCH_BYTES ? (num_panels - 1) * panel_bytes : 0);
+    constexpr Index BYTES = ONCE ? ONCE_PREFETCH_BYTES : PREFETCH_BYTES;
+    const Index ahead = BYTES + (bytes_left <= BYTES ? (num_panels - 1) * panel_bytes : 0);
     __builtin_prefetch(static_cast<const char*>(here) + ahead, 0, ONCE ? 0 : 3);
 }
