@@ -14,6 +14,7 @@ struct PairProduct {
     static constexpr bool SHARES_TOKENS = false, ADDS_RANK_ROWS = true;
     static constexpr Index TILE_PANELS = 3;
     static constexpr int MOST_TOKENS = 8, MOST_BY_A_PANEL = 16;
+    static_assert(FEW_TOKENS <= MOST_BY_A_PANEL);
     const uint16_t* x;
     Index num_tokens, d_in, x_stride;
 

@@ -42,24 +42,11 @@ private:
     static constexpr Index TOKENS = 8;
     static constexpr Index PREFETCH_BYTES = 1024;
 
-    // Up to 16 rank rows of a resident, [d_in / 2][width][2], and their bias or null.
-    struct Panel {
-        const BFloat16* rows;
-        Index width;
-        const BFloat16* bias;
-    };
-
-    Panel panel_of(const ShrinkRows& all, Index row) const {
-        const auto* bias = static_cast<const BFloat16*>(all.bias);
-        return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * tokens_.d_in,
-                rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
-    }
-
     // Of up to PANELS blocks of rows that begin with `row`, MOST tokens at a time.
     template <int PANELS, int MOST, typename Take>
     void shrink_panels(const ShrinkRows& all, const Rectangle& some, Index row, const Take& take) const {
-        Panel panels[PANELS];
-        for (int p = 0; p < PANELS; ++p) panels[p] = panel_of(all, some.row + row + p * SHRINK_ROWS);
+        RowBlock panels[PANELS];
+        for (int p = 0; p < PANELS; ++p) panels[p] = row_block(all, some.row + row + p * SHRINK_ROWS, tokens_.d_in);
         Index token = 0;
         const auto by_tokens = [&](auto tokens) {
             constexpr int TOKENS = decltype(tokens)::value;
@@ -83,7 +70,7 @@ private:
     // u = A x + a of some tokens. The even pairs of inputs and the odd ones are summed apart, because one sum would wait for
     // itself where tokens are few.
     template <int COUNT, int PANELS>
-    void multiply(const Panel* panels, Index token, bool is_first, float (*u)[PANELS][SHRINK_ROWS]) const {
+    void multiply(const RowBlock* panels, Index token, bool is_first, float (*u)[PANELS][SHRINK_ROWS]) const {
         const BFloat16* x = static_cast<const BFloat16*>(tokens_.x) + token * tokens_.x_stride;
         const Index num_pairs = tokens_.d_in / 2;
         __m512 even[COUNT][PANELS] = {}, odd[COUNT][PANELS] = {};

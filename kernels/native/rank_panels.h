@@ -19,6 +19,13 @@ constexpr Index SPARE_NUMBERS = 512;
 // Rows of the block that begins with `row`, of a resident with `extent` rows.
 static inline Index rows_in_block(Index extent, Index row, Index most) { return std::min(most, extent - row); }
 
+// Up to 16 rank rows of a resident, as their panel has them, and their bias or null.
+struct RowBlock {
+    const BFloat16* rows;
+    Index width;
+    const BFloat16* bias;
+};
+
 // True if rank rows of modules with so many inputs are multiplied that way.
 static inline bool has_panels([[maybe_unused]] Index d_in) {
 #ifdef __AVX512BF16__

@@ -16,7 +16,7 @@ public:
     // take(token, row, count, u): A x + a of a token with a block of the rank rows, both counted from the first.
     template <typename Take>
     void shrink(const ShrinkRows& all, const Rectangle& some, const Take& take) const {
-        const auto block_of = [&](Index i) { return row_block(all, some.row + i * SHRINK_ROWS); };
+        const auto block_of = [&](Index i) { return row_block(all, some.row + i * SHRINK_ROWS, tokens_.d_in); };
         const Index num_row_blocks = (some.num_rows + SHRINK_ROWS - 1) / SHRINK_ROWS;
         ShrinkTiles(tokens_, num_row_blocks, block_of).shrink(some.token, some.num_tokens, [&](Index token, Index i, const float* u) {
             take(token, i * SHRINK_ROWS, std::min(SHRINK_ROWS, some.num_rows - i * SHRINK_ROWS), u);
@@ -45,13 +45,6 @@ public:
     }
 
 private:
-    // The block of a resident's rows that begins with `row`.
-    RowBlock row_block(const ShrinkRows& all, Index row) const {
-        const auto* bias = static_cast<const BFloat16*>(all.bias);
-        return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * tokens_.d_in,
-                rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
-    }
-
     // Segments of one block of tokens: all of it meets the rows of each, which keeps what its own tokens make of them.
     void weigh_together(const RankPiece& piece, const LowRankPart& part, float* weighted) const {
         struct Place {
@@ -65,7 +58,7 @@ private:
             for (Index row = 0; row < s->num_rows; row += SHRINK_ROWS) places[num_places++] = {s, row, weighted};
             weighted += weighted_size(*s);
         }
-        const auto block_of = [&](Index i) { return row_block(rows_of(*places[i].segment, part), places[i].row); };
+        const auto block_of = [&](Index i) { return row_block(rows_of(*places[i].segment, part), places[i].row, tokens_.d_in); };
         const Index first = piece.segment->token_start / TILE_ROWS * TILE_ROWS;
         const Index num_tokens = std::min<Index>(TILE_ROWS, tokens_.num_tokens - first);
         ShrinkTiles(tokens_, num_places, block_of).shrink(first, num_tokens, [&](Index token, Index i, const float* u) {

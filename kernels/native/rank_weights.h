@@ -53,6 +53,13 @@ protected:
         return {part.shrink_rows, part.shrink_bias, s.row_start, s.extent};
     }
 
+    // The block of a resident's rows that begins with `row`.
+    static RowBlock row_block(const ShrinkRows& all, Index row, Index d_in) {
+        const auto* bias = static_cast<const BFloat16*>(all.bias);
+        return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * d_in,
+                rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
+    }
+
     // Keeps c u of a token, counted from the segment's first, for `count` rows, and zeros behind them, 16 in all: exactly 0
     // where c is 0, whatever u is.
     static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {

@@ -10,13 +10,6 @@
 
 #ifdef HAS_TILE_REGISTERS
 
-// Up to 16 rank rows of a resident, as their panel has them, and their bias or null.
-struct RowBlock {
-    const BFloat16* rows;
-    Index width;
-    const BFloat16* bias;
-};
-
 // `block_of(i)` is the i-th of `num_row_blocks` blocks of rank rows.
 template <typename BlockOf>
 class ShrinkTiles {
