@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
@@ -22,7 +22,7 @@ from fusionserve.errors import ArtifactError
 _PREFIX = "base_model.model."
 
 
-class TensorRole(Enum):
+class TensorRole(StrEnum):
     """The part a tensor plays in its module."""
 
     SHRINK = "A"
@@ -156,7 +156,7 @@ def _sort_by_module(tensors: Iterable[TensorSpec], base: BaseModules) -> dict[st
         _check_role(module, role, spec)
         parts = by_path.setdefault(module.path, {})
         if role in parts or (role in _WHOLE_WEIGHTS and not parts.keys().isdisjoint(_WHOLE_WEIGHTS)):
-            raise bad_tensor("UNEXPECTED_TENSOR", spec.name, f"its module already has {role.value}")
+            raise bad_tensor("UNEXPECTED_TENSOR", spec.name, f"its module already has {role}")
         parts[role] = spec
     if strangers and not by_path:
         raise _no_effect("no tensor of the adapter belongs to a module that this base model can adapt")
@@ -228,12 +228,12 @@ def _check_complete(path: str, roles: _Parts, config: LoRAConfig) -> None:
         wanted.add(TensorRole.MAGNITUDE)
     if config.lora_bias:
         wanted.add(TensorRole.BIAS)
-    for role in sorted(wanted - roles.keys(), key=lambda role: role.value):
+    for role in sorted(wanted - roles.keys()):
         raise ArtifactError(
-            f"module {quoted(path)} has no {role.value}", reason="PAIR_MISSING", metadata={"module": path}
+            f"module {quoted(path)} has no {role}", reason="PAIR_MISSING", metadata={"module": path}
         )
-    for role in sorted(roles.keys() - wanted, key=lambda role: role.value):
-        problem = f"the configuration says nothing of {role.value}"
+    for role in sorted(roles.keys() - wanted):
+        problem = f"the configuration says nothing of {role}"
         raise bad_tensor("UNEXPECTED_TENSOR", roles[role].name, problem)
 
 

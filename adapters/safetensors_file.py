@@ -12,7 +12,9 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -33,6 +35,9 @@ MAX_SIZE = (1 << 63) - 1
 DTYPES = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 
 _LENGTH_BYTES = 8
+_BLOCK_BYTES = (
+    1 << 20
+)  # of small tensors are read at once; they stay in a second cache while they are hashed and copied
 _GIT_LFS_POINTER = b"version "  # what a clone without Git LFS leaves in place of a large file
 _HEADER_DEPTH = 3  # file, entry, shape
 
@@ -58,20 +63,29 @@ class SafetensorsFile:
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        _read_ahead(file)
         header = self._read_header(os.fstat(file.fileno()).st_size)
         self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in header})
         self._num_unread = len(header)
         reach_failpoint("artifact.header")
 
     def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """Yields every tensor once, in file order, each in a private writable buffer of its own.
+        """Yields every tensor once, in file order, in private memory, which small neighbours share.
 
+        A thread hashes what was read meanwhile, so write to none before the digest is known.
         Raises ArtifactError WEIGHTS_TRUNCATED if the file got shorter since it was opened.
         """
-        for spec in self.tensors.values():
-            buffer = self._read_exactly(spec.end - spec.start)
-            self._num_unread -= 1
-            yield spec, _to_tensor(buffer, spec)
+        with ThreadPoolExecutor(1, "safetensors-hash") as thread:
+            hashed: Future[None] | None = None
+            for block in _blocks(self.tensors.values()):
+                start = block[0].start
+                data = self._read_exactly(block[-1].end - start)
+                if hashed is not None:
+                    hashed.result()  # so that no more than two blocks are held
+                hashed = thread.submit(self._hash.update, data)
+                for spec in block:
+                    self._num_unread -= 1
+                    yield spec, _to_tensor(data, spec, spec.start - start)
 
     def digest(self) -> str:
         """The sha256 (hex) of the whole file, of the very bytes that were read. Needs all tensors read."""
@@ -81,7 +95,7 @@ class SafetensorsFile:
     def _read_header(self, file_bytes: int) -> list[TensorSpec]:
         if file_bytes < _LENGTH_BYTES:
             raise _truncated()
-        prefix = bytes(self._read_exactly(_LENGTH_BYTES))
+        prefix = self._read_hashed(_LENGTH_BYTES)
         if prefix == _GIT_LFS_POINTER:
             raise _malformed("it is a Git LFS pointer, not the file itself")
         header_bytes = int.from_bytes(prefix, "little")
@@ -91,9 +105,14 @@ class SafetensorsFile:
             )
         if _LENGTH_BYTES + header_bytes > file_bytes:
             raise _truncated()
-        specs = _parse_header(bytes(self._read_exactly(header_bytes)))
+        specs = _parse_header(self._read_hashed(header_bytes))
         _check_layout(specs, file_bytes - _LENGTH_BYTES - header_bytes)
         return specs
+
+    def _read_hashed(self, num_bytes: int) -> bytes:
+        data = bytes(self._read_exactly(num_bytes))
+        self._hash.update(data)
+        return data
 
     def _read_exactly(self, num_bytes: int) -> bytearray:
         buffer = bytearray(num_bytes)
@@ -109,8 +128,14 @@ class SafetensorsFile:
             if not count:
                 raise _truncated()
             done += count
-        self._hash.update(buffer)
         return buffer
+
+
+def _read_ahead(file: io.FileIO) -> None:
+    """Asks the system to begin reading, as much as it thinks fit, while the header is parsed."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # a file system without
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _parse_header(data: bytes) -> list[TensorSpec]:
@@ -148,8 +173,11 @@ def _parse_entry(name: str, entry: object) -> TensorSpec:
 
 def _to_sizes(value: object) -> tuple[int, ...] | None:
     """A list of integers from 0 to MAX_SIZE (a JSON true is none), or None."""
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_SIZE for item in value):
+    if not isinstance(value, list):
         return None
+    for item in value:
+        if type(item) is not int or not 0 <= item <= MAX_SIZE:
+            return None
     return tuple(value)
 
 
@@ -165,10 +193,23 @@ def _check_layout(specs: list[TensorSpec], data_bytes: int) -> None:
         raise _malformed("it has bytes that belong to no tensor")
 
 
-def _to_tensor(buffer: bytearray, spec: TensorSpec) -> Tensor:
-    if not buffer:  # frombuffer refuses an empty one
+def _blocks(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    """Neighbours of one dtype, so that each is aligned, in blocks of _BLOCK_BYTES or a single larger one."""
+    block: list[TensorSpec] = []
+    for spec in specs:
+        if block and (spec.dtype != block[0].dtype or spec.end - block[0].start > _BLOCK_BYTES):
+            yield block
+            block = []
+        block.append(spec)
+    if block:
+        yield block
+
+
+def _to_tensor(data: bytearray, spec: TensorSpec, offset: int) -> Tensor:
+    count = math.prod(spec.shape)
+    if count == 0:  # frombuffer refuses an empty one
         return torch.empty(spec.shape, dtype=spec.dtype)
-    return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
+    return torch.frombuffer(data, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
 
 
 def _truncated() -> ArtifactError:

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Never
 
-_NO_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[^"\[\]{}]++', re.DOTALL)
+_NO_BRACKETS = re.compile(r'(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"|[^"\[\]{}]++)++', re.DOTALL)
 
 
 class StrictJsonError(ValueError):

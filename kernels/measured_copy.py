@@ -7,9 +7,9 @@ one pass; with torch's operations, and for float16, it is done in pieces below t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from ctypes import c_float, c_int64, c_void_p
-from typing import Any
+from collections.abc import Callable, Iterator
+from ctypes import CDLL, c_float, c_int64, c_void_p
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ from fusionserve.kernels.native_call import SUFFIXES
 from fusionserve.kernels.native_library import native_library
 
 PIECE_ELEMENTS = 16_384
+
+_ARGUMENTS = {
+    "copy_measured": (c_void_p, c_void_p, c_int64),
+    "transpose_measured": (c_void_p, c_void_p, c_int64, c_int64, c_float),
+}
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -33,7 +38,7 @@ def copy_measured(target: Tensor, source: Tensor) -> float:
     assert target.is_contiguous() and source.is_contiguous() and target.numel() == source.numel()
     native = _native("copy_measured", source, target)
     if native is not None:
-        return _measured(native, source, target, c_int64(source.numel()))
+        return native(source.data_ptr(), target.data_ptr(), source.numel())
     for ours, theirs in zip(pieces(target), pieces(source), strict=True):
         ours.copy_(theirs)
     return largest_magnitude(target)
@@ -47,7 +52,7 @@ def transpose_measured(target: Tensor, source: Tensor, scale: float) -> float:
     assert target.is_contiguous() and source.is_contiguous() and target.shape == source.T.shape
     native = _native("transpose_measured", source, target)
     if native is not None:
-        return _measured(native, source, target, *map(c_int64, source.shape), c_float(scale))
+        return native(source.data_ptr(), target.data_ptr(), *source.shape, scale)
     num_rows = max(1, PIECE_ELEMENTS // source.shape[1])
     for start in range(0, source.shape[0], num_rows):
         piece = source[start : start + num_rows].float() * scale
@@ -62,14 +67,19 @@ def largest_magnitude(tensor: Tensor) -> float:
     return found + found * 0.0
 
 
-def _native(name: str, source: Tensor, target: Tensor) -> Any | None:
+def _native(name: str, source: Tensor, target: Tensor) -> Callable[..., float] | None:
     library = native_library()
-    if library is None or not {source.dtype, target.dtype} <= SUFFIXES.keys():
+    return None if library is None else _declared(library, name, source.dtype, target.dtype)
+
+
+@cache
+def _declared(
+    library: CDLL, name: str, source: torch.dtype, target: torch.dtype
+) -> Callable[..., float] | None:
+    """Declared once: a load calls it for every tensor, and most of them are small."""
+    if not {source, target} <= SUFFIXES.keys():
         return None
-    return getattr(library, f"{name}_{SUFFIXES[source.dtype]}_{SUFFIXES[target.dtype]}")
-
-
-def _measured(native: Any, source: Tensor, target: Tensor, *sizes: object) -> float:
-    native.restype = c_float
-    largest: float = native(c_void_p(source.data_ptr()), c_void_p(target.data_ptr()), *sizes)
-    return largest
+    function = getattr(library, f"{name}_{SUFFIXES[source]}_{SUFFIXES[target]}")
+    function.restype, function.argtypes = c_float, _ARGUMENTS[name]
+    declared: Callable[..., float] = function
+    return declared

@@ -55,6 +55,25 @@ def test_reads_what_the_library_writes(dtype: torch.dtype, tmp_path: Path) -> No
     assert digest == hashlib.sha256(data).hexdigest()
 
 
+def test_reads_tensors_of_any_size_and_dtype_in_any_order(tmp_path: Path) -> None:
+    """They are read in blocks: small ones together, a large one alone, and each where its dtype may lie."""
+    names = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+    header: dict[str, object] = {}
+    tensors, data = {}, b""
+    for i, size in enumerate([3, 5, 7, 900_001, 1, 300_000, 300_000, 300_000, 0, 9]):
+        for name, dtype in list(names.items()) * 2:
+            key, tensor = f"{i} {len(tensors)}", torch.randn(size).to(dtype)
+            end = len(data) + tensor.nbytes
+            header[key] = entry(name, [size], [len(data), end])
+            data += tensor.view(torch.uint8).numpy().tobytes()
+            tensors[key] = tensor
+    encoded = encode_safetensors(header, data)
+    (tmp_path / "x").write_bytes(encoded)
+    ours, digest = read(tmp_path / "x")
+    assert all(torch.equal(ours[key], tensor) for key, tensor in tensors.items())
+    assert digest == hashlib.sha256(encoded).hexdigest()
+
+
 def test_tensors_are_private_and_writable(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(save({"a": torch.zeros(4)}))
