@@ -1,4 +1,4 @@
-// Memory that begins with a line of the processor's caches, so that what fills registers does not lie across two.
+// The lines of the processor's caches.
 #pragma once
 
 #include "number.h"
@@ -8,6 +8,17 @@
 
 constexpr Index LINE_BYTES = 64;
 
+// Asks for lines that are needed later, so many of them at each step.
+struct LinesAhead {
+    const char* line = nullptr;
+    Index each = 0;
+
+    void ask() {
+        for (Index i = 0; i < each; ++i, line += LINE_BYTES) __builtin_prefetch(line, 0, 2);
+    }
+};
+
+// Memory that begins with a line, so that what fills registers does not lie across two.
 template <typename Number>
 class Lines {
 public:

@@ -78,10 +78,14 @@ private:
             fours[four] = x + (token + 4 * four) * x_stride;
             asm("" : "+r"(fours[four]));  // else the compiler keeps the addresses of all tokens
         }
+        LinesAhead ahead;
+        if (PANELS > 1)
+            ahead = panels_ahead(*this, token, weights + PANELS * num_pairs * 2 * PANEL, PANELS * panel_bytes, num_steps());
         const Index strides[] = {0, x_stride, 2 * x_stride, 3 * x_stride};
         __m512 sums[TOKENS][PANELS] = {};
         for (Index step = 0; step < num_pairs; step += STEP) {
             if (kept.ahead) kept.ahead->ask();
+            ahead.ask();
 #pragma GCC unroll 2
             for (Index pair = step; pair < std::min(step + STEP, num_pairs); ++pair) {
                 __m512bh panels[PANELS];

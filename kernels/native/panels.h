@@ -72,6 +72,16 @@ static void few_by_few(const Product& product, const LinearPart& part, Index fir
     }
 }
 
+// What the tile that begins with `token` asks for, in so many steps, of the panels behind its own, which take `num_bytes`.
+// The first tile waits for its own panels; those after it, which have them in a cache, share out the next.
+template <typename Product>
+static LinesAhead panels_ahead(const Product& product, Index token, const void* behind, Index num_bytes, Index num_steps) {
+    if (token == 0) return {};
+    const Index num_tiles = (product.num_tokens - 1) / Product::MOST_TOKENS, tile = token / Product::MOST_TOKENS - 1;
+    const Index most = num_tiles * num_steps * LINE_BYTES, each = (num_bytes + most - 1) / most;
+    return {static_cast<const char*>(behind) + tile * num_steps * each * LINE_BYTES, each};
+}
+
 // Stores 16 sums as outputs of a token, with the bias, onto what is there if the part says so; rounded once.
 template <typename Number>
 static inline void finish(Lanes sums, const LinearPart& part, Index token, Index output) {

@@ -6,6 +6,7 @@
 // output is summed in the same order, the inputs first, then what adapters add.
 #pragma once
 
+#include "lines.h"
 #include "panels.h"
 #include "tile_registers.h"
 #include "tile_sums.h"
@@ -49,21 +50,11 @@ struct TileProduct {
     }
 
 private:
-    // Asks for the panels behind those at hand, as many lines at each step as makes all of them.
-    struct Ahead {
-        const char* line;
-        Index num_lines;
-
-        Ahead(const TileProduct& product, const uint16_t* panels, Index num_panels)
-            : line(reinterpret_cast<const char*>(panels)) {
-            const Index num_blocks = (product.num_tokens + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-            num_lines = (num_panels * TILE_ROWS + num_blocks - 1) / num_blocks;
-        }
-
-        void ask() {
-            for (Index i = 0; i < num_lines; ++i, line += TILE_BYTES) __builtin_prefetch(line, 0, 2);
-        }
-    };
+    // Asks for the panels behind those at hand, over all blocks of tokens.
+    LinesAhead panels_ahead(const LinearPart& part, Index panel, Index num_panels) const {
+        const Index num_blocks = (num_tokens + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+        return {reinterpret_cast<const char*>(weights_of(part, panel)), (num_panels * TILE_ROWS + num_blocks - 1) / num_blocks};
+    }
 
     const uint16_t* weights_of(const LinearPart& part, Index panel) const {
         return static_cast<const uint16_t*>(part.weights) + panel * d_in * PANEL;
@@ -116,7 +107,7 @@ private:
         const Index depth = (d_in / TILE_DEPTH + num_depths - 1) / num_depths * TILE_DEPTH;
         static thread_local Lines<Sums> kept;
         Sums* sums = kept.make_room(ASIDE_TOKENS / (2 * TILE_ROWS));
-        Ahead ahead(*this, weights_of(part, first + PANELS), PANELS);
+        LinesAhead ahead = panels_ahead(part, first + PANELS, PANELS);
         for (Index token = 0; token < num_tokens; token += ASIDE_TOKENS) {
             const Index end = std::min(token + ASIDE_TOKENS, num_tokens);
             for (Index input = 0; input < d_in; input += depth)
@@ -127,7 +118,7 @@ private:
     // Tokens [token, end), whose sums lie aside unless they begin or end here.
     template <int PANELS>
     void by_depth(const LinearPart& part, Index first, Index token, Index end, Index input, Index last_input, Sums* sums,
-                  Ahead& ahead) const {
+                  LinesAhead& ahead) const {
         Index shaped = -1;
         for (; token < end; token += 2 * TILE_ROWS, ++sums) {
             const Index left = std::min<Index>(num_tokens - token, 2 * TILE_ROWS);
@@ -149,7 +140,7 @@ private:
 
     template <int BLOCKS, int PANELS>
     void block(const LinearPart& part, Index first, Index token, Index num, Index begin, Index end, Sums& sums,
-               Ahead& ahead) const {
+               LinesAhead& ahead) const {
         const uint16_t* weights = weights_of(part, first);
         const uint16_t* upper = x + token * x_stride;
         const uint16_t* lower = upper + TILE_ROWS * x_stride;
