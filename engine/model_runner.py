@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -25,12 +25,14 @@ from fusionserve.engine.fused_chunks import (
     fused_ranges,
 )
 from fusionserve.engine.launched_step import LaunchedStep
+from fusionserve.engine.logit_rows import LogitRows, plan_logit_rows, sampler_row, to_results
 from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
-from fusionserve.engine.sampler import Logprobs, SamplerRow, choose, logprobs_of, sample
+from fusionserve.engine.sampler import choose
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
+from fusionserve.kernels.index_tensor import index_tensor
 from fusionserve.kernels.layer_cache import LayerCache, can_tile
 from fusionserve.kernels.paged_batch import PagedBatch
 from fusionserve.kernels.paged_sequence import PackedSequence
@@ -38,15 +40,6 @@ from fusionserve.kernels.paged_sequence import PackedSequence
 if TYPE_CHECKING:
     from fusionserve.engine.decode_graphs import DecodeGraphs, DecodeStep
     from fusionserve.engine.device_plan import DevicePlanner
-
-
-@dataclass(frozen=True, slots=True)
-class _LogitRows:
-    """Logit rows [start, end) of the forward pass belong to `chunk`."""
-
-    chunk: ScheduledChunk
-    start: int
-    end: int
 
 
 class ModelRunner:
@@ -103,18 +96,17 @@ class ModelRunner:
             return []
         chunks = sorted(batch.chunks, key=_batch_order)
         starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
-        logit_rows = _plan_logits(chunks)
+        logit_rows = plan_logit_rows(chunks, starts)
         fused = self._fused.plan(_ranges(chunks, starts))
         if self._graphs is not None and all(chunk.is_plain for chunk in chunks):
             logits = self._graphs.run(self._decode_step(chunks, fused))
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
-        results = _to_results(chunks, logit_rows, logits, self._base.eos_token_ids)
+        results = to_results(logit_rows, logits, self._base.eos_token_ids)
         weights = LateWeights(fused).read()
-        return [
-            replace(result, fusion_weights=weights[result.chunk]) if result.chunk in weights else result
-            for result in results
-        ]
+        if not weights:
+            return results
+        return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
 
     @property
     def runs_ahead(self) -> bool:
@@ -132,7 +124,7 @@ class ModelRunner:
         fused = self._fused.plan(_ranges(chunks, range(len(chunks))))
         assert self._graphs is not None
         logits = self._graphs.run(self._decode_step(chunks, fused, before))
-        drawn = choose(logits, [_sampler_row(chunk, self._base.eos_token_ids) for chunk in chunks])
+        drawn = choose(logits, [sampler_row(chunk, self._base.eos_token_ids) for chunk in chunks])
         return LaunchedStep(batch, chunks, drawn, LateWeights(fused))
 
     def _copy_adapters(self, batch: ScheduledBatch) -> None:
@@ -145,22 +137,22 @@ class ModelRunner:
         self,
         chunks: Sequence[ScheduledChunk],
         starts: Sequence[int],
-        logit_rows: Sequence[_LogitRows],
+        logit_rows: Sequence[LogitRows],
         fused: Sequence[FusedChunks],
     ) -> Tensor:
         """Logits [logit rows, vocab] of the packed chunks."""
         base = self._base
         sequences = [self._pack(chunk, start) for chunk, start in zip(chunks, starts, strict=False)]
-        wanted = [_logit_positions(rows.chunk, starts[chunks.index(rows.chunk)]) for rows in logit_rows]
-        logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows]
+        wanted = [place for rows in logit_rows for place in rows.places]
+        logit_ranges = [(rows.chunk, rows.start, rows.end) for rows in logit_rows if rows.places]
         plan = self._plan(self._rows, _ranges(chunks, starts), starts[-1], fused)
         fused_logits = self._fused_logits.plan(logit_ranges)
-        logit_plan = self._plan(self._logit_rows, logit_ranges, sum(map(len, wanted)), fused_logits)
+        logit_plan = self._plan(self._logit_rows, logit_ranges, len(wanted), fused_logits)
         with base.planned(plan, logit_plan):
             logits = base.logits(
                 self._tensor([t for c in chunks for t in c.request.token_ids[c.start : c.end]]),
                 self._tensor([p for c in chunks for p in range(c.start, c.end)]),
-                self._wanted([p for positions in wanted for p in positions], starts[-1]),
+                self._wanted(wanted, starts[-1]),
                 AttentionBatch(self._caches, PagedBatch(sequences, self._block_size, self._like.device)),
             )
         if self._device_planner is not None and plan.items is not None:
@@ -197,12 +189,12 @@ class ModelRunner:
         blocks = chunk.request.blocks[:num_blocks]
         return PackedSequence(start, start + chunk.num_tokens, chunk.start, blocks)
 
-    def _wanted(self, positions: Sequence[int], num_tokens: int) -> Tensor | None:
+    def _wanted(self, places: Sequence[int], num_tokens: int) -> Tensor | None:
         """Which logits to compute; None: all."""
-        return None if len(positions) == num_tokens else self._tensor(positions)
+        return None if len(places) == num_tokens else self._tensor(places)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._like.device)
+        return index_tensor(values, self._like.device)
 
 
 def cache_bytes_per_token(shapes: Mapping[nn.Module, CacheShape], dtype: torch.dtype) -> int:
@@ -238,80 +230,3 @@ def _batch_order(chunk: ScheduledChunk) -> tuple[int, tuple[int, ...]]:
 
 def _ranges(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[ChunkRange]:
     return [(chunk, start, start + chunk.num_tokens) for chunk, start in zip(chunks, starts, strict=False)]
-
-
-def _plan_logits(chunks: Sequence[ScheduledChunk]) -> list[_LogitRows]:
-    """Which logit rows each chunk gets, in batch order; chunks that need none are left out."""
-    planned, start = [], 0
-    for chunk in chunks:
-        num_rows = len(_logit_positions(chunk, 0))
-        if num_rows:
-            planned.append(_LogitRows(chunk, start, start + num_rows))
-            start += num_rows
-    return planned
-
-
-def _logit_positions(chunk: ScheduledChunk, batch_start: int) -> range:
-    """Positions in the packed batch whose logits are needed: all of a prompt to be reported, else the last token."""
-    end = batch_start + chunk.num_tokens
-    if _reports_prompt(chunk):
-        return range(batch_start, end)
-    return range(end - 1, end) if chunk.is_last else range(0)
-
-
-def _reports_prompt(chunk: ScheduledChunk) -> bool:
-    return chunk.request.wants_prompt_logprobs and chunk.start < chunk.request.prompt_length
-
-
-def _to_results(
-    chunks: Sequence[ScheduledChunk],
-    logit_rows: Sequence[_LogitRows],
-    logits: Tensor,
-    eos_token_ids: frozenset[int],
-) -> list[ChunkResult]:
-    results = {chunk: ChunkResult(chunk) for chunk in chunks}
-    sampled = [rows for rows in logit_rows if rows.chunk.is_last]
-    tokens: list[int | None] = []
-    if sampled:
-        last_rows = [rows.end - 1 for rows in sampled]
-        last = logits if last_rows == list(range(len(logits))) else logits[last_rows]
-        tokens = sample(last, [_sampler_row(rows.chunk, eos_token_ids) for rows in sampled])
-    for rows, token in zip(sampled, tokens, strict=True):
-        results[rows.chunk] = _sampled_result(rows.chunk, token, logits[rows.end - 1])
-    for rows in logit_rows:
-        if _reports_prompt(rows.chunk):
-            prompt = _prompt_logprobs(rows.chunk, logits[rows.start : rows.end])
-            result = results[rows.chunk]
-            results[rows.chunk] = replace(result, prompt_logprobs=prompt)
-    return list(results.values())
-
-
-def _sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
-    request, generation = chunk.request, chunk.request.generation
-    stopping = generation.params.stopping
-    banned: tuple[int, ...] = ()
-    if chunk.num_generated < stopping.min_new_tokens:
-        banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids))
-    return SamplerRow(
-        generation.params.sampling,
-        generation.prompt_token_ids,
-        request.generated_ids,
-        banned,
-        () if generation.params.sampling.is_greedy else request.uniforms(chunk.num_generated),
-    )
-
-
-def _sampled_result(chunk: ScheduledChunk, token: int | None, logits: Tensor) -> ChunkResult:
-    num_top = chunk.request.generation.params.output.logprobs
-    if token is None or num_top is None:
-        return ChunkResult(chunk, token, is_finite=token is not None)
-    return ChunkResult(chunk, token, logprobs=logprobs_of(logits[None], [token], num_top)[0])
-
-
-def _prompt_logprobs(chunk: ScheduledChunk, logits: Tensor) -> tuple[Logprobs, ...]:
-    """Log-probabilities of the prompt tokens that follow the chunk's positions; the last position may have none."""
-    request = chunk.request
-    num_top = request.generation.params.output.prompt_logprobs
-    assert num_top is not None
-    following = request.generation.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
-    return tuple(logprobs_of(logits[: len(following)], following, num_top)) if following else ()

@@ -8,6 +8,7 @@ operations, requests with one new token are padded to groups and longer chunks g
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from itertools import accumulate
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.index_tensor import INT64, index_tensor
 from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
 from fusionserve.kernels.native_call import NativeFunction, native_function
 from fusionserve.kernels.paged_attention import (
@@ -40,7 +42,7 @@ class PagedBatch:
         self._decoding = [sequence for sequence in sequences if sequence.num_tokens == 1]
         self._chunked = [sequence for sequence in sequences if sequence.num_tokens > 1]
         slots = [slot for sequence in sequences for slot in sequence.new_slots(block_size)]
-        self.new_slots = torch.tensor(slots, dtype=torch.long, device=device)  # [num_tokens]
+        self.new_slots = index_tensor(slots, device)  # [num_tokens]
         self._native: list[_NativeTokens] | None = None
         self._torch: list[_PaddedGroup | _Chunk] | None = None
         self._queries: DeviceQueries | None = None
@@ -123,12 +125,12 @@ class _NativeTokens:
             ],
             "lengths": [n for s in sequences for n in range(s.position + 1, s.length + 1)],
         }
-        self._kept = {name: torch.tensor(numbers, dtype=torch.long) for name, numbers in indices.items()}
+        self._kept = {name: array(INT64, numbers) for name, numbers in indices.items()}
         self.arguments = NativeAttention(
             num_tokens=len(indices["tokens"]),
             block_size=block_size,
             are_single=are_single,
-            **{name: tensor.data_ptr() for name, tensor in self._kept.items()},
+            **{name: numbers.buffer_info()[0] for name, numbers in self._kept.items()},
         )
 
     def attend_(

@@ -1,0 +1,106 @@
+"""Which logits a step computes, and what its chunks are given from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
+from fusionserve.engine.scheduled_batch import ScheduledChunk
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """Rows [start, end) of the logits are those of a chunk's tokens at `places` in the batch; there may be none."""
+
+    chunk: ScheduledChunk
+    start: int
+    places: range
+
+    @property
+    def end(self) -> int:
+        """The row after the last one."""
+        return self.start + len(self.places)
+
+
+def plan_logit_rows(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> list[LogitRows]:
+    """The rows of each of `chunks`, which begin at `starts` in the batch."""
+    planned, num_rows = [], 0
+    for chunk, start in zip(chunks, starts, strict=False):
+        rows = LogitRows(chunk, num_rows, _places(chunk, start))
+        planned.append(rows)
+        num_rows = rows.end
+    return planned
+
+
+def to_results(
+    planned: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[int]
+) -> list[ChunkResult]:
+    """What each chunk is given, from the logits [rows, vocab] of all of them."""
+    drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
+    return [_to_result(rows, next(drawn) if rows.chunk.is_last else None, logits) for rows in planned]
+
+
+def sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
+    """What shapes the draw of the token after the chunk."""
+    request, generation = chunk.request, chunk.request.generation
+    stopping = generation.params.stopping
+    banned: tuple[int, ...] = ()
+    if chunk.num_generated < stopping.min_new_tokens:
+        banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids))
+    return SamplerRow(
+        generation.params.sampling,
+        generation.prompt_token_ids,
+        request.generated_ids,
+        banned,
+        () if generation.params.sampling.is_greedy else request.uniforms(chunk.num_generated),
+    )
+
+
+def _places(chunk: ScheduledChunk, start: int) -> range:
+    """Of the tokens whose logits are needed: all of a prompt to be reported, else the last one, once it is there."""
+    end = start + chunk.num_tokens
+    if _reports_prompt(chunk):
+        return range(start, end)
+    return range(end - 1, end) if chunk.is_last else range(0)
+
+
+def _reports_prompt(chunk: ScheduledChunk) -> bool:
+    return chunk.request.wants_prompt_logprobs and chunk.start < chunk.request.prompt_length
+
+
+def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[int]) -> Sequence[int | None]:
+    """The tokens after the chunks of `last`."""
+    if not last:
+        return ()
+    wanted = [rows.end - 1 for rows in last]
+    is_all = len(wanted) == len(logits)  # they ascend
+    rows = [sampler_row(rows.chunk, eos_token_ids) for rows in last]
+    return sample(logits if is_all else logits[wanted], rows)
+
+
+def _to_result(rows: LogitRows, token: int | None, logits: Tensor) -> ChunkResult:
+    chunk, output = rows.chunk, rows.chunk.request.generation.params.output
+    logprobs = None
+    if token is not None and output.logprobs is not None:
+        logprobs = logprobs_of(logits[rows.end - 1 : rows.end], [token], output.logprobs)[0]
+    return ChunkResult(
+        chunk,
+        token,
+        is_finite=token is not None or not chunk.is_last,
+        logprobs=logprobs,
+        prompt_logprobs=_prompt_logprobs(rows, logits) if _reports_prompt(chunk) else (),
+    )
+
+
+def _prompt_logprobs(rows: LogitRows, logits: Tensor) -> tuple[Logprobs, ...]:
+    """Log-probabilities of the prompt tokens that follow the chunk's positions; the last position may have none."""
+    chunk, generation = rows.chunk, rows.chunk.request.generation
+    num_top = generation.params.output.prompt_logprobs
+    assert num_top is not None
+    following = generation.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
+    own = logits[rows.start : rows.start + len(following)]
+    return tuple(logprobs_of(own, following, num_top)) if following else ()
