@@ -23,11 +23,16 @@ class FusionMetrics:
         metrics.FUSION_REQUESTS.labels(self._labels.label(fusion.name)).inc()
 
     def count_tokens(self, fusion: Fusion, chunks: Sequence[ChunkWeights]) -> None:
-        """Counts the tokens of a step's chunks with their entropy and the weight of each member."""
+        """Counts the tokens of a step's chunks with their entropy and the weight of each member.
+
+        Left out are those whose weights are not finite: their request ends, but a counter would stay no number for good.
+        """
         label = self._labels.label(fusion.name)
-        mean = torch.cat([chunk.mean for chunk in chunks])
+        entropy = torch.cat([chunk.entropy for chunk in chunks])
+        is_finite = entropy.isfinite()
+        mean = torch.cat([chunk.mean for chunk in chunks])[is_finite]
         metrics.FUSION_TOKENS.labels(label).inc(len(mean))
-        metrics.FUSION_ENTROPY.labels(label).inc(float(torch.cat([c.entropy for c in chunks]).sum()))
+        metrics.FUSION_ENTROPY.labels(label).inc(float(entropy[is_finite].sum()))
         if label == FusionLabels.OTHER:
             return
         for member, weight in zip(fusion.config.weight_names, mean.sum(dim=0).tolist(), strict=True):
