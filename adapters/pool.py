@@ -6,7 +6,8 @@ and not once per module. A module gets its tensors when the first resident that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
 from fusionserve.adapters.resident import RowPiece
 from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
-from fusionserve.kernels.huge_pages import HugePages
+from fusionserve.kernels.huge_pages import HugePages, touch_zeros
 from fusionserve.kernels.low_rank import expand_, shrink
 from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shapes
 from fusionserve.kernels.segments import PartRows
@@ -31,6 +32,8 @@ class ModuleRows:
         self._module = module
         self._capacity = capacity
         self._like, self._pages = like, pages
+        self._getting = threading.Lock()
+        self._memory: tuple[Tensor, Tensor, Tensor] | None = None
         self.shrink_rows = self._like  # [capacity, d_in]
         self.shrink_bias = self._like  # [capacity]
         self.expand_rows = self._like  # [capacity, d_out]
@@ -63,6 +66,21 @@ class ModuleRows:
         """y += w B of these rows, in place, for y [tokens, d_out], w [tokens, rows]."""
         assert not self._in_panels, "rows in panels are for segments"
         expand_(y, weighted, self.expand_rows[rows])
+
+    def memory(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros for shrink, its bias and expand, the same at every call. On any thread; raises MemoryError."""
+        with self._getting:
+            if self._memory is None:
+                zeros, module = partial(self._pages.zeros, self._like), self._module
+                shapes = (self._capacity, module.d_in), (self._capacity, module.d_out)
+                if self._in_panels:
+                    shapes = padded_shapes(self._capacity, module.d_in, module.d_out)
+                tensors = zeros(*shapes[0]), zeros(self._capacity), zeros(*shapes[1])
+                if self._like.device.type == "cpu":
+                    for tensor in tensors:
+                        touch_zeros(tensor)
+                self._memory = tensors
+            return self._memory
 
     def make_ready(self, pieces: Sequence[RowPiece]) -> None:
         """Allocates what these pieces are the first to need."""
@@ -108,15 +126,7 @@ class ModuleRows:
         return self.shrink_rows, self.shrink_bias, self.expand_rows
 
     def _allocate(self) -> None:
-        zeros, module = partial(self._pages.zeros, self._like), self._module
-        shapes = (self._capacity, module.d_in), (self._capacity, module.d_out)
-        if self._in_panels:
-            shapes = padded_shapes(self._capacity, module.d_in, module.d_out)
-        self.shrink_rows, self.shrink_bias, self.expand_rows = (  # all or, for want of memory, none
-            zeros(*shapes[0]),
-            zeros(self._capacity),
-            zeros(*shapes[1]),
-        )
+        self.shrink_rows, self.shrink_bias, self.expand_rows = self.memory()
         self.layout += 1
 
 
@@ -150,11 +160,21 @@ class AdapterPool:
     ) -> None:
         like, pages = torch.empty(0, dtype=dtype, device=device), HugePages()
         self._rows = {p: ModuleRows(module, capacity, like, pages) for p, module in modules.by_path.items()}
+        self._on_host = device.type == "cpu"
         self.copies: Copies | None = SideStream(device) if device.type == "cuda" else None
 
     def rows(self, path: str) -> ModuleRows:
         """The rows of the module at `path`; the object stays the same for the pool's life."""
         return self._rows[path]
+
+    def prepare(self, paths: Iterable[str]) -> None:
+        """Gets the memory that a resident of these modules takes if it is the first, so that no step waits for it.
+
+        On any thread, before the resident is asked for. Raises MemoryError. On a GPU it does nothing.
+        """
+        if self._on_host:
+            for path in paths:
+                self._rows[path].memory()
 
     def apply(self, changes: tuple[PoolChange, ...]) -> None:
         """Carries out the ledger's changes in order; what is computed from here on finds them made."""

@@ -11,14 +11,12 @@ from contextlib import ExitStack, aclosing, contextmanager, suppress
 from itertools import count
 
 from fusionserve.adapter_status import AdapterStatus, FusionStatus
-from fusionserve.adapters.adapter import Adapter, AdapterContent
-from fusionserve.adapters.artifact_directory import ArtifactDirectory
-from fusionserve.adapters.dora import column_scales
-from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
+from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.config import EngineConfig
+from fusionserve.engine.adapter_loader import AdapterLoader
 from fusionserve.engine.admission import Admission
 from fusionserve.engine.base_model import BaseModel, dtype_name, load_base_model
 from fusionserve.engine.engine import Output
@@ -76,18 +74,12 @@ class AsyncEngine:
         self._is_draining = self._is_closed = False
         self._failed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
-        self._load_policy = LoadPolicy(
-            dtype=base.dtype,
-            max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
-            allow_base_mismatch=config.allow_base_mismatch,
-            pins_rows=base.device.type == "cuda",
-        )
         self._fusion_labels = FusionLabels(adapter_labels.limit)
         uids = count(1)
         self._store = AdapterStore(
             AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids),
             config.adapter_dirs,
-            self._load_content,
+            AdapterLoader(config, base).load,
             lambda name: self._fusions.holds(name),
             config.load_timeout_s,
         )
@@ -302,19 +294,6 @@ class AsyncEngine:
                 field=f"{noun}.name",
                 reason=f"{noun.upper()}_ID_INVALID",
             )
-
-    def _load_content(self, directory: ArtifactDirectory) -> AdapterContent:
-        """Reads and checks an adapter; runs on a worker thread."""
-        config, base = self._config, self._base
-        weights = load_lora_weights(
-            directory,
-            base.modules,
-            policy=self._load_policy,
-            budget_bytes=config.adapter_host_bytes,
-            base_weight=base.base_weight,
-            base_step=base.base_step,
-        )
-        return AdapterContent(weights, column_scales(weights, base.base_weight))
 
     def _abort_users_of(self, noun: str) -> Callable[[Resident], None]:
         def abort(resident: Resident) -> None:

@@ -40,7 +40,7 @@ public:
 
 private:
     static constexpr Index TOKENS = 8;
-    static constexpr Index PREFETCH_BYTES = 1024;
+    static constexpr Index PREFETCH_BYTES = 4096;
 
     // Of up to PANELS blocks of rows that begin with `row`, MOST tokens at a time.
     template <int PANELS, int MOST, typename Take>

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -240,6 +241,21 @@ def test_lost_device_is_no_adapters_fault() -> None:
     _fail_at(copies, a.uid, torch.AcceleratorError("gone"))
     with pytest.raises(torch.AcceleratorError):
         pool.copy_ahead((WriteRows(a, 0),))
+
+
+def test_memory_is_got_beforehand_and_once() -> None:
+    """On other threads at once, as when several adapters load; what is written there stays."""
+    pool = make_pool()
+    a = make_two_module_adapter(1, first=3, second=0)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: pool.prepare([FIRST]), range(8)))
+    assert pool.rows(FIRST).is_empty and pool.rows(FIRST).layout == 0, "nothing changes under a running step"
+    address = pool.rows(FIRST).memory()[0].data_ptr()
+    pool.apply((WriteRows(a, 4),))
+    pool.prepare([FIRST, SECOND])
+    assert pool.rows(FIRST).shrink_rows.data_ptr() == address
+    assert_resident(pool, a, 4)
+    assert pool.rows(SECOND).is_empty
 
 
 def _fail_at(copies: DelayedCopies, uid: int, error: Exception) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusionserve.kernels import huge_pages
-from fusionserve.kernels.huge_pages import HugePages
+from fusionserve.kernels.huge_pages import HugePages, touch_zeros
 
 MEBIBYTE = 1 << 20
 LIKE = torch.empty(0, dtype=torch.bfloat16)
@@ -65,6 +65,14 @@ def test_memory_goes_back_with_the_last_tensor() -> None:
     assert resident_bytes() - before > 120 * MEBIBYTE
     del pages, tensors, tensor
     assert resident_bytes() - before < 8 * MEBIBYTE
+
+
+def test_touched_zeros_are_there() -> None:
+    tensor = HugePages().zeros(LIKE, 8, 4 * MEBIBYTE)
+    before = resident_bytes()
+    touch_zeros(tensor)
+    assert resident_bytes() - before > 60 * MEBIBYTE
+    assert not tensor.any()
 
 
 def test_copy() -> None:

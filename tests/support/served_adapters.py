@@ -204,6 +204,8 @@ class TestedEngine(AsyncEngine):
         self.load_gate.set()
         self.num_reads = 0
         super().__init__(*args)  # type: ignore[arg-type]
+        self._load = self._store._load_content
+        self._store._load_content = self._load_through_gate
         self.runner = PacedRunner(self.engine)
 
     @property
@@ -216,10 +218,10 @@ class TestedEngine(AsyncEngine):
         """The adapter pool's ledger."""
         return self.engine.scheduler.ledger
 
-    def _load_content(self, directory: ArtifactDirectory) -> AdapterContent:
+    def _load_through_gate(self, directory: ArtifactDirectory) -> AdapterContent:
         self.num_reads += 1
         assert self.load_gate.wait(30), "nobody opened the gate"
-        return super()._load_content(directory)
+        return self._load(directory)
 
     @contextmanager
     def slow_loads(self) -> Iterator[None]:

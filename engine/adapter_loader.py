@@ -1,0 +1,41 @@
+"""From an adapter's directory to what requests lease, for one base model and its pool."""
+
+from __future__ import annotations
+
+from fusionserve.adapters.adapter import AdapterContent
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.dora import column_scales
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
+from fusionserve.config import EngineConfig
+from fusionserve.engine.base_model import BaseModel
+
+
+class AdapterLoader:
+    """Reads adapters on worker threads, while the engine's computes."""
+
+    def __init__(self, config: EngineConfig, base: BaseModel) -> None:
+        self._base = base
+        self._budget_bytes = config.adapter_host_bytes
+        self._policy = LoadPolicy(
+            dtype=base.dtype,
+            max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
+            allow_base_mismatch=config.allow_base_mismatch,
+            pins_rows=base.device.type == "cuda",
+        )
+
+    def load(self, directory: ArtifactDirectory) -> AdapterContent:
+        """Reads and checks an adapter, and gets what else it needs, so that no step waits for that.
+
+        Raises what `load_lora_weights` raises, and MemoryError.
+        """
+        base = self._base
+        weights = load_lora_weights(
+            directory,
+            base.modules,
+            policy=self._policy,
+            budget_bytes=self._budget_bytes,
+            base_weight=base.base_weight,
+            base_step=base.base_step,
+        )
+        base.pool.prepare(weights.modules)
+        return AdapterContent(weights, column_scales(weights, base.base_weight))
