@@ -25,7 +25,7 @@ class FusionMetrics:
     def count_tokens(self, fusion: Fusion, chunks: Sequence[ChunkWeights]) -> None:
         """Counts the tokens of a step's chunks with their entropy and the weight of each member.
 
-        Left out are those whose weights are not finite: their request ends, but a counter would stay no number for good.
+        Left out are those whose weights are not finite: their request ends, but a counter would never be one again.
         """
         label = self._labels.label(fusion.name)
         entropy = torch.cat([chunk.entropy for chunk in chunks])

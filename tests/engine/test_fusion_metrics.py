@@ -7,12 +7,11 @@ from typing import cast
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
 
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.fusion.fusion import Fusion
-from fusionserve.metrics import FusionLabels
+from fusionserve.metrics import REGISTRY, FusionLabels
 
 
 def counted(name: str, fusion: str, **labels: str) -> float:
