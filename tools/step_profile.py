@@ -1,9 +1,12 @@
 """Where the time of a decoding step goes: layers, LM head, what else the model computes, and what surrounds it.
 
-    python -P tools/step_profile.py [--streams 16] [--context 128] [--quantize int8]
+    python -P tools/step_profile.py [--streams 16] [--context 128] [--new-tokens 64] [--quantize int8]
     FUSIONSERVE_NATIVE=off python -P tools/step_profile.py
 
-Random weights of a real shape in bfloat16, in process. Medians over the decoding steps of one batch, in milliseconds.
+Random weights of a real shape in bfloat16, in process. Medians over the decoding steps of one batch, in milliseconds,
+and the floor of such a step, as the machine was before and after: what it needs to read weights, keys and values
+(`loadtest/bench/floor.py`). Only steps in which all streams decode count, so new tokens must be many where prompts are
+long.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
@@ -31,10 +36,12 @@ from fusionserve.engine.decoder_layer import DecoderLayer
 from fusionserve.garbage import spare_from_collection
 from fusionserve.generation import GenerateParams, SamplingParams, StoppingCriteria, TokenPrompt
 from fusionserve.kernels.native_layer import NativeLayers
+from fusionserve.loadtest.bench.floor import Load, MachineLimit, step_s
+from fusionserve.loadtest.bench.machine import measure_limit
+from fusionserve.loadtest.bench.workloads import model_size
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
 from fusionserve.metrics import AdapterLabels
 
-_NEW_TOKENS = 64
 _ROUNDS = 3  # the last one counts
 
 
@@ -70,7 +77,8 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2-135m")
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--quantize", choices=("none", "int8", "int4", "nf4"), default="none")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,14 +96,17 @@ async def _profile(model: Path, arguments: argparse.Namespace) -> None:
     try:
         for number in range(_ROUNDS):
             watch.steps.clear()
+            before = measure_limit(torch.get_num_threads())
             start_s = time.perf_counter()
-            await asyncio.gather(
-                *(_stream(engine, arguments.context, number, n) for n in range(arguments.streams))
-            )
+            await asyncio.gather(*(_stream(engine, arguments, number, n) for n in range(arguments.streams)))
             elapsed_s = time.perf_counter() - start_s
+            limits = before, measure_limit(torch.get_num_threads())
     finally:
         await engine.close()
-    _print(watch, arguments.streams * _NEW_TOKENS / elapsed_s)
+    decoding = _decoding(watch)
+    _print(decoding, arguments.streams * arguments.new_tokens / elapsed_s)
+    if arguments.quantize == "none":
+        _print_floor(decoding, arguments, limits)
 
 
 def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
@@ -110,6 +121,7 @@ def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
 
     def executed(batch: Any) -> Any:
         watch._now["tokens"] = batch.num_tokens
+        watch._now["context"] = sum(chunk.end for chunk in batch.chunks) // max(1, len(batch.chunks))
         return execute(batch)
 
     def stepped() -> Any:
@@ -121,21 +133,26 @@ def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
     inner.step = stepped  # type: ignore[method-assign]
 
 
-async def _stream(engine: AsyncEngine, context: int, number: int, stream: int) -> None:
+async def _stream(engine: AsyncEngine, arguments: argparse.Namespace, number: int, stream: int) -> None:
+    numbers = random.Random(f"{number} {stream}")
     params = GenerateParams(
         request_id=f"{number}-{stream}",
-        prompt=TokenPrompt(tuple(random.Random(f"{number} {stream}").choices(range(1000, 40000), k=context))),
+        prompt=TokenPrompt(tuple(numbers.choices(range(1000, 40000), k=arguments.context))),
         sampling=SamplingParams(temperature=0.0),
-        stopping=StoppingCriteria(max_new_tokens=_NEW_TOKENS, ignore_eos=True),
+        stopping=StoppingCriteria(max_new_tokens=arguments.new_tokens, ignore_eos=True),
     )
     async with aclosing(engine.generate(params)) as events:
         async for _ in events:
             pass
 
 
-def _print(watch: Stopwatch, tokens_per_s: float) -> None:
+def _decoding(watch: Stopwatch) -> list[Counter[str]]:
+    """The steps of as many tokens as most have."""
     most = Counter(step["tokens"] for step in watch.steps).most_common(1)[0][0]
-    decoding = [step for step in watch.steps if step["tokens"] == most]
+    return [step for step in watch.steps if step["tokens"] == most]
+
+
+def _print(decoding: list[Counter[str]], tokens_per_s: float) -> None:
     medians = {
         name: statistics.median(step[name] for step in decoding) * 1000
         for name in ("decoder layers", "LM head", "model", "step")
@@ -151,6 +168,20 @@ def _print(watch: Stopwatch, tokens_per_s: float) -> None:
     for name, milliseconds in lines.items():
         print(f"{name:36} {milliseconds:6.2f} ms  {milliseconds / medians['step']:4.0%}")
     print(f"{tokens_per_s:.0f} tokens/s, prompts included; {len(decoding)} steps")
+
+
+def _print_floor(
+    decoding: list[Counter[str]], arguments: argparse.Namespace, limits: Sequence[MachineLimit]
+) -> None:
+    tokens, context = decoding[0]["tokens"], int(statistics.median(step["context"] for step in decoding))
+    load = Load(num_streams=tokens, prompt_tokens=arguments.context, new_tokens=arguments.new_tokens)
+    taken_s = statistics.median(step["step"] for step in decoding)
+    print(f"floor of a step of {tokens} streams at context {context}:")
+    for limit in limits:
+        least_s = step_s(model_size(arguments.shape), load, limit, context)
+        print(
+            f"    {least_s * 1000:.2f} ms, {least_s / taken_s:.2f} of it, at {limit.bytes_per_s / 1e9:.1f} GB/s"
+        )
 
 
 if __name__ == "__main__":

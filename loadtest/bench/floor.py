@@ -91,7 +91,7 @@ class Floor:
 def floor(size: ModelSize, load: Load, limit: MachineLimit) -> Floor:
     """The formula at the top."""
     contexts = range(load.prompt_tokens + 1, load.prompt_tokens + load.new_tokens)
-    return Floor(_prompt_s(size, load, limit), sum(_step_s(size, load, limit, c) for c in contexts))
+    return Floor(_prompt_s(size, load, limit), sum(step_s(size, load, limit, c) for c in contexts))
 
 
 def _prompt_s(size: ModelSize, load: Load, limit: MachineLimit) -> float:
@@ -102,7 +102,8 @@ def _prompt_s(size: ModelSize, load: Load, limit: MachineLimit) -> float:
     return _seconds(flops, _weight_bytes(size, load), limit)
 
 
-def _step_s(size: ModelSize, load: Load, limit: MachineLimit, context: int) -> float:
+def step_s(size: ModelSize, load: Load, limit: MachineLimit, context: int) -> float:
+    """The least seconds of a decoding step in which every stream has a context of so many tokens."""
     products = 2 * (size.linear_params + size.head_params + load.adapter_params_per_token)
     attention = 4 * size.num_layers * size.query_width * context
     kv_bytes = load.num_streams * context * size.kv_bytes_per_token
