@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusionserve.engine.fusion_report import ChunkWeights
+from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.engine.sampler import Logprobs
 from fusionserve.engine.scheduled_batch import ScheduledChunk
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
 from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.engine.fusion_metrics import FusionMetrics
-from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request, RequestStatus
 from fusionserve.engine.sampler import Logprobs

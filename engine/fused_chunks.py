@@ -12,7 +12,7 @@ from torch import Tensor
 from fusionserve.adapters.fused_tokens import FusedRange, FusedSegment, FusedTokens
 from fusionserve.adapters.fusion_rows import FusionRows
 from fusionserve.adapters.row_plan import suits_segment
-from fusionserve.engine.fusion_report import ChunkWeights
+from fusionserve.engine.fused_weights import ChunkWeights, FusedWeights
 from fusionserve.engine.host_copy import HostCopy
 from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.kernels.device.triton_use import uses_triton
@@ -81,8 +81,10 @@ class LateWeights:
         """Waits until they are there."""
         found: dict[ScheduledChunk, ChunkWeights] = {}
         for ranges, modules, late in self._late:
-            weights, first = ChunkWeights.of(modules, late.read()), ranges[0][1]
-            found |= {chunk: weights.part(start - first, end - first) for chunk, start, end in ranges}
+            weights, first = FusedWeights.of(modules, late.read()), ranges[0][1]
+            found |= {
+                chunk: ChunkWeights(weights, start - first, end - first) for chunk, start, end in ranges
+            }
         return found
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
-
 from fusionserve import metrics
-from fusionserve.engine.fusion_report import ChunkWeights
+from fusionserve.engine.fused_weights import ChunkWeights, mean_and_entropy
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.metrics import FusionLabels
 
@@ -28,11 +27,12 @@ class FusionMetrics:
         Left out are those whose weights are not finite: their request ends, but a counter would never be one again.
         """
         label = self._labels.label(fusion.name)
-        entropy = torch.cat([chunk.entropy for chunk in chunks])
-        is_finite = entropy.isfinite()
-        mean = torch.cat([chunk.mean for chunk in chunks])[is_finite]
+        mean, entropy = mean_and_entropy(chunks)
+        if not math.isfinite(total := float(entropy.sum())):
+            is_finite = entropy.isfinite()
+            mean, total = mean[is_finite], float(entropy[is_finite].sum())
         metrics.FUSION_TOKENS.labels(label).inc(len(mean))
-        metrics.FUSION_ENTROPY.labels(label).inc(float(entropy[is_finite].sum()))
+        metrics.FUSION_ENTROPY.labels(label).inc(total)
         if label == FusionLabels.OTHER:
             return
         for member, weight in zip(fusion.config.weight_names, mean.sum(dim=0).tolist(), strict=True):

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.generation import (
     FusionWeightDetail,
     FusionWeights,
     ModuleFusionWeights,
     TokenFusionWeights,
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChunkWeights:
-    """The fusion weights of neighbouring tokens."""
-
-    modules: tuple[str, ...]  # the paths of the attentions
-    by_module: Tensor  # [attentions, tokens, members (+ 1)]
-    mean: Tensor  # [tokens, members (+ 1)], over the attentions
-    entropy: Tensor  # [tokens] in nats, mean over the attentions
-
-    @classmethod
-    def of(cls, modules: tuple[str, ...], by_module: Tensor) -> ChunkWeights:
-        """From the weights [attentions, tokens, members (+ 1)] of these attentions."""
-        entropy = torch.special.entr(by_module).sum(dim=-1).mean(dim=0)
-        return cls(modules, by_module, by_module.mean(dim=0), entropy)
-
-    def part(self, start: int, end: int) -> ChunkWeights:
-        """The tokens [start, end) of these."""
-        return ChunkWeights(
-            self.modules, self.by_module[:, start:end], self.mean[start:end], self.entropy[start:end]
-        )
 
 
 class FusionReport:
@@ -50,10 +27,11 @@ class FusionReport:
 
     def add(self, chunk: ChunkWeights, start: int) -> None:
         """Adds the weights of tokens from position `start` on; those known before are skipped."""
-        new = chunk.part(max(0, self._num_tokens - start), len(chunk.mean))
-        if not len(new.mean):
+        num_known = max(0, self._num_tokens - start)
+        if num_known >= chunk.num_tokens:
             return
-        self._modules = chunk.modules
+        new = chunk.part(num_known)
+        self._modules = new.modules
         sums = new.by_module.double().sum(dim=1)
         self._sums = sums if self._sums is None else self._sums + sums
         for row in new.mean.tolist():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduled_batch import ScheduledChunk
 
@@ -37,11 +38,22 @@ def plan_logit_rows(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> 
 
 
 def to_results(
-    planned: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[int]
+    planned: Sequence[LogitRows],
+    logits: Tensor,
+    eos_token_ids: frozenset[int],
+    weights: Mapping[ScheduledChunk, ChunkWeights],
 ) -> list[ChunkResult]:
-    """What each chunk is given, from the logits [rows, vocab] of all of them."""
+    """What each chunk is given, from the logits [rows, vocab] of all of them, with the fusion weights of fused ones."""
     drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
-    return [_to_result(rows, next(drawn) if rows.chunk.is_last else None, logits) for rows in planned]
+    return [
+        _to_result(
+            rows,
+            next(drawn) if rows.chunk.is_last else None,
+            logits,
+            weights.get(rows.chunk) if weights else None,
+        )
+        for rows in planned
+    ]
 
 
 def sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
@@ -82,7 +94,9 @@ def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[
     return sample(logits if is_all else logits[wanted], rows)
 
 
-def _to_result(rows: LogitRows, token: int | None, logits: Tensor) -> ChunkResult:
+def _to_result(
+    rows: LogitRows, token: int | None, logits: Tensor, weights: ChunkWeights | None
+) -> ChunkResult:
     chunk, output = rows.chunk, rows.chunk.request.generation.params.output
     logprobs = None
     if token is not None and output.logprobs is not None:
@@ -93,6 +107,7 @@ def _to_result(rows: LogitRows, token: int | None, logits: Tensor) -> ChunkResul
         is_finite=token is not None or not chunk.is_last,
         logprobs=logprobs,
         prompt_logprobs=_prompt_logprobs(rows, logits) if _reports_prompt(chunk) else (),
+        fusion_weights=weights,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -102,11 +101,7 @@ class ModelRunner:
             logits = self._graphs.run(self._decode_step(chunks, fused))
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
-        results = to_results(logit_rows, logits, self._base.eos_token_ids)
-        weights = LateWeights(fused).read()
-        if not weights:
-            return results
-        return [replace(result, fusion_weights=weights.get(result.chunk)) for result in results]
+        return to_results(logit_rows, logits, self._base.eos_token_ids, LateWeights(fused).read())
 
     @property
     def runs_ahead(self) -> bool:

@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 import torch
 
+from fusionserve.engine.fused_weights import ChunkWeights, FusedWeights, mean_and_entropy
 from fusionserve.engine.fusion_metrics import FusionMetrics
-from fusionserve.engine.fusion_report import ChunkWeights
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.metrics import REGISTRY, FusionLabels
 
@@ -26,11 +26,22 @@ def test_weights_that_are_not_finite_leave_the_counters_whole() -> None:
     )
     even, inf, nan = [0.5, 0.5], [float("inf"), 0.0], [float("nan"), float("nan")]
     two_attentions = torch.tensor([[even, nan, even, even], [even, even, [1.0, 0.0], inf]])
-    chunks = [
-        ChunkWeights.of(("q", "k"), weights) for weights in (two_attentions[:, :3], two_attentions[:, 3:])
-    ]
+    found = FusedWeights.of(("q", "k"), two_attentions)
+    chunks = [ChunkWeights(found, 0, 3), ChunkWeights(found, 3, 4)]
     FusionMetrics(FusionLabels(4)).count_tokens(fusion, chunks)
     assert counted("fusion_tokens", "blown-up") == 2
     assert counted("fusion_entropy_nats", "blown-up") == pytest.approx(1.5 * torch.log(torch.tensor(2.0)))
     assert counted("fusion_member_weight", "blown-up", member="left") == pytest.approx(0.5 + 0.75)
     assert counted("fusion_member_weight", "blown-up", member="right") == pytest.approx(0.5 + 0.25)
+
+
+def test_chunks_that_are_left_out_are_not_counted() -> None:
+    """Of a step's chunks some may have ended before it was read; those of a fusion's versions come from two finds."""
+    by_module = torch.tensor([[[0.9, 0.1], [0.3, 0.7], [0.6, 0.4]]])
+    found, other = FusedWeights.of(("q",), by_module), FusedWeights.of(("q",), by_module[:, 2:])
+    chunks = [ChunkWeights(found, 0, 1), ChunkWeights(found, 2, 3), ChunkWeights(other, 0, 1)]
+    mean, entropy = mean_and_entropy(chunks)
+    assert torch.equal(mean, by_module[0, [0, 2, 2]])
+    assert torch.equal(entropy, torch.special.entr(mean).sum(dim=-1))
+    mean, _ = mean_and_entropy([ChunkWeights(found, 0, 2), ChunkWeights(found, 2, 3)])
+    assert torch.equal(mean, by_module[0])
