@@ -52,8 +52,8 @@ def load_lora_weights(
 
     `base_weight(path)` gives the base's own weight of the embedding or the LM head, to compare copies with, and
     `base_step(path)` by how much its numbers may be off the checkpoint's, where it is held in few bits.
-    Names, shapes, ranks and sizes are checked before data is read; then one tensor at a time is held beside
-    what is kept.
+    Names, shapes, ranks and sizes are checked before data is read; then two blocks of the file are held beside
+    what is kept, a megabyte or a single larger tensor each.
 
     Raises ArtifactError with the reason and, where one is at fault, the tensor's name; CapacityError
     (ADAPTER_TOO_BIG) if it takes more than `budget_bytes`; UnavailableError if the storage fails.

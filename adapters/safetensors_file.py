@@ -66,7 +66,7 @@ class SafetensorsFile:
         _read_ahead(file)
         header = self._read_header(os.fstat(file.fileno()).st_size)
         self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in header})
-        self._num_unread = len(header)
+        self._is_hashed = False
         reach_failpoint("artifact.header")
 
     def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
@@ -84,12 +84,12 @@ class SafetensorsFile:
                     hashed.result()  # so that no more than two blocks are held
                 hashed = thread.submit(self._hash.update, data)
                 for spec in block:
-                    self._num_unread -= 1
                     yield spec, _to_tensor(data, spec, spec.start - start)
+        self._is_hashed = True
 
     def digest(self) -> str:
-        """The sha256 (hex) of the whole file, of the very bytes that were read. Needs all tensors read."""
-        assert self._num_unread == 0, "the digest needs the whole file"
+        """The sha256 (hex) of the whole file, of the very bytes that were read. Needs `read_tensors` at its end."""
+        assert self._is_hashed, "the digest needs the whole file"
         return self._hash.hexdigest()
 
     def _read_header(self, file_bytes: int) -> list[TensorSpec]:
