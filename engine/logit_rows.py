@@ -45,15 +45,9 @@ def to_results(
 ) -> list[ChunkResult]:
     """What each chunk is given, from the logits [rows, vocab] of all of them, with the fusion weights of fused ones."""
     drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
-    return [
-        _to_result(
-            rows,
-            next(drawn) if rows.chunk.is_last else None,
-            logits,
-            weights.get(rows.chunk) if weights else None,
-        )
-        for rows in planned
-    ]
+    tokens = [next(drawn) if rows.chunk.is_last else None for rows in planned]
+    fused = [weights.get(rows.chunk) for rows in planned] if weights else [None] * len(planned)
+    return [_to_result(*each, logits) for each in zip(planned, tokens, fused, strict=True)]
 
 
 def sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
@@ -95,7 +89,7 @@ def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[
 
 
 def _to_result(
-    rows: LogitRows, token: int | None, logits: Tensor, weights: ChunkWeights | None
+    rows: LogitRows, token: int | None, weights: ChunkWeights | None, logits: Tensor
 ) -> ChunkResult:
     chunk, output = rows.chunk, rows.chunk.request.generation.params.output
     logprobs = None
