@@ -116,7 +116,10 @@ class MemberAttention:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """Rank rows of modules, by the place of their output in the group, behind the attentions that weigh them."""
+    """Rank rows of modules, by the place of their output in the group, with the attentions at the first of them.
+
+    Those set the coefficients of segments, which must be there whenever this is added.
+    """
 
     rows: dict[int, PartRows]
     attentions: Sequence[MemberAttention] = ()

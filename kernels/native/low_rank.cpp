@@ -15,6 +15,17 @@
 #include <algorithm>
 #include <vector>
 
+// True if a segment's tokens are a fusion's.
+static bool is_of(const Segment& segment, const FusionAttention& fusion) {
+    return segment.token_start == fusion.token_start && segment.row_start == fusion.row_start;
+}
+
+// True if an attention has kept what a piece makes of an addition's first part, which is the module it is of.
+static bool is_kept(const RankPiece& piece, const Addition& addition) {
+    const FusionAttention *const first = addition.attentions, *const end = first + addition.num_attentions;
+    return piece.num_segments == 1 && std::any_of(first, end, [&](const auto& f) { return is_of(*piece.segment, f); });
+}
+
 // The rows of an addition's parts, one behind the other.
 template <typename Rows>
 static void shrink_parts(const Rows& rank_rows, const Addition& addition, const RankPieces<Rows>& pieces, float* weighted) {
@@ -23,7 +34,8 @@ static void shrink_parts(const Rows& rank_rows, const Addition& addition, const 
         const RankPiece& piece = pieces[item % pieces.size()];
         const Index first = item / pieces.size() * together;
         for (Index p = first; p < first + together; ++p)
-            rank_rows.weigh(piece, addition.parts[p], weighted + p * pieces.weighted_size() + piece.weighted);
+            if (p > 0 || !is_kept(piece, addition))
+                rank_rows.weigh(piece, addition.parts[p], weighted + p * pieces.weighted_size() + piece.weighted);
     });
 }
 
@@ -56,11 +68,13 @@ static void weigh_members(const FusionAttention& fusion, Index token, const floa
         fusion.coefficients[token * fusion.num_rows + r] = weights[fusion.member_of_row[r]];
 }
 
+// Sets the coefficients of a fusion's segment and keeps what its tokens weigh the rows of the attention's module with: what
+// the rows make of them is known.
 template <typename Rows>
-static void attend_members(const Rows& rank_rows, const FusionAttention& fusion) {
+static void attend_members(const Rows& rank_rows, const FusionAttention& fusion, const Segment& segment, float* weighted) {
     const Index num_rows = 2 * fusion.num_rows + (fusion.has_member_keys ? fusion.num_members : 0);
     static thread_local std::vector<float> workspace;  // of the calling thread, used by all
-    workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows));
+    workspace.resize(std::max<size_t>(workspace.size(), fusion.num_tokens * num_rows + ROW_BLOCK));  // rows are read in blocks
     float* const u = workspace.data();
     const Cut cut(Cut::num_blocks(fusion.token_start, fusion.num_tokens));
     const ShrinkRows all{fusion.shrink_rows, fusion.shrink_bias, fusion.row_start, fusion.extent};
@@ -71,8 +85,14 @@ static void attend_members(const Rows& rank_rows, const FusionAttention& fusion)
             std::copy(products, products + count, first + token * num_rows + row);
         });
     });
+    Rows::clear(segment, weighted);
     parallel_ranges(fusion.num_tokens, fusion.num_tokens * num_rows * 4, [&](Index begin, Index end) {
-        for (Index token = begin; token < end; ++token) weigh_members(fusion, token, u + token * num_rows);
+        for (Index token = begin; token < end; ++token) {
+            const float* const products = u + token * num_rows;
+            weigh_members(fusion, token, products);
+            for (Index row = 0; row < fusion.num_rows; row += ROW_BLOCK)
+                Rows::keep(segment, token, row, std::min(ROW_BLOCK, fusion.num_rows - row), products + row, weighted);
+        }
     });
 }
 
@@ -93,7 +113,12 @@ static WeighedRows weigh_all(const Tokens& tokens, const Additions& additions) {
     const Rows rank_rows(tokens);
     for (Index i = 0; i < additions.num_additions; ++i) {
         const Addition& addition = additions.additions[i];
-        for (Index f = 0; f < addition.num_attentions; ++f) attend_members(rank_rows, addition.attentions[f]);
+        for (Index f = 0; f < addition.num_attentions; ++f) {
+            const Segment* segment = additions.segments;
+            float* place = weighted;
+            for (; !is_of(*segment, addition.attentions[f]); ++segment) place += Rows::weighted_size(*segment);
+            attend_members(rank_rows, addition.attentions[f], *segment, place);
+        }
         shrink_parts(rank_rows, addition, pieces, weighted);
         weighted += addition.num_parts * size;
     }

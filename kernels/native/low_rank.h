@@ -33,7 +33,8 @@ struct FusionAttention {
     float* coefficients;  // [num_tokens, num_rows]: each rank row's member's weight
 };
 
-// Some modules' rank rows, added once these attentions have set the coefficients of their fusions.
+// Some modules' rank rows, added once these attentions, which are at the first of them, have set the coefficients of their
+// fusions' segments.
 struct Addition {
     const FusionAttention* attentions;
     Index num_attentions;

@@ -29,6 +29,9 @@ public:
         });
     }
 
+    // Before tokens of a segment are kept one by one.
+    static void clear(const Segment&, float*) {}
+
     // Adds a block, whose first token is the batch's, to the part's outputs.
     static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
         const PairSums sums{RankSums::of({&all, &part})};

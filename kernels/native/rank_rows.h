@@ -118,13 +118,19 @@ public:
         const Rectangle& some = piece.some;
         shrink({part.shrink_rows, part.shrink_bias, s.row_start, s.extent}, some,
                [&](Index token, Index row, Index count, const float* u) {
-                   token += some.token - s.token_start;
-                   row += some.row;
-                   const float* coefficients = s.coefficients + token * s.coefficient_stride + row;
-                   float* place = weighted + token * s.num_rows + row;
-                   for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+                   keep(s, some.token - s.token_start + token, some.row + row, count, u, weighted);
                });
     }
+
+    // Keeps c u of a token, counted from the segment's first, for `count` rows: exactly 0 where c is 0, whatever u is.
+    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
+        float* place = weighted + token * segment.num_rows + row;
+        for (Index r = 0; r < count; ++r) place[r] = coefficients[r] == 0.0f ? 0.0f : coefficients[r] * u[r];
+    }
+
+    // Before tokens of a segment are kept one by one.
+    static void clear(const Segment&, float*) {}
 
     // Adds a block of the part's outputs.
     static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {

@@ -34,6 +34,11 @@ public:
         });
     }
 
+    // Before tokens of a segment are kept one by one: other tokens of its blocks meet zeros.
+    static void clear(const Segment& segment, float* weighted) {
+        clear(segment, {segment.token_start, segment.num_tokens, 0, segment.num_rows}, weighted);
+    }
+
     // Adds a block, whose first token is the batch's, to the part's outputs.
     static void expand(const WeighedRows& all, const WeighedPart& part, const Outputs& outputs, const Block& block) {
         const TileSums sums{RankSums::of({&all, &part})};
@@ -54,7 +59,7 @@ private:
         } places[ROW_BLOCKS_TOGETHER];
         Index num_places = 0;
         for (const Segment* s = piece.segment; s < piece.segment + piece.num_segments; ++s) {
-            clear(*s, {s->token_start, s->num_tokens, 0, s->num_rows}, weighted);
+            clear(*s, weighted);
             for (Index row = 0; row < s->num_rows; row += SHRINK_ROWS) places[num_places++] = {s, row, weighted};
             weighted += weighted_size(*s);
         }

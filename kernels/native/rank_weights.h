@@ -48,6 +48,17 @@ public:
         return &all;
     }
 
+    // Keeps c u of a token, counted from the segment's first, for `count` rows, and zeros behind them, 16 in all: exactly 0
+    // where c is 0, whatever u is.
+    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
+        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
+        const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
+        const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+        const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
+        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
+    }
+
 protected:
     static ShrinkRows rows_of(const Segment& s, const LowRankPart& part) {
         return {part.shrink_rows, part.shrink_bias, s.row_start, s.extent};
@@ -58,17 +69,6 @@ protected:
         const auto* bias = static_cast<const BFloat16*>(all.bias);
         return {static_cast<const BFloat16*>(all.rows) + (all.start + row) * d_in,
                 rows_in_block(all.extent, row, SHRINK_ROWS), bias ? bias + all.start + row : nullptr};
-    }
-
-    // Keeps c u of a token, counted from the segment's first, for `count` rows, and zeros behind them, 16 in all: exactly 0
-    // where c is 0, whatever u is.
-    static void keep(const Segment& segment, Index token, Index row, Index count, const float* u, float* weighted) {
-        const float* coefficients = segment.coefficients + token * segment.coefficient_stride + row;
-        const __m512 c = _mm512_maskz_loadu_ps((1u << count) - 1, coefficients);
-        const __mmask16 counts = _mm512_cmp_ps_mask(c, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        const __m512 products = _mm512_maskz_mul_ps(counts, c, _mm512_loadu_ps(u));
-        BFloat16* here = place(segment, segment.token_start + token, row, weighted);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(here), (__m256i)_mm512_cvtneps_pbh(products));
     }
 
     static Index padded(Index num_rows) { return (num_rows + EXPAND_ROWS - 1) / EXPAND_ROWS * EXPAND_ROWS; }
