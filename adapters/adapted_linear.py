@@ -9,7 +9,6 @@ and one comparison per group.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.fused_tokens import FusedSegment
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
 from fusionserve.kernels.device.group_parts import GroupParts
@@ -65,7 +65,10 @@ class Projections:
     def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
         self.modules = tuple(modules)
         self.cell = modules[0].cell
-        self._additions = Additions([])
+        self._additions, self._layout = (
+            Additions([]),
+            0,
+        )  # without attentions, for the pool's tensors as they are
         self._parts: GroupParts | None = None
         self.product = LinearProduct.of([module.base for module in modules])
 
@@ -134,33 +137,27 @@ class Projections:
 
     def additions(self, segments: SegmentPlan) -> Additions:
         """What the segments add to the group; an attention comes before its module and those up to the next one's."""
+        fused = [[f for f in segments.fused if f.attends_at(module.path)] for module in self.modules]
+        return self._with_attentions(fused) if any(fused) else self._without_attentions()
+
+    def _with_attentions(self, fused: Sequence[Sequence[FusedSegment]]) -> Additions:
+        """Those of `fused`, some for each module."""
         additions: list[Addition] = []
-        for place, module in enumerate(self.modules):
+        for place, (module, segments) in enumerate(zip(self.modules, fused, strict=True)):
             if module.rows.is_empty:
                 continue
-            attentions = [
-                f.attention(module.path, module.rows) for f in segments.fused if f.attends_at(module.path)
-            ]
-            if attentions or not additions:
+            if segments or not additions:
+                attentions = [segment.attention(module.path, module.rows) for segment in segments]
                 additions.append(Addition({}, attentions))
             additions[-1].rows[place] = module.rows.part
-        if any(addition.attentions for addition in additions):
-            return Additions(additions)
-        return self._without_attentions(additions)
+        return Additions(additions)
 
-    def _without_attentions(self, additions: Sequence[Addition]) -> Additions:
+    def _without_attentions(self) -> Additions:
         """Made anew only when the pool has other tensors."""
-        if not _is_same(self._additions.additions, additions):
-            self._additions = Additions(additions)
+        layout = sum(module.rows.layout for module in self.modules)
+        if layout != self._layout:
+            self._layout, self._additions = layout, self._with_attentions([()] * len(self.modules))
         return self._additions
-
-
-def _is_same(known: Sequence[Addition], additions: Sequence[Addition]) -> bool:
-    """True if they are of the same tensors."""
-    known_rows, rows = (
-        [part for addition in some for part in addition.rows.values()] for some in (known, additions)
-    )
-    return len(known_rows) == len(rows) and all(map(operator.is_, known_rows, rows))
 
 
 def _add_spans_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:
