@@ -65,10 +65,8 @@ class Projections:
     def __init__(self, modules: Sequence[AdaptedLinear]) -> None:
         self.modules = tuple(modules)
         self.cell = modules[0].cell
-        self._additions, self._layout = (
-            Additions([]),
-            0,
-        )  # without attentions, for the pool's tensors as they are
+        self._additions = Additions([])  # without attentions
+        self._layout = 0  # the pool's, which they are for
         self._parts: GroupParts | None = None
         self.product = LinearProduct.of([module.base for module in modules])
 

@@ -76,9 +76,8 @@ class ModuleRows:
                 if self._in_panels:
                     shapes = padded_shapes(self._capacity, module.d_in, module.d_out)
                 tensors = zeros(*shapes[0]), zeros(self._capacity), zeros(*shapes[1])
-                if self._like.device.type == "cpu":
-                    for tensor in tensors:
-                        touch_zeros(tensor)
+                for tensor in tensors:
+                    touch_zeros(tensor)
                 self._memory = tensors
             return self._memory
 

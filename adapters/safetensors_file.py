@@ -35,9 +35,7 @@ MAX_SIZE = (1 << 63) - 1
 DTYPES = MappingProxyType({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16})
 
 _LENGTH_BYTES = 8
-_BLOCK_BYTES = (
-    1 << 20
-)  # of small tensors are read at once; they stay in a second cache while they are hashed and copied
+_BLOCK_BYTES = 1 << 20  # what is read at once of small tensors; a second cache holds it while it is copied
 _GIT_LFS_POINTER = b"version "  # what a clone without Git LFS leaves in place of a large file
 _HEADER_DEPTH = 3  # file, entry, shape
 

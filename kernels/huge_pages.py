@@ -54,9 +54,11 @@ class HugePages:
 def touch_zeros(tensor: Tensor) -> None:
     """Has the system hand over the memory of contiguous zeros now, and not when they are first written to.
 
-    It clears a huge page first, and may have to move others out of its way: a fifth of a millisecond, or five.
+    It clears a page before, and may have to move others out of the way of a huge one, which takes milliseconds. A GPU's
+    is there.
     """
-    tensor.view(-1).view(torch.uint8)[::_SMALL_PAGE] = 0
+    if tensor.device.type == "cpu":
+        tensor.view(-1).view(torch.uint8)[::_SMALL_PAGE] = 0
 
 
 def _map(num_bytes: int) -> Tensor:

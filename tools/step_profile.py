@@ -42,7 +42,7 @@ from fusionserve.loadtest.bench.workloads import model_size
 from fusionserve.loadtest.model_shapes import SHAPES, save_checkpoint
 from fusionserve.metrics import AdapterLabels
 
-_ROUNDS = 3  # the last one counts
+_WARM_UP_ROUNDS = 2
 
 
 class Stopwatch:
@@ -94,13 +94,14 @@ async def _profile(model: Path, arguments: argparse.Namespace) -> None:
     await engine.start()
     spare_from_collection()
     try:
-        for number in range(_ROUNDS):
-            watch.steps.clear()
-            before = measure_limit(torch.get_num_threads())
-            start_s = time.perf_counter()
-            await asyncio.gather(*(_stream(engine, arguments, number, n) for n in range(arguments.streams)))
-            elapsed_s = time.perf_counter() - start_s
-            limits = before, measure_limit(torch.get_num_threads())
+        for number in range(_WARM_UP_ROUNDS):
+            await _round(engine, arguments, number)
+        watch.steps.clear()
+        before = measure_limit(torch.get_num_threads())
+        start_s = time.perf_counter()
+        await _round(engine, arguments, _WARM_UP_ROUNDS)
+        elapsed_s = time.perf_counter() - start_s
+        limits = before, measure_limit(torch.get_num_threads())
     finally:
         await engine.close()
     decoding = _decoding(watch)
@@ -131,6 +132,10 @@ def _watch(engine: AsyncEngine, watch: Stopwatch, num_streams: int) -> None:
 
     inner._pipeline.execution._runner.execute = executed  # type: ignore[method-assign]
     inner.step = stepped  # type: ignore[method-assign]
+
+
+async def _round(engine: AsyncEngine, arguments: argparse.Namespace, number: int) -> None:
+    await asyncio.gather(*(_stream(engine, arguments, number, n) for n in range(arguments.streams)))
 
 
 async def _stream(engine: AsyncEngine, arguments: argparse.Namespace, number: int, stream: int) -> None:

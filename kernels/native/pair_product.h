@@ -79,7 +79,7 @@ private:
             asm("" : "+r"(fours[four]));  // else the compiler keeps the addresses of all tokens
         }
         LinesAhead ahead;
-        if (PANELS > 1)
+        if constexpr (PANELS > 1)
             ahead = panels_ahead(*this, token, weights + PANELS * num_pairs * 2 * PANEL, PANELS * panel_bytes, num_steps());
         const Index strides[] = {0, x_stride, 2 * x_stride, 3 * x_stride};
         __m512 sums[TOKENS][PANELS] = {};

@@ -73,7 +73,8 @@ static void few_by_few(const Product& product, const LinearPart& part, Index fir
 }
 
 // What the tile that begins with `token` asks for, in so many steps, of the panels behind its own, which take `num_bytes`.
-// The first tile waits for its own panels; those after it, which have them in a cache, share out the next.
+// The first tile waits for its own panels; those after it, which have them in a cache, share out the next. Behind the last
+// panels there may be nothing, and then nothing is read.
 template <typename Product>
 static LinesAhead panels_ahead(const Product& product, Index token, const void* behind, Index num_bytes, Index num_steps) {
     if (token == 0) return {};

@@ -89,6 +89,15 @@ class TestLoading:
         for load in loads:
             assert len(await load.tokens()) == 12
 
+    async def test_load_gets_the_memory_of_the_adapters_modules(self, engine: TestedEngine) -> None:
+        """The first adapter's activation would otherwise wait for it, and every stream with it."""
+        await engine.load_adapter("a", None, pin=False, replace=False)
+        pool, paths = engine._base.pool, engine.registry.get("a").loaded.weights.modules
+        assert paths and all(pool.rows(path)._memory is not None for path in paths)
+        assert all(pool.rows(path).is_empty for path in paths), "only an activation puts it to use"
+        others = pool._rows.keys() - paths
+        assert others and all(pool.rows(path)._memory is None for path in others)
+
     async def test_load_refuses_a_loaded_name_unless_replacing(self, engine: TestedEngine) -> None:
         await engine.load_adapter("a", None, pin=False, replace=False)
         with pytest.raises(AlreadyExistsError):
