@@ -15,7 +15,7 @@ from grpc import aio
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.authorized_channel import authorized
-from fusionserve.client.errors import UnavailableError, typed_errors
+from fusionserve.client.errors import UnavailableError, to_client_error, typed_errors
 from fusionserve.client.results import Generation, GenerationEvent, Model
 from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -141,13 +141,14 @@ class AsyncGenerationStream:
 
     async def __anext__(self) -> GenerationEvent:
         try:
-            with typed_errors():
-                while not self._is_closed:
-                    message = await self._call.read()
-                    if not isinstance(message, inference_pb2.StreamGenerateResponse):
-                        break  # the end of the stream
-                    if event := responses.to_event(message):
-                        return event
+            while not self._is_closed:
+                message = await self._call.read()
+                if not isinstance(message, inference_pb2.StreamGenerateResponse):
+                    break  # the end of the stream
+                if event := responses.to_event(message):
+                    return event
+        except grpc.RpcError as error:  # as typed_errors, which costs more for every token
+            raise to_client_error(error) from error
         except asyncio.CancelledError:
             if not self._is_closed:
                 raise

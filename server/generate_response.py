@@ -63,13 +63,14 @@ def _to_started(event: GenerationStarted) -> inference_pb2.GenerationStarted:
 
 
 def _to_chunk(event: GenerationChunk) -> inference_pb2.GenerationChunk:
-    return inference_pb2.GenerationChunk(
-        index=event.candidate_index,
-        text=event.text,
-        token_ids=event.token_ids,
-        logprobs=_to_logprobs(event.logprobs),
-        fusion_weights=_to_token_weights(event.fusion_weights),
+    chunk = inference_pb2.GenerationChunk(
+        index=event.candidate_index, text=event.text, token_ids=event.token_ids
     )
+    if event.logprobs:  # few ask for it, and there is a chunk for every token
+        chunk.logprobs.extend(_to_logprobs(event.logprobs))
+    if event.fusion_weights:
+        chunk.fusion_weights.extend(_to_token_weights(event.fusion_weights))
+    return chunk
 
 
 def _to_candidate(candidate: Candidate) -> inference_pb2.Candidate:

@@ -24,7 +24,12 @@ class PacedWrites:
         self._responses = responses
         self._context = context
         self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._writing_since_s: float | None = None
         self._closing: asyncio.Task[None] | None = None
+        # A timer and no timeout: a write that is given up leaves a call that can be neither written to nor ended.
+        # One for the stream, which looks again when the write at hand may have waited long enough, and none per write.
+        self._timer = self._loop.call_later(timeout_s, self._look)
 
     async def run(self) -> None:
         """Writes all of them; the generator is closed at once however this ends."""
@@ -36,18 +41,21 @@ class PacedWrites:
                         f"the client took no message for {self._timeout_s:g} s", reason="NOT_READ"
                     )
         finally:
+            self._timer.cancel()
             if self._closing is not None:
                 await asyncio.wait([self._closing])
             await self._responses.aclose()
 
     async def _write(self, response: Any) -> None:
         reach_failpoint("stream.write")
-        # A timer and no timeout: a write that is given up leaves a call that can be neither written to nor ended.
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, self._let_go)
-        try:
-            await self._context.write(response)
-        finally:
-            timer.cancel()
+        self._writing_since_s = self._loop.time()
+        await self._context.write(response)
+        self._writing_since_s = None
 
-    def _let_go(self) -> None:
-        self._closing = asyncio.create_task(self._responses.aclose())
+    def _look(self) -> None:
+        """Lets go of the source if a write has lasted too long, or else looks again as soon as one may have."""
+        waited_s = 0.0 if self._writing_since_s is None else self._loop.time() - self._writing_since_s
+        if waited_s < self._timeout_s:
+            self._timer = self._loop.call_later(self._timeout_s - waited_s, self._look)
+        else:
+            self._closing = self._loop.create_task(self._responses.aclose())
