@@ -20,7 +20,7 @@ from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.huge_pages import HugePages, touch_zeros
 from fusionserve.kernels.low_rank import expand_, shrink
-from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shapes
+from fusionserve.kernels.rank_panels import Packing, has_panels, padded_shapes
 from fusionserve.kernels.segments import PartRows
 from fusionserve.kernels.torch_errors import is_device_lost
 
@@ -88,24 +88,32 @@ class ModuleRows:
         if any(piece.shrink_bias is not None for piece in pieces):
             self._use_bias()
 
-    def write(self, start: int, num_rows: int, pieces: Sequence[RowPiece]) -> None:
-        """Sets rows [start, start + num_rows) to the pieces, zeros where there are none."""
+    def write(self, start: int, num_rows: int, pieces: Sequence[RowPiece], packing: Packing) -> None:
+        """Sets rows [start, start + num_rows) to the pieces, zeros where there are none, by the end of `packing`."""
         self.make_ready(pieces)
         if self.is_empty:
             return
         rows = slice(start, start + num_rows)
-        shrink, expand = self.shrink_rows[rows], self.expand_rows[rows]
         if self._has_bias:
             _fill_(self.shrink_bias[rows], [(piece.offset, piece.shrink_bias) for piece in pieces])
-        shrinking = [(piece.offset, piece.shrink) for piece in pieces]
-        expanding = [(piece.offset, piece.expand) for piece in pieces]
-        if self._in_panels and pieces:
-            module = self._module
-            plain = _joined(shrinking, shrink, module.d_in), _joined(expanding, expand, module.d_out)
-            pack_rows_(*plain, shrink, expand)
+        if self._in_panels:
+            packing.add(self._joined(pieces, num_rows), self.shrink_rows, self.expand_rows, start, num_rows)
         else:
-            _fill_(shrink, shrinking)
-            _fill_(expand, expanding)
+            _fill_(self.shrink_rows[rows], [(piece.offset, piece.shrink) for piece in pieces])
+            _fill_(self.expand_rows[rows], [(piece.offset, piece.expand) for piece in pieces])
+
+    def _joined(self, pieces: Sequence[RowPiece], num_rows: int) -> tuple[Tensor, Tensor] | None:
+        """All of a resident's rows, shrink and expand, in the pool's type: those of the only piece, if it has all."""
+        if not pieces:
+            return None
+        shrink, expand = pieces[0].shrink, pieces[0].expand
+        is_all = expand is not None and shrink.shape[0] == num_rows and shrink.dtype == self._like.dtype
+        if expand is None or not is_all:
+            module = self._module
+            shrink, expand = (self._like.new_empty(num_rows, n) for n in (module.d_in, module.d_out))
+            _fill_(shrink, [(piece.offset, piece.shrink) for piece in pieces])
+            _fill_(expand, [(piece.offset, piece.expand) for piece in pieces])
+        return shrink.contiguous(), expand.contiguous()
 
     def _use_bias(self) -> None:
         """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""
@@ -136,16 +144,6 @@ def _fill_(rows: Tensor, pieces: Sequence[tuple[int, Tensor | None]]) -> None:
         rows.zero_()
     for offset, piece in there:
         rows[offset : offset + len(piece)].copy_(piece, non_blocking=True)
-
-
-def _joined(pieces: Sequence[tuple[int, Tensor | None]], like: Tensor, width: int) -> Tensor:
-    """The same as a tensor of the type and the number of rows of `like`: the only piece itself, if it is that."""
-    first = pieces[0][1]
-    if len(pieces) == 1 and first is not None and len(first) == len(like) and first.dtype == like.dtype:
-        return first
-    rows = like.new_empty(len(like), width)
-    _fill_(rows, pieces)
-    return rows
 
 
 class AdapterPool:
@@ -212,8 +210,10 @@ class AdapterPool:
         return sum(tensor.nbytes for tensor in tensors)
 
     def _write(self, write: WriteRows) -> None:
+        packing = Packing()
         for path, rows in self._rows.items():
-            rows.write(write.start, write.resident.num_rows, write.resident.pieces(path))
+            rows.write(write.start, write.resident.num_rows, write.resident.pieces(path), packing)
+        packing.run()
 
     def _copy_ahead(self, write: WriteRows, copies: Copies) -> None:
         reach_failpoint("pool.activate")

@@ -5,7 +5,7 @@ A resident's rows have as many rows of a module's tensors to themselves, and are
 
 from __future__ import annotations
 
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64
 from functools import cache
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fusionserve.kernels.linear_product import PANEL
 from fusionserve.kernels.native_library import native_library
+
+_NUMBER_BYTES = torch.bfloat16.itemsize
+_ENTRY_NUMBERS = 7
 
 
 def has_panels(d_in: int, like: Tensor) -> bool:
@@ -36,22 +39,53 @@ def padded_shapes(capacity: int, d_in: int, d_out: int) -> tuple[tuple[int, int]
     return shrink, expand
 
 
-def pack_rows_(shrink: Tensor, expand: Tensor, shrink_rows: Tensor, expand_rows: Tensor) -> None:
-    """Lays out a resident's rows, shrink [rows, d_in] and expand [rows, d_out], in its part of the pool, in place.
+class Packing:
+    """Rows of many modules that are laid out in the pool in one call, which threads share."""
 
-    shrink_rows [rows, d_in], expand_rows [rows, d_out in whole panels]; an even number of rows.
-    """
-    library = native_library()
-    assert library is not None, "panels without a native library"
-    num_rows, width = expand_rows.shape
-    assert num_rows % 2 == 0 and shrink.shape == shrink_rows.shape and len(expand) == num_rows
-    if expand.shape[1] < width:
-        expand = torch.nn.functional.pad(expand, (0, width - expand.shape[1]))
-    for source, target, pack in (
-        (shrink, shrink_rows, library.pack_shrink_rows),
-        (expand, expand_rows, library.pack_expand_rows),
-    ):
-        assert source.dtype == target.dtype == torch.bfloat16 and target.is_contiguous()
-        source = source.contiguous()
-        size = c_int64(num_rows), c_int64(source.shape[1])
-        pack(c_void_p(source.data_ptr()), *size, c_void_p(target.data_ptr()))
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []  # what `run` reads
+        self._entries: list[int] = []  # as `native/rank_panels.cpp` has them
+
+    def add(
+        self,
+        rows: tuple[Tensor, Tensor] | None,
+        shrink_rows: Tensor,
+        expand_rows: Tensor,
+        start: int,
+        num_rows: int,
+    ) -> None:
+        """Has shrink [num_rows, d_in] and expand [num_rows, d_out] of a resident put from `start` on, zeros for None.
+
+        shrink_rows [capacity, d_in], expand_rows [capacity, d_out in whole panels]; an even number of rows. Nobody may
+        write to any of them before `run`.
+        """
+        d_in, width = shrink_rows.shape[1], expand_rows.shape[1]
+        assert num_rows % 2 == 0 and shrink_rows.dtype == expand_rows.dtype == torch.bfloat16
+        sources, d_out = (0, 0), width
+        if rows is not None:
+            shrink, expand = rows
+            d_out = expand.shape[1]
+            assert shrink.dtype == expand.dtype == torch.bfloat16 and shrink.shape == (num_rows, d_in)
+            assert expand.shape[0] == num_rows and 0 <= width - d_out < PANEL
+            assert shrink.is_contiguous() and expand.is_contiguous()
+            sources = shrink.data_ptr(), expand.data_ptr()
+            self._kept.append(rows)
+        self._entries += (
+            *sources,
+            shrink_rows.data_ptr() + start * d_in * _NUMBER_BYTES,
+            expand_rows.data_ptr() + start * width * _NUMBER_BYTES,
+            num_rows,
+            d_in,
+            d_out,
+        )
+
+    def run(self) -> None:
+        """Lays all of them out."""
+        if not self._entries:
+            return
+        library = native_library()
+        assert library is not None, "panels without a native library"
+        entries = (c_int64 * len(self._entries))(*self._entries)
+        library.pack_rank_rows(entries, c_int64(len(entries) // _ENTRY_NUMBERS))
+        self._kept.clear()
+        self._entries.clear()

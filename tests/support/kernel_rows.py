@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusionserve.kernels.rank_panels import has_panels, pack_rows_, padded_shapes
+from fusionserve.kernels.rank_panels import Packing, has_panels, padded_shapes
 from fusionserve.kernels.segments import PartRows
 
 
@@ -14,7 +14,10 @@ def as_kernels_take(rows: PartRows, residents: Iterable[tuple[int, int]]) -> Par
     if not has_panels(d_in, rows.shrink):
         return rows
     shrink, expand = map(rows.shrink.new_zeros, padded_shapes(capacity, d_in, d_out))
+    packing = Packing()
     for start, extent in residents:
         here = slice(start, start + extent)
-        pack_rows_(rows.shrink[here], rows.expand[here], shrink[here], expand[here])
+        plain = rows.shrink[here].contiguous(), rows.expand[here].contiguous()
+        packing.add(plain, shrink, expand, start, extent)
+    packing.run()
     return PartRows(shrink, rows.bias, expand[:, :d_out], in_panels=True)
