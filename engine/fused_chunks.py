@@ -13,9 +13,9 @@ from fusionserve.adapters.fused_tokens import FusedRange, FusedSegment, FusedTok
 from fusionserve.adapters.fusion_rows import FusionRows
 from fusionserve.adapters.row_plan import suits_segment
 from fusionserve.engine.fused_weights import ChunkWeights, FusedWeights
-from fusionserve.engine.host_copy import HostCopy
 from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.host_copy import HostCopy
 
 ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end) in the batch
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fused_chunks import LateWeights
-from fusionserve.engine.host_copy import HostCopy, to_device
 from fusionserve.engine.sampler import to_tokens
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
+from fusionserve.kernels.host_copy import HostCopy, to_device
 
 
 class LaunchedStep:

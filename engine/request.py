@@ -11,7 +11,6 @@ from fusionserve.adapters.adapter import Adapter
 from fusionserve.engine.block_pool import BlockHash
 from fusionserve.engine.fusion_report import FusionReport
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
-from fusionserve.engine.sampler import NUM_UNIFORMS
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.generation import (
     Candidate,
@@ -19,6 +18,7 @@ from fusionserve.generation import (
     GenerateParams,
     TokenLogprobs,
 )
+from fusionserve.kernels.token_draw import NUM_UNIFORMS
 
 
 class RequestStatus(Enum):

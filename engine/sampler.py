@@ -13,14 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fusionserve.engine.host_copy import to_device
 from fusionserve.generation import SamplingParams
+from fusionserve.kernels.host_copy import to_device
 from fusionserve.kernels.pointwise import argmax
-
-_MIN_TEMPERATURE = 1e-30  # greedy to the last bit, and not rounded to 0 in float32
-_TOP_P_TOKENS = 1024  # sorted at first for top-p
-_FANOUT = 8  # parts that a range of token ids is split into, one of which is drawn
-NUM_UNIFORMS = 7  # splits, at most; enough for 8 ** 7 tokens
+from fusionserve.kernels.token_draw import TokenDraw, draw_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +57,20 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         logits = logits.to(torch.float32, copy=True)
         for index, row in enumerate(rows):
             _apply_penalties_(logits[index], row)
-    tokens = argmax(logits)
-    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    if drawn:
-        places = to_device(drawn, torch.long, logits.device)
-        new = _draw(logits.index_select(0, places).float(), [rows[index] for index in drawn])
-        is_finite = tokens.index_select(0, places) >= 0
-        tokens = tokens.index_copy(0, places, new.masked_fill(~is_finite, -1))
-    return tokens
+    draws = [_to_draw(index, row) for index, row in enumerate(rows) if not row.params.is_greedy]
+    if not draws:
+        return argmax(logits)
+    drawn = draw_tokens(logits, draws)
+    if len(draws) == len(rows):
+        return drawn
+    return argmax(logits).index_copy(
+        0, to_device([draw.row for draw in draws], torch.long, logits.device), drawn
+    )
+
+
+def _to_draw(index: int, row: SamplerRow) -> TokenDraw:
+    params = row.params
+    return TokenDraw(index, params.temperature, params.top_k, params.top_p, params.min_p, row.uniforms)
 
 
 def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
@@ -108,97 +110,3 @@ def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
         logits[list(counts)] -= logits.new_tensor(penalties)
     if row.banned_ids:
         logits[list(row.banned_ids)] = float("-inf")
-
-
-def _draw(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-    """Token ids [rows] drawn from logits [rows, vocab] after top-k, top-p and min-p.
-
-    Only thresholds come from sorting, so two tokens whose probabilities differ by rounding never swap places.
-    """
-    params = [row.params for row in rows]
-    shifted = logits - logits.max(dim=-1, keepdim=True).values  # so that no temperature overflows
-    scaled = shifted / _column([max(p.temperature, _MIN_TEMPERATURE) for p in params], shifted)
-    scaled = _keep_top_k(scaled, params)
-    probabilities = torch.softmax(scaled, dim=-1)
-    probabilities = _keep_top_p(probabilities, params)
-    probabilities = _keep_min_p(probabilities, params)
-    uniforms = to_device([row.uniforms for row in rows], torch.float64, logits.device)
-    return _descend(probabilities.double().cumsum(dim=-1), uniforms)
-
-
-def _descend(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """Token ids [rows] by cumulative probabilities [rows, vocab] and uniforms [rows, NUM_UNIFORMS].
-
-    Splits the range of ids again and again and draws each part by a number of its own. A single number, compared with
-    all of `cumulative`, would give a neighbour as soon as rounding moved one of its many steps past the number: with
-    150,000 tokens once in a thousand draws, where this is once in a million.
-    """
-    cumulative = torch.nn.functional.pad(cumulative, (1, 0))
-    vocab = cumulative.shape[-1] - 1
-    num_levels = next(level for level in range(NUM_UNIFORMS + 1) if _FANOUT**level >= vocab)
-    parts = torch.arange(_FANOUT + 1, device=cumulative.device)
-    first = parts.new_zeros(len(cumulative), 1)
-    for level in range(num_levels):
-        width = _FANOUT ** (num_levels - 1 - level)
-        bounds = cumulative.gather(1, (first + width * parts).clamp(max=vocab))
-        ends = bounds[:, 1:] - bounds[:, :1]
-        targets = (
-            uniforms[:, level, None] * ends[:, -1:]
-        )  # less than the last end, so a part of zero is never drawn
-        first = first + width * torch.searchsorted(ends, targets, right=True)
-    return first[:, 0].clamp(max=vocab - 1)  # rows that are not finite may be anywhere
-
-
-def _keep_top_k(scaled: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Drops logits below the k-th largest of their row; ties with it stay."""
-    vocab = scaled.shape[-1]
-    limits = [min(p.top_k, vocab) if p.top_k else vocab for p in params]
-    largest = max((limit for limit in limits if limit < vocab), default=0)
-    if not largest:
-        return scaled
-    top = scaled.topk(largest, dim=-1).values
-    lowest = scaled.new_full((len(params), 1), float("-inf"))
-    for index, limit in enumerate(limits):
-        if limit < vocab:
-            lowest[index] = top[index, limit - 1]
-    return scaled.masked_fill(scaled < lowest, float("-inf"))
-
-
-def _keep_top_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Keeps the smallest set of most likely tokens whose probability reaches top_p; ties with the last one stay."""
-    if all(p.top_p >= 1.0 for p in params):
-        return probabilities
-    limits = to_device([p.top_p for p in params], torch.float64, probabilities.device)[:, None]
-    ordered = _most_likely(probabilities, limits)
-    before = ordered.double().cumsum(dim=-1) - ordered
-    num_kept = (before < limits).sum(dim=-1, keepdim=True).clamp(min=1)
-    lowest = ordered.gather(1, num_kept - 1)
-    unlimited = limits >= 1.0
-    return probabilities.masked_fill((probabilities < lowest) & ~unlimited, 0.0)
-
-
-def _most_likely(probabilities: Tensor, limits: Tensor) -> Tensor:
-    """The largest probabilities of each row in descending order, enough of them to reach the row's limit.
-
-    A set of a thousand tokens nearly always does, and finding it costs a twentieth of sorting 150,000. A GPU sorts: to
-    ask whether they do is to wait for it in the middle of its work.
-    """
-    if probabilities.device.type != "cpu":
-        return probabilities.sort(dim=-1, descending=True).values
-    likely = probabilities.topk(min(_TOP_P_TOKENS, probabilities.shape[-1]), dim=-1).values
-    is_enough = (likely.double().sum(dim=-1, keepdim=True) >= limits) | (limits >= 1.0)
-    return likely if bool(is_enough.all()) else probabilities.sort(dim=-1, descending=True).values
-
-
-def _keep_min_p(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Drops tokens less likely than min_p times the most likely one."""
-    if all(p.min_p == 0.0 for p in params):
-        return probabilities
-    limits = _column([p.min_p for p in params], probabilities)
-    lowest = limits * probabilities.max(dim=-1, keepdim=True).values
-    return probabilities.masked_fill(probabilities < lowest, 0.0)
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """[rows, 1], of the type and device of `like`."""
-    return to_device(values, like.dtype, like.device)[:, None]

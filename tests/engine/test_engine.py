@@ -10,7 +10,6 @@ from schedules import LetterDecoder, assert_idle, make_adapter, make_generation
 
 from fusionserve import metrics
 from fusionserve.engine.request import Generation, Request
-from fusionserve.engine.sampler import NUM_UNIFORMS
 from fusionserve.errors import AbortedError, ArtifactError, DeadlineError, InternalError
 from fusionserve.generation import (
     FinishReason,
@@ -20,6 +19,7 @@ from fusionserve.generation import (
     OutputOptions,
     StoppingCriteria,
 )
+from fusionserve.kernels.token_draw import NUM_UNIFORMS
 
 
 def script(*token_ids: int | None) -> Any:

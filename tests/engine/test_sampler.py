@@ -21,15 +21,13 @@ from transformers import (
 )
 
 from fusionserve.engine.sampler import (
-    NUM_UNIFORMS,
     SamplerRow,
-    _draw,
-    _most_likely,
     choose,
     logprobs_of,
     sample,
 )
 from fusionserve.generation import SamplingParams
+from fusionserve.kernels.token_draw import NUM_UNIFORMS
 
 VOCAB = 40
 GRID, STRIDE = 1597, 987  # neighbours in the Fibonacci series: an even grid over the first two splits
@@ -383,14 +381,6 @@ def test_logprobs_without_alternatives_and_with_more_than_there_are() -> None:
     assert len(logprobs_of(logits, [3], VOCAB + 5)[0].top) == VOCAB
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_drawing_never_looks_at_what_a_device_has_computed(name: str) -> None:
-    """Tensors without numbers cannot be looked at, and on a GPU whoever looks waits for it."""
-    rows = [make_row(SamplingParams(**PARAMETERS[name])), make_row(SamplingParams(top_p=0.9))]
-    tokens = _draw(make_logits(2).to("meta"), rows)
-    assert tokens.shape == (2,) and tokens.device.type == "meta"
-
-
 @pytest.mark.parametrize(
     "name", [name for name in PARAMETERS if not SamplingParams(**PARAMETERS[name]).changes_logits]
 )
@@ -398,10 +388,3 @@ def test_choosing_waits_for_a_device_only_to_change_logits(name: str) -> None:
     rows = [make_row(SamplingParams(**PARAMETERS[name])), make_row(SamplingParams(temperature=0.0))]
     chosen = choose(make_logits(2).to("meta"), rows)
     assert chosen.shape == (2,) and chosen.device.type == "meta"
-
-
-def test_a_device_sorts_what_a_processor_searches_first() -> None:
-    probabilities = torch.softmax(make_logits(2, vocab=3000), dim=-1)
-    limits = torch.tensor([[0.5], [0.9]], dtype=torch.float64)
-    assert _most_likely(probabilities, limits).shape[1] < 3000
-    assert _most_likely(probabilities.to("meta"), limits.to("meta")).shape[1] == 3000

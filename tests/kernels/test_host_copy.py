@@ -6,7 +6,7 @@ import pytest
 import torch
 from device_kernels import DEVICE
 
-from fusionserve.engine.host_copy import HostCopy, to_device
+from fusionserve.kernels.host_copy import HostCopy, to_device
 
 pytestmark = pytest.mark.gpu
 
