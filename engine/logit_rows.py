@@ -46,8 +46,10 @@ def to_results(
     """What each chunk is given, from the logits [rows, vocab] of all of them, with the fusion weights of fused ones."""
     drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
     tokens = [next(drawn) if rows.chunk.is_last else None for rows in planned]
+    told = _chosen_logprobs(planned, tokens, logits)
+    logprobs = [told.get(rows.chunk) for rows in planned] if told else [None] * len(planned)
     fused = [weights.get(rows.chunk) for rows in planned] if weights else [None] * len(planned)
-    return [_to_result(*each, logits) for each in zip(planned, tokens, fused, strict=True)]
+    return [_to_result(*each, logits) for each in zip(planned, tokens, logprobs, fused, strict=True)]
 
 
 def sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
@@ -88,13 +90,34 @@ def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[
     return sample(logits if is_all else logits[wanted], rows)
 
 
+def _chosen_logprobs(
+    planned: Sequence[LogitRows], tokens: Sequence[int | None], logits: Tensor
+) -> dict[ScheduledChunk, Logprobs]:
+    """Of the tokens that were drawn, for the chunks whose requests ask for them."""
+    asked = {
+        rows.chunk: (rows.end - 1, token)
+        for rows, token in zip(planned, tokens, strict=True)
+        if token is not None and _num_top(rows.chunk) is not None
+    }
+    if not asked:
+        return {}
+    places, token_ids = zip(*asked.values(), strict=True)
+    found = logprobs_of(logits, places, token_ids, max(_num_top(chunk) or 0 for chunk in asked))
+    return {chunk: each.first(_num_top(chunk) or 0) for chunk, each in zip(asked, found, strict=True)}
+
+
+def _num_top(chunk: ScheduledChunk) -> int | None:
+    return chunk.request.generation.params.output.logprobs
+
+
 def _to_result(
-    rows: LogitRows, token: int | None, weights: ChunkWeights | None, logits: Tensor
+    rows: LogitRows,
+    token: int | None,
+    logprobs: Logprobs | None,
+    weights: ChunkWeights | None,
+    logits: Tensor,
 ) -> ChunkResult:
-    chunk, output = rows.chunk, rows.chunk.request.generation.params.output
-    logprobs = None
-    if token is not None and output.logprobs is not None:
-        logprobs = logprobs_of(logits[rows.end - 1 : rows.end], [token], output.logprobs)[0]
+    chunk = rows.chunk
     return ChunkResult(
         chunk,
         token,
@@ -111,5 +134,5 @@ def _prompt_logprobs(rows: LogitRows, logits: Tensor) -> tuple[Logprobs, ...]:
     num_top = generation.params.output.prompt_logprobs
     assert num_top is not None
     following = generation.prompt_token_ids[chunk.start + 1 : chunk.end + 1]
-    own = logits[rows.start : rows.start + len(following)]
-    return tuple(logprobs_of(own, following, num_top)) if following else ()
+    own = range(rows.start, rows.start + len(following))
+    return tuple(logprobs_of(logits, own, following, num_top)) if following else ()

@@ -17,6 +17,7 @@ from fusionserve.generation import SamplingParams
 from fusionserve.kernels.host_copy import to_device
 from fusionserve.kernels.pointwise import argmax
 from fusionserve.kernels.token_draw import TokenDraw, draw_tokens
+from fusionserve.kernels.token_logprobs import token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,10 @@ class Logprobs:
 
     chosen: tuple[int, float, int]
     top: tuple[tuple[int, float, int], ...]
+
+    def first(self, num_top: int) -> Logprobs:
+        """The same with no more than so many of the most likely tokens."""
+        return Logprobs(self.chosen, self.top[:num_top])
 
 
 def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
@@ -73,22 +78,23 @@ def _to_draw(index: int, row: SamplerRow) -> TokenDraw:
     return TokenDraw(index, params.temperature, params.top_k, params.top_p, params.min_p, row.uniforms)
 
 
-def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[Logprobs]:
-    """Log-probabilities of `token_ids` [rows] under logits [rows, vocab], with the `num_top` most likely tokens."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device)[:, None])
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
-    values, indices = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+def logprobs_of(
+    logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_top: int
+) -> list[Logprobs]:
+    """Log-probabilities of `token_ids`, each in its row of logits [rows, vocab], with the most likely tokens there."""
+    found = token_logprobs(logits, rows, token_ids, num_top)
     return [
         Logprobs(
-            (token, value, rank),
-            tuple(
-                (top_id, top_value, place)
-                for place, (top_id, top_value) in enumerate(zip(*top, strict=True), 1)
-            ),
+            (token_id, logprob, rank),
+            tuple((top_id, value, place) for place, (top_id, value) in enumerate(zip(*top, strict=True), 1)),
         )
-        for token, value, rank, *top in zip(
-            token_ids, chosen[:, 0].tolist(), ranks.tolist(), indices.tolist(), values.tolist(), strict=True
+        for token_id, logprob, rank, *top in zip(
+            token_ids,
+            found.logprobs.tolist(),
+            found.ranks.tolist(),
+            found.top_ids.tolist(),
+            found.top.tolist(),
+            strict=True,
         )
     ]
 

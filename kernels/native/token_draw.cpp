@@ -4,7 +4,7 @@
 // logits, and the cut is looked for in one bin. Weights are e^((logit - largest) / temperature), so the largest is 1.
 // `token_draw.py` has the same in torch's operations, as the definition.
 
-#include "lanes.h"
+#include "logit_row.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -17,9 +17,6 @@ constexpr int NUM_UNIFORMS = 7;
 constexpr Index FANOUT = 8, BLOCK = FANOUT * FANOUT * FANOUT;  // tokens whose weights are summed at once
 constexpr int NUM_BINS = 1024;
 constexpr float LEAST_DEPTH = 1e-3f, MOST_DEPTH = 40.0f;  // of the bins; tokens below share the last one
-
-typedef double WideLanes __attribute__((vector_size(LANES * sizeof(double))));
-typedef int32_t IntLanes __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 // As in Python. `top_k` is 0 for all tokens.
 struct TokenDraw {
@@ -40,14 +37,12 @@ struct Kept {
 };
 
 template <typename Number>
-class Row {
+class Drawing {
 public:
-    Row(const Number* logits, Index vocab, double temperature)
-        : logits_(logits), vocab_(vocab), temperature_(static_cast<float>(temperature)) {}
+    Drawing(const LogitRow<Number>& logits, double temperature)
+        : logits_(logits), vocab_(logits.vocab()), temperature_(static_cast<float>(temperature)) {}
 
-    // The token, or -1 if a logit is not a number or the largest is not finite.
     Index draw(const TokenDraw& how) {
-        if (!find_largest()) return -1;
         Kept kept{NUM_BINS - 1, -INFINITY, 0};
         const bool has_top_k = how.top_k > 0 && how.top_k < vocab_, has_top_p = how.top_p < 1;
         if (has_top_k || has_top_p) {
@@ -56,40 +51,14 @@ public:
         }
         if (has_top_k) kept = most_likely(how.top_k);
         if (has_top_p) kept = most_probable(how.top_p * kept.weight, kept);
-        least_depth_ = how.min_p > 0 ? std::log(static_cast<float>(how.min_p)) : -INFINITY;
         lowest_ = kept.lowest;
+        least_depth_ = how.min_p > 0 ? std::log(static_cast<float>(how.min_p)) : -INFINITY;
         return descend(how.uniforms);
     }
 
 private:
-    bool find_largest() {
-        Lanes largest = Lanes{} - INFINITY, smallest = Lanes{} + INFINITY;
-        IntLanes num_bad = {};
-        for (Index i = 0; i < vocab_; i += LANES) {
-            const Lanes here = logits(i);
-            largest = here > largest ? here : largest;
-            smallest = (here < smallest) & (here > -INFINITY) ? here : smallest;
-            num_bad -= here != here;
-        }
-        largest_ = largest[0], smallest_ = smallest[0];
-        int bad = 0;
-        for (Index i = 0; i < LANES; ++i) {
-            largest_ = std::max(largest_, largest[i]), smallest_ = std::min(smallest_, smallest[i]);
-            bad += num_bad[i];
-        }
-        return bad == 0 && std::abs(largest_) < INFINITY;
-    }
-
-    // Of 16 tokens; of those behind the last one -infinity.
-    Lanes logits(Index first) const {
-        if (first + LANES <= vocab_) return load_lanes(logits_ + first);
-        Lanes lanes = Lanes{} - INFINITY;
-        for (Index i = first; i < vocab_; ++i) lanes[i - first] = to_float(logits_[i]);
-        return lanes;
-    }
-
     // At most 0.
-    Lanes scaled(Lanes logits) const { return (logits - largest_) / temperature_; }
+    Lanes scaled(Lanes logits) const { return (logits - logits_.largest()) / temperature_; }
 
     IntLanes bins(Lanes scaled) const {
         const Lanes place = -scaled * bins_per_unit_, last = Lanes{} + float(NUM_BINS - 1);
@@ -97,12 +66,12 @@ private:
     }
 
     void fill_bins() {
-        const float depth = -(smallest_ - largest_) / temperature_;
+        const float depth = -(logits_.smallest() - logits_.largest()) / temperature_;
         bins_per_unit_ = NUM_BINS / std::clamp(depth, LEAST_DEPTH, MOST_DEPTH);
         std::fill_n(counts_, NUM_BINS, 0);
         std::fill_n(weights_, NUM_BINS, 0.0);
         for (Index first = 0; first < vocab_; first += LANES) {
-            const Lanes depths = scaled(logits(first)), weights = exp_lanes(depths);
+            const Lanes depths = scaled(logits_.from(first)), weights = exp_lanes(depths);
             const IntLanes places = bins(depths);
             for (Index i = 0; i < std::min(LANES, vocab_ - first); ++i) {
                 ++counts_[places[i]];
@@ -116,11 +85,9 @@ private:
         static thread_local std::vector<Token> tokens;
         tokens.clear();
         for (Index first = 0; first < vocab_; first += LANES) {
-            const Lanes here = logits(first), depths = scaled(here);
+            const Lanes here = logits_.from(first), depths = scaled(here);
             const IntLanes is_in = (bins(depths) == static_cast<int32_t>(bin)) & (here >= lowest);
-            int any = 0;
-            for (Index i = 0; i < LANES; ++i) any |= is_in[i];
-            if (!any) continue;
+            if (count_of(is_in) == 0) continue;
             const Lanes weights = exp_lanes(depths);
             for (Index i = 0; i < std::min(LANES, vocab_ - first); ++i)
                 if (is_in[i]) tokens.push_back({here[i], weights[i]});
@@ -158,7 +125,7 @@ private:
 
     // Weights of 16 tokens, 0 of those that are not kept.
     Lanes kept_weights(Index first) const {
-        const Lanes here = logits(first), depths = scaled(here);
+        const Lanes here = logits_.from(first), depths = scaled(here);
         return (here >= lowest_) & (depths >= least_depth_) ? exp_lanes(depths) : Lanes{};
     }
 
@@ -169,10 +136,8 @@ private:
         for (Index first = 0; first < vocab_; first += BLOCK) {
             WideLanes sums = {};
             for (Index i = first; i < std::min(first + BLOCK, vocab_); i += LANES)
-                sums += __builtin_convertvector(kept_weights(i), WideLanes);
-            double sum = 0;
-            for (Index i = 0; i < LANES; ++i) sum += sums[i];
-            blocks.push_back(sum);
+                sums += widen(kept_weights(i));
+            blocks.push_back(sum_of(sums));
         }
         Index width = 1, first = 0;
         while (width < vocab_) width *= FANOUT;
@@ -215,9 +180,9 @@ private:
         return drawn;
     }
 
-    const Number* logits_;
+    const LogitRow<Number>& logits_;
     Index vocab_;
-    float temperature_, largest_ = 0, smallest_ = 0, bins_per_unit_ = 0, lowest_ = 0, least_depth_ = 0;
+    float temperature_, bins_per_unit_ = 0, lowest_ = 0, least_depth_ = 0;
     Index counts_[NUM_BINS];
     double weights_[NUM_BINS];
 };
@@ -226,7 +191,8 @@ template <typename Number>
 void draw_tokens(const Number* logits, Index vocab, const TokenDraw* draws, Index count, Index* tokens) {
     parallel(count, [&](Index place) {
         const TokenDraw& how = draws[place];
-        tokens[place] = Row<Number>(logits + how.row * vocab, vocab, how.temperature).draw(how);
+        const LogitRow<Number> row(logits + how.row * vocab, vocab);
+        tokens[place] = row.is_finite() ? Drawing<Number>(row, how.temperature).draw(how) : -1;
     });
 }
 

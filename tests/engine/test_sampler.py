@@ -363,7 +363,7 @@ def test_logprobs_are_those_of_log_softmax_with_ranks() -> None:
     logits = make_logits(rows=3, seed=8)
     expected = torch.log_softmax(logits, dim=-1)
     chosen = [int(logits[0].argmax()), int(logits[1].argmin()), 17]
-    for row, found in enumerate(logprobs_of(logits, chosen, 5)):
+    for row, found in enumerate(logprobs_of(logits, range(3), chosen, 5)):
         token_id, value, rank = found.chosen
         assert token_id == chosen[row]
         assert value == pytest.approx(expected[row, token_id].item(), abs=1e-6)
@@ -372,13 +372,13 @@ def test_logprobs_are_those_of_log_softmax_with_ranks() -> None:
         assert [token for token, _, _ in found.top] == top.indices.tolist()
         assert [value for _, value, _ in found.top] == pytest.approx(top.values.tolist(), abs=1e-6)
         assert [rank for _, _, rank in found.top] == [1, 2, 3, 4, 5]
-    assert [found.chosen[2] for found in logprobs_of(logits, chosen, 0)][:2] == [1, VOCAB]
+    assert [found.chosen[2] for found in logprobs_of(logits, range(3), chosen, 0)][:2] == [1, VOCAB]
 
 
 def test_logprobs_without_alternatives_and_with_more_than_there_are() -> None:
     logits = make_logits()
-    assert logprobs_of(logits, [3], 0)[0].top == ()
-    assert len(logprobs_of(logits, [3], VOCAB + 5)[0].top) == VOCAB
+    assert logprobs_of(logits, [0], [3], 0)[0].top == ()
+    assert len(logprobs_of(logits, [0], [3], VOCAB + 5)[0].top) == VOCAB
 
 
 @pytest.mark.parametrize(
