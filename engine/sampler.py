@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fusionserve.generation import SamplingParams
 from fusionserve.kernels.host_copy import to_device
+from fusionserve.kernels.index_tensor import index_tensor
 from fusionserve.kernels.pointwise import argmax
 from fusionserve.kernels.token_draw import TokenDraw, draw_tokens
 from fusionserve.kernels.token_logprobs import token_logprobs
@@ -105,14 +106,12 @@ def _apply_penalties_(logits: Tensor, row: SamplerRow) -> None:
     if params.logit_bias:
         logits[list(params.logit_bias)] += logits.new_tensor(list(params.logit_bias.values()))
     if params.repetition_penalty != 1.0:
-        seen = list({*row.prompt_ids, *row.generated_ids})
-        values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
+        seen = index_tensor(tuple({*row.prompt_ids, *row.generated_ids}), logits.device)
+        values, penalty = logits.index_select(0, seen), params.repetition_penalty
+        logits.index_copy_(0, seen, torch.where(values > 0, values / penalty, values * penalty))
     if row.generated_ids and (params.presence_penalty or params.frequency_penalty):
         counts = Counter(row.generated_ids)
         penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
-        logits[list(counts)] -= logits.new_tensor(penalties)
+        logits.index_add_(0, index_tensor(tuple(counts), logits.device), -logits.new_tensor(penalties))
     if row.banned_ids:
         logits[list(row.banned_ids)] = float("-inf")
