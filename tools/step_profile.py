@@ -1,6 +1,7 @@
 """Where the time of a decoding step goes: layers, LM head, what else the model computes, and what surrounds it.
 
     python -P tools/step_profile.py [--streams 16] [--context 128] [--new-tokens 64] [--quantize int8]
+        [--temperature 0.7] [--top-p 0.9]
     FUSIONSERVE_NATIVE=off python -P tools/step_profile.py
 
 Random weights of a real shape in bfloat16, in process. Medians over the decoding steps of one batch, in milliseconds,
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--quantize", choices=("none", "int8", "int4", "nf4"), default="none")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(arguments.shape, Path(folder))
@@ -143,7 +146,7 @@ async def _stream(engine: AsyncEngine, arguments: argparse.Namespace, number: in
     params = GenerateParams(
         request_id=f"{number}-{stream}",
         prompt=TokenPrompt(tuple(numbers.choices(range(1000, 40000), k=arguments.context))),
-        sampling=SamplingParams(temperature=0.0),
+        sampling=SamplingParams(temperature=arguments.temperature, top_p=arguments.top_p),
         stopping=StoppingCriteria(max_new_tokens=arguments.new_tokens, ignore_eos=True),
     )
     async with aclosing(engine.generate(params)) as events:
