@@ -75,7 +75,7 @@ class TextOutput:
         if told.startswith(text):
             return ""
         self._told = text
-        return text[_num_common(told, text) :]
+        return text[len(told) if text.startswith(told) else _num_common(told, text) :]
 
     def _shorten_window(self, decoder: Decoder, text: str) -> None:
         """Forgets the oldest tokens, if the rest decodes to the same end, or if there are too many."""
