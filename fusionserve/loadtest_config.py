@@ -127,6 +127,8 @@ class LoadConfig:
     prompt_lengths: Lengths = UniformLengths(64, 64)
     output_lengths: Lengths = UniformLengths(32, 32)
     prompt_file: Path | None = None  # its lines are the prompts, instead of random token ids
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
     service_levels: ServiceLevels = ServiceLevels()
 
     @property

@@ -23,14 +23,21 @@ class PlannedRequest:
     names: tuple[str, ...]  # the adapter, the blend's adapters or the fusion; none for base
     prompt: str | tuple[int, ...]
     output_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     def options(self, cache_salt: str) -> GenerateOptions:
-        """What the client sends besides the prompt: greedy, and exactly as many tokens as planned.
+        """What the client sends besides the prompt: as many tokens as planned, drawn by a seed of its own.
 
         Requests share cached prompt tokens with those of the same salt only.
         """
         options = GenerateOptions(
-            temperature=0.0, max_new_tokens=self.output_tokens, ignore_eos=True, cache_salt=cache_salt
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.index,
+            max_new_tokens=self.output_tokens,
+            ignore_eos=True,
+            cache_salt=cache_salt,
         )
         if self.kind == LORA:
             options["adapter"] = self.names[0]
@@ -84,6 +91,8 @@ def plan_requests(config: LoadConfig, catalog: Catalog) -> Iterator[PlannedReque
             names=_names(kind, adapters, fusions, config.blend_size, names),
             prompt=source.draw(prompts),
             output_tokens=config.output_lengths.draw(outputs),
+            temperature=config.temperature,
+            top_p=config.top_p,
         )
 
 

@@ -12,8 +12,7 @@ from fusionserve.server.settings import CommandParser, add_settings, resolve
 
 DESCRIPTION = """\
 Sends streams to a running server and reports time to first token (TTFT), gaps between tokens (ITL,
-TPOT), end-to-end time, throughput, goodput, errors and fairness: as a table, and with --out as JSON
-and plots. A live line shows how it goes; Ctrl-C ends the run early and reports what there is.
+TPOT), end-to-end time, throughput, goodput, errors and fairness; with --out as JSON and plots, too.
 LENGTHS: 128, or 16..256 (uniform), or lognormal:MEDIAN:SIGMA:MAX. DURATION: 30s, 200ms, 2m."""
 EPILOG = """\
 examples:

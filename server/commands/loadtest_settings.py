@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusionserve.limits import MAX_BLEND_MEMBERS, is_name
+from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_TEMPERATURE, is_name
 from fusionserve.loadtest_config import KINDS, LoadConfig, ServerAccess, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
@@ -41,6 +41,22 @@ def parse_zipf(text: str) -> float:
     if not 0 <= exponent <= 20:
         raise ValueError(f"{text!r} is not from 0 to 20")
     return exponent
+
+
+def parse_temperature(text: str) -> float:
+    """What the server takes; 0 is greedy."""
+    temperature = kinds.parse_number(text)
+    if not 0 <= temperature <= MAX_TEMPERATURE:
+        raise ValueError(f"{text!r} is not from 0 to {MAX_TEMPERATURE:g}")
+    return temperature
+
+
+def parse_top_p(text: str) -> float:
+    """A probability above 0."""
+    top_p = kinds.parse_number(text)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"{text!r} is not above 0 and up to 1")
+    return top_p
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -138,6 +154,18 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         _setting(
             "prompt-file", Kind("FILE", parse_prompt_file), "its lines are the prompts, drawn at random"
         ),
+        _setting(
+            "temperature",
+            Kind("X", parse_temperature, "{:g}".format),
+            "of the tokens that are drawn; 0 is greedy",
+            DEFAULTS["temperature"],
+        ),
+        _setting(
+            "top-p",
+            Kind("X", parse_top_p, "{:g}".format),
+            "draw from the tokens that sum to this probability",
+            DEFAULTS["top_p"],
+        ),
     ),
     "service levels, for goodput": (
         _setting("slo-ttft", kinds.SECONDS, "time to first token, at most"),
@@ -156,7 +184,7 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         LoadSetting(
             name="strict",
             kind=kinds.SWITCH,
-            help="exit with 1 if a request failed, was not sent or missed a service level",
+            help="exit with 1 if one failed, was not sent or missed a level",
             default=False,
             is_flag=True,
             env_prefix=ENV_PREFIX,
@@ -201,6 +229,8 @@ def to_load_config(values: Values) -> LoadConfig:
         prompt_lengths=values["prompt-tokens"] or DEFAULTS["prompt_lengths"],
         output_lengths=values["output-tokens"],
         prompt_file=values["prompt-file"],
+        temperature=values["temperature"],
+        top_p=values["top-p"],
         service_levels=ServiceLevels(
             ttft_s=values["slo-ttft"],
             itl_s=values["slo-itl"],

@@ -53,6 +53,12 @@ def test_kinds_come_in_proportion_to_their_weights() -> None:
     assert shares == pytest.approx({BASE: 0.2, LORA: 0.4, BLEND: 0.2, FUSION: 0.2}, abs=0.03)
 
 
+def test_sampling_is_the_runs_with_a_seed_for_each_request() -> None:
+    options = [request.options("salt") for request in plan(3, temperature=0.7, top_p=0.9)]
+    assert [(each["temperature"], each["top_p"]) for each in options] == [(0.7, 0.9)] * 3
+    assert len({each["seed"] for each in options}) == 3
+
+
 def test_kinds_name_what_they_are_adapted_by() -> None:
     for request in plan(200, blend_size=3):
         options = request.options("salt")
