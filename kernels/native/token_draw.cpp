@@ -60,7 +60,7 @@ private:
     // At most 0.
     Lanes scaled(Lanes logits) const { return (logits - logits_.largest()) / temperature_; }
 
-    IntLanes bins(Lanes scaled) const {
+    IntLanes bins_of(Lanes scaled) const {
         const Lanes place = -scaled * bins_per_unit_, last = Lanes{} + float(NUM_BINS - 1);
         return __builtin_convertvector(place < last ? place : last, IntLanes);
     }
@@ -72,7 +72,7 @@ private:
         std::fill_n(weights_, NUM_BINS, 0.0);
         for (Index first = 0; first < vocab_; first += LANES) {
             const Lanes depths = scaled(logits_.from(first)), weights = exp_lanes(depths);
-            const IntLanes places = bins(depths);
+            const IntLanes places = bins_of(depths);
             for (Index i = 0; i < std::min(LANES, vocab_ - first); ++i) {
                 ++counts_[places[i]];
                 weights_[places[i]] += weights[i];
@@ -86,7 +86,7 @@ private:
         tokens.clear();
         for (Index first = 0; first < vocab_; first += LANES) {
             const Lanes here = logits_.from(first), depths = scaled(here);
-            const IntLanes is_in = (bins(depths) == static_cast<int32_t>(bin)) & (here >= lowest);
+            const IntLanes is_in = (bins_of(depths) == static_cast<int32_t>(bin)) & (here >= lowest);
             if (count_of(is_in) == 0) continue;
             const Lanes weights = exp_lanes(depths);
             for (Index i = 0; i < std::min(LANES, vocab_ - first); ++i)
