@@ -23,6 +23,7 @@ from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, fold_fusion
 from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over
 from fusionserve.fusion.params import FusionParams, layer_of
+from fusionserve.kernels.rank_panels import Packing
 
 NUM_TOKENS = 6
 TOLERANCE = 1e-10
@@ -86,12 +87,13 @@ class _InPool:
     ) -> None:
         self.cell = PlanCell()
         pool = AdapterPool(base, start + folded.num_rows + 2, dtype=dtype, device=torch.device("cpu"))
-        self.layers = {}
+        self.layers, packing = {}, Packing()
         for path, module in base.by_path.items():
             linear = nn.Linear(module.d_in, module.d_out, bias=False, dtype=dtype)
             nn.init.zeros_(linear.weight)
             self.layers[path] = AdaptedLinear(linear, path, pool.rows(path), self.cell)
-            pool.rows(path).write(start, folded.num_rows, folded.pieces(path))
+            pool.rows(path).write(start, folded.num_rows, folded.pieces(path), packing)
+        packing.run()
         self._start = start
         self._folded = folded
 
