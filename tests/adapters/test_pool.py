@@ -92,6 +92,16 @@ def test_rows_of_a_wider_predecessor_are_wiped() -> None:
         assert_resident(pool, successor, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_predecessor_are_wiped_in_modules_that_a_resident_leaves_alone(dtype: torch.dtype) -> None:
+    pool = make_pool(dtype=dtype)
+    pool.apply((WriteRows(make_two_module_adapter(1, 6, 6), 2),))
+    pool.apply((WriteRows(make_two_module_adapter(2, 4, 0), 2),))
+    rows = pool.rows(SECOND)
+    for tensor in (rows.shrink_rows, rows.expand_rows):
+        assert tensor[2:6].count_nonzero() == 0 and tensor[6:8].count_nonzero() > 0
+
+
 def test_neighbours_are_left_alone() -> None:
     pool = make_pool()
     a, b, c = (make_two_module_adapter(seed, 4, 3, bias=True) for seed in (1, 2, 3))
