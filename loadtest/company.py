@@ -38,9 +38,11 @@ def main() -> None:
     parser.add_argument("--quantize", choices=("none", "int8", "int4", "nf4"), default="none")
     parser.add_argument("--prompts", type=int, default=8, help="for each adaptation")
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; else each has a seed")
+    parser.add_argument("--top-p", type=float, default=1.0)
     arguments = parser.parse_args()
     with serving({"--dtype": arguments.dtype, "--quantize": arguments.quantize}) as (target, _):
-        different, asked = asyncio.run(_compare(target, arguments.prompts, arguments.new_tokens))
+        different, asked = asyncio.run(_compare(target, arguments.prompts, _options(arguments)))
     print(
         f"{arguments.dtype}, quantize {arguments.quantize}: {different} of {asked} requests differed in a crowd"
     )
@@ -48,29 +50,39 @@ def main() -> None:
         sys.exit("in float32 none may differ")
 
 
-async def _compare(target: str, num_prompts: int, new_tokens: int) -> tuple[int, int]:
+def _options(arguments: argparse.Namespace) -> GenerateOptions:
+    """What all requests have in common."""
+    return GenerateOptions(
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_new_tokens=arguments.new_tokens,
+        ignore_eos=True,
+    )
+
+
+async def _compare(target: str, num_prompts: int, options: GenerateOptions) -> tuple[int, int]:
     """(requests whose tokens differed, requests)."""
     numbers = random.Random(0)
     requests = [
-        (numbers.choices(_PROMPT_TOKEN_IDS, k=numbers.randint(1, _MAX_PROMPT_TOKENS)), adaptation)
-        for _ in range(num_prompts)
+        (
+            numbers.choices(_PROMPT_TOKEN_IDS, k=numbers.randint(1, _MAX_PROMPT_TOKENS)),
+            GenerateOptions(**{**options, **adaptation, "seed": seed}),
+        )
+        for seed in range(num_prompts)
         for adaptation in _ADAPTATIONS
     ]
     async with AsyncClient(target) as client:
-        alone = [await _generate(client, *request, new_tokens, "alone") for request in requests]
-        crowd = await asyncio.gather(
-            *(_generate(client, *request, new_tokens, "crowd") for request in requests)
-        )
+        alone = [await _generate(client, *request, "alone") for request in requests]
+        crowd = await asyncio.gather(*(_generate(client, *request, "crowd") for request in requests))
     return sum(one != other for one, other in zip(alone, crowd, strict=True)), len(requests)
 
 
 async def _generate(
-    client: AsyncClient, prompt: Sequence[int], adaptation: GenerateOptions, new_tokens: int, salt: str
+    client: AsyncClient, prompt: Sequence[int], options: GenerateOptions, salt: str
 ) -> tuple[int, ...]:
-    """Greedy tokens; the salt keeps what was computed alone out of the crowd's prefix cache."""
-    length = GenerateOptions(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True, cache_salt=salt)
-    options: GenerateOptions = {**adaptation, **length}
-    return (await client.generate(prompt, **options)).token_ids
+    """The tokens; the salt keeps what was computed alone out of the crowd's prefix cache."""
+    salted: GenerateOptions = {**options, "cache_salt": salt}
+    return (await client.generate(prompt, **salted)).token_ids
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.token_logprobs import LogprobTensors, reference_token_logprobs, token_logprobs
 
 Telling = Callable[[Tensor, Sequence[int], Sequence[int], int], LogprobTensors]
@@ -42,6 +43,7 @@ def test_logprobs_ranks_and_the_most_likely_are_the_definitions(
     assert all(len(set(ids)) == min(num_top, vocab) for ids in found.top_ids.tolist())
 
 
+@pytest.mark.skipif(native_library() is None, reason="torch's operations promise no order")
 def test_of_equal_tokens_the_first_ones_are_told() -> None:
     logits = torch.zeros(1, 100)
     logits[0, 50] = 1.0
