@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fusionserve.loadtest.bench.floor import Floor
-from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, Outcome
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, SAMPLED, Outcome
 from fusionserve.loadtest.bench.systems import (
     LLAMA_CPP,
     LLAMA_CPP_Q8,
@@ -76,6 +76,9 @@ RATIOS = (
     Ratio("mixed / PEFT mixed", (OURS, MIXED), (PEFT, MIXED), {"W1": 4.0}),
     Ratio("mixed / llama.cpp mixed", (OURS, MIXED), (LLAMA_CPP, MIXED), {"W1": 3.5}),
     Ratio("fusion of 4 / our base", (OURS, FUSION), (OURS, BASE), {"W1": 0.75}),
+    Ratio("sampled / our base", (OURS, SAMPLED), (OURS, BASE)),
+    Ratio("sampled / vLLM sampled", (OURS, SAMPLED), (VLLM, SAMPLED)),
+    Ratio("sampled / transformers sampled", (OURS, SAMPLED), (TRANSFORMERS, SAMPLED)),
     Ratio("base with adapters in the pool / without", (OURS, BASE), (OURS_BARE, BASE), {"W1": 0.98}),
     Ratio("int8 base / llama.cpp Q8_0", (OURS_INT8, BASE), (LLAMA_CPP_Q8, BASE), {"W1": 1.0, "W4": 1.0}),
     Ratio("int4 base / llama.cpp Q8_0", (OURS_INT4, BASE), (LLAMA_CPP_Q8, BASE), {}),

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TextIO
 
-KINDS = BASE, MIXED, FUSION = "base", "mixed", "fusion"
+KINDS = BASE, MIXED, FUSION, SAMPLED = "base", "mixed", "fusion", "sampled"
+TEMPERATURE, TOP_P = 0.7, 0.9  # of a sampled round; the others are greedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +45,21 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One round: every prompt is a stream, all start at once, greedy, `new_tokens` each and no end of sequence."""
+    """One round: every prompt is a stream, all start at once, `new_tokens` each and no end of sequence."""
 
-    kind: str  # BASE: no adapter; MIXED: stream n has its own; FUSION: all have the fusion
+    kind: str  # BASE, SAMPLED: no adapter; MIXED: stream n has its own; FUSION: all have the fusion
     prompts: Sequence[Sequence[int]]
     new_tokens: int
+
+    @property
+    def temperature(self) -> float:
+        """Of its draws; 0 is greedy."""
+        return TEMPERATURE if self.kind == SAMPLED else 0.0
+
+    @property
+    def top_p(self) -> float:
+        """Of its draws."""
+        return TOP_P if self.kind == SAMPLED else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusionserve.loadtest.bench.artifacts import BenchFiles, make_gguf_files
-from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, Setup
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, SAMPLED, Setup
 from fusionserve.loadtest.bench.workloads import BenchWorkload
 
 OURS = "ours"
@@ -72,7 +72,7 @@ SYSTEMS = {
         System(
             name=OURS,
             driver="in_process",
-            kinds=(BASE, MIXED, FUSION),
+            kinds=(BASE, MIXED, FUSION, SAMPLED),
             options={"adapters": "yes"},
             variables=_OUR_VARIABLES,
         ),
@@ -94,13 +94,13 @@ SYSTEMS = {
             )
             for name, bits in ((OURS_INT8, "int8"), (OURS_INT4, "int4"))
         ),
-        System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION)),
-        System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE,), options={"peft": "no"}),
+        System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION, SAMPLED)),
+        System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE, SAMPLED), options={"peft": "no"}),
         System(name=PEFT, driver="hugging_face", kinds=(MIXED,), options={"peft": "yes"}),
         System(
             name=VLLM,
             driver="vllm_cpu",
-            kinds=(BASE,),
+            kinds=(BASE, SAMPLED),
             environment_name="vllm",
             options={"enable_lora": "no"},
             variables=_VLLM_VARIABLES,

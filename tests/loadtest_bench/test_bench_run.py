@@ -11,7 +11,7 @@ from fusionserve.loadtest import model_shapes
 from fusionserve.loadtest.bench.artifacts import make_files
 from fusionserve.loadtest.bench.bench_run import BenchRun, run_workload
 from fusionserve.loadtest.bench.floor import MachineLimit
-from fusionserve.loadtest.bench.protocol import BASE, FUSION, KINDS, MIXED, Job
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, KINDS, MIXED, SAMPLED, Job
 from fusionserve.loadtest.bench.report import to_json, to_text
 from fusionserve.loadtest.bench.system_process import SystemFailedError, SystemProcess
 from fusionserve.loadtest.bench.systems import OURS, OURS_WIRE, PEFT, SYSTEMS, TRANSFORMERS, VLLM, make_setup
@@ -104,8 +104,8 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = run_workload(run, WORKLOAD)
     assert report.failures == {VLLM: "not installed (make peers)"}
     ours = {(system, kind) for system in (OURS, OURS_WIRE) for kind in KINDS}
-    assert set(report.outcomes) == ours | {(TRANSFORMERS, BASE), (PEFT, MIXED)}
-    assert [len(each) for each in report.outcomes.values()] == [2] * 8
+    assert set(report.outcomes) == ours | {(TRANSFORMERS, BASE), (TRANSFORMERS, SAMPLED), (PEFT, MIXED)}
+    assert [len(each) for each in report.outcomes.values()] == [2] * 11
     for kind in KINDS:  # the front door adds nothing and loses nothing
         for in_process, wire in zip(
             report.outcomes[OURS, kind], report.outcomes[OURS_WIRE, kind], strict=True

@@ -30,8 +30,9 @@ class HuggingFace:
     def run(self, job: Job) -> Outcome:
         """One call of `generate`; all prompts have one length, so nothing is padded."""
         prompts = torch.tensor(job.prompts)
+        sampling = {"temperature": job.temperature, "top_p": job.top_p, "top_k": 0} if job.temperature else {}
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False, max_new_tokens=job.new_tokens, eos_token_id=None
+            do_sample=bool(sampling), max_new_tokens=job.new_tokens, eos_token_id=None, **sampling
         )
         clock = _FirstTokenClock()
         started_s = time.monotonic()

@@ -60,7 +60,11 @@ class VllmCpu:
         lora = self._loras[self._setup.adapter_of(stream)] if job.kind == MIXED else None
         prompt = {"prompt_token_ids": list(job.prompts[stream])}
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=job.new_tokens, ignore_eos=True, detokenize=False
+            temperature=job.temperature,
+            top_p=job.top_p,
+            max_tokens=job.new_tokens,
+            ignore_eos=True,
+            detokenize=False,
         )
         self._engine.add_request(request_id, prompt, sampling, lora_request=lora)
         return request_id

@@ -52,7 +52,13 @@ class Wire:
         raise RuntimeError("a stream ended without a result")
 
     def _options(self, job: Job, stream: int) -> GenerateOptions:
-        options = GenerateOptions(temperature=0.0, max_new_tokens=job.new_tokens, ignore_eos=True)
+        options = GenerateOptions(
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seed=stream,
+            max_new_tokens=job.new_tokens,
+            ignore_eos=True,
+        )
         if job.kind == MIXED:
             options["adapter"] = Path(self._setup.adapters[self._setup.adapter_of(stream)]).name
         elif job.kind == FUSION:
