@@ -106,14 +106,14 @@ class ModuleRows:
         """All of a resident's rows, shrink and expand, in the pool's type: those of the only piece, if it has all."""
         if not pieces:
             return None
-        shrink, expand = pieces[0].shrink, pieces[0].expand
-        is_all = expand is not None and shrink.shape[0] == num_rows and shrink.dtype == self._like.dtype
-        if expand is None or not is_all:
-            module = self._module
-            shrink, expand = (self._like.new_empty(num_rows, n) for n in (module.d_in, module.d_out))
-            _fill_(shrink, [(piece.offset, piece.shrink) for piece in pieces])
-            _fill_(expand, [(piece.offset, piece.expand) for piece in pieces])
-        return shrink.contiguous(), expand.contiguous()
+        first, module = pieces[0], self._module
+        has_all = first.shrink.shape[0] == num_rows and first.shrink.dtype == self._like.dtype
+        if first.expand is not None and has_all:
+            return first.shrink.contiguous(), first.expand.contiguous()
+        shrink, expand = (self._like.new_empty(num_rows, width) for width in (module.d_in, module.d_out))
+        _fill_(shrink, [(piece.offset, piece.shrink) for piece in pieces])
+        _fill_(expand, [(piece.offset, piece.expand) for piece in pieces])
+        return shrink, expand
 
     def _use_bias(self) -> None:
         """From here on, and no sooner: adding zeros is right, and costs a quarter of a small product."""

@@ -76,7 +76,14 @@ def choose(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
 
 def _to_draw(index: int, row: SamplerRow) -> TokenDraw:
     params = row.params
-    return TokenDraw(index, params.temperature, params.top_k, params.top_p, params.min_p, row.uniforms)
+    return TokenDraw(
+        index,
+        row.uniforms,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+    )
 
 
 def logprobs_of(

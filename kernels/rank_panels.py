@@ -61,6 +61,8 @@ class Packing:
         """
         d_in, width = shrink_rows.shape[1], expand_rows.shape[1]
         assert num_rows % 2 == 0 and shrink_rows.dtype == expand_rows.dtype == torch.bfloat16
+        assert shrink_rows.is_contiguous() and expand_rows.is_contiguous()
+        assert start >= 0 and start + num_rows <= min(shrink_rows.shape[0], expand_rows.shape[0])
         sources, d_out = (0, 0), width
         if rows is not None:
             shrink, expand = rows

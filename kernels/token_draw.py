@@ -29,11 +29,11 @@ class TokenDraw:
     """How the token after a row of the logits is drawn."""
 
     row: int
-    temperature: float  # over 0
-    top_k: int  # 0: all tokens
-    top_p: float
-    min_p: float
     uniforms: Sequence[float]  # NUM_UNIFORMS random numbers in [0, 1)
+    temperature: float = 1.0  # over 0
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 class _NativeDraw(ctypes.Structure):
@@ -54,6 +54,8 @@ def draw_tokens(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
     if native is None:
         return reference_draw_tokens(logits, draws)
     logits = logits.contiguous()
+    assert all(0 <= draw.row < len(logits) and len(draw.uniforms) == NUM_UNIFORMS for draw in draws)
+    assert 0 < logits.shape[1] <= _FANOUT**NUM_UNIFORMS
     tokens = torch.empty(len(draws), dtype=torch.long)
     entries = (_NativeDraw * len(draws))(*map(_to_native, draws))
     pointers = c_void_p(logits.data_ptr()), c_int64(logits.shape[1]), entries

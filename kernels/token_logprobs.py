@@ -45,6 +45,8 @@ def token_logprobs(
     if native is None:
         return reference_token_logprobs(logits, rows, token_ids, num_top)
     logits, count = logits.contiguous(), len(token_ids)
+    assert all(0 <= row < len(logits) for row in rows)
+    assert all(0 <= token_id < logits.shape[1] for token_id in token_ids)
     num_top = min(num_top, logits.shape[1])
     found = LogprobTensors(
         torch.empty(count),

@@ -60,12 +60,7 @@ def _times(rows: int, vocab: int) -> dict[str, str]:
 
 
 def _draw(row: int, parameters: dict[str, Any]) -> TokenDraw:
-    uniforms = tuple(random.random() for _ in range(NUM_UNIFORMS))
-    return TokenDraw(
-        row=row,
-        uniforms=uniforms,
-        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | parameters,
-    )
+    return TokenDraw(row, tuple(random.random() for _ in range(NUM_UNIFORMS)), **parameters)
 
 
 def _pair(ours: Callable[[], object], torchs: Callable[[], object]) -> str:

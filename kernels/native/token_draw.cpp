@@ -8,7 +8,6 @@
 #include "threads.h"
 
 #include <algorithm>
-#include <functional>
 #include <vector>
 
 namespace {
@@ -28,6 +27,8 @@ struct TokenDraw {
 struct Token {
     float logit, weight;
 };
+
+bool is_likelier(const Token& a, const Token& b) { return a.logit > b.logit; }
 
 // The tokens in the bins before `bin`, and those in it from the logit `lowest` on.
 struct Kept {
@@ -101,7 +102,6 @@ private:
         double weight = 0;
         for (; counts_[bin] < k; ++bin) k -= counts_[bin], weight += weights_[bin];
         auto& tokens = tokens_of(bin, -INFINITY);
-        const auto is_likelier = [](const Token& a, const Token& b) { return a.logit > b.logit; };
         std::nth_element(tokens.begin(), tokens.begin() + (k - 1), tokens.end(), is_likelier);
         const float lowest = tokens[k - 1].logit;
         for (const Token& token : tokens) weight += token.logit >= lowest ? token.weight : 0;
@@ -114,7 +114,7 @@ private:
         double weight = 0;
         for (; bin < kept.bin && weight + weights_[bin] < least; ++bin) weight += weights_[bin];
         auto& tokens = tokens_of(bin, bin == kept.bin ? kept.lowest : -INFINITY);
-        std::sort(tokens.begin(), tokens.end(), [](const Token& a, const Token& b) { return a.logit > b.logit; });
+        std::sort(tokens.begin(), tokens.end(), is_likelier);
         float lowest = kept.lowest;
         for (const Token& token : tokens) {
             if (weight >= least) break;

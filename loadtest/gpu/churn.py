@@ -22,7 +22,7 @@ from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import adapt_model
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.generation import Adaptation, AdapterTerm, GenerationChunk
-from fusionserve.loadtest.bench.drivers.engine_stream import greedy_params
+from fusionserve.loadtest.bench.drivers.engine_stream import request_params
 from fusionserve.loadtest.latency import Spread
 from fusionserve.loadtest.model_shapes import make_model, save_adapter
 from fusionserve.metrics import AdapterLabels
@@ -119,7 +119,7 @@ async def _ask(engine: AsyncEngine, workload: ChurnWorkload, name: str, request_
     prompt = [numbers.choice(_TOKEN_IDS) for _ in range(workload.prompt_tokens)]
     adaptation = Adaptation("lora", terms=(AdapterTerm(name),))
     asked_s, token_s = time.monotonic(), []
-    params = greedy_params(request_id, prompt, adaptation, workload.new_tokens)
+    params = request_params(request_id, prompt, adaptation, workload.new_tokens)
     async with aclosing(engine.generate(params)) as events:
         async for event in events:
             if isinstance(event, GenerationChunk):

@@ -14,7 +14,7 @@ from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import adapt_model
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.generation import Adaptation
-from fusionserve.loadtest.bench.drivers.engine_stream import greedy_params, run_stream
+from fusionserve.loadtest.bench.drivers.engine_stream import request_params, run_stream
 from fusionserve.loadtest.bench.drivers.streams import run_streams
 from fusionserve.loadtest.bench.protocol import Outcome
 from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
@@ -80,7 +80,7 @@ class EngineRounds:
         self, prompts: Sequence[list[int]], adaptations: Sequence[Adaptation], new_tokens: int
     ) -> Outcome:
         requests = [
-            greedy_params(str(next(self._request_ids)), prompt, adaptation, new_tokens)
+            request_params(str(next(self._request_ids)), prompt, adaptation, new_tokens)
             for prompt, adaptation in zip(prompts, adaptations, strict=True)
         ]
         return self._loop.run(run_streams(run_stream(self._engine, request) for request in requests))

@@ -35,20 +35,16 @@ def parse_rate(text: str) -> float:
     return rate
 
 
-def parse_zipf(text: str) -> float:
-    """The exponent of a Zipf distribution; 0 is uniform."""
-    exponent = kinds.parse_number(text)
-    if not 0 <= exponent <= 20:
-        raise ValueError(f"{text!r} is not from 0 to 20")
-    return exponent
+def number(low: float, high: float, name: str = "X") -> Kind:
+    """Numbers from `low` to `high`."""
 
+    def parse(text: str) -> float:
+        value = kinds.parse_number(text)
+        if not low <= value <= high:
+            raise ValueError(f"{text!r} is not from {low:g} to {high:g}")
+        return value
 
-def parse_temperature(text: str) -> float:
-    """What the server takes; 0 is greedy."""
-    temperature = kinds.parse_number(text)
-    if not 0 <= temperature <= MAX_TEMPERATURE:
-        raise ValueError(f"{text!r} is not from 0 to {MAX_TEMPERATURE:g}")
-    return temperature
+    return Kind(name, parse, "{:g}".format)
 
 
 def parse_top_p(text: str) -> float:
@@ -142,7 +138,7 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         _setting("fusions", NAMES, "fusions, most popular first", None, "all that the server lists"),
         _setting(
             "zipf",
-            Kind("S", parse_zipf, "{:g}".format),
+            number(0, 20, "S"),
             "the k-th is drawn with weight 1/k^S; 0 is uniform",
             DEFAULTS["zipf"],
         ),
@@ -156,7 +152,7 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         ),
         _setting(
             "temperature",
-            Kind("X", parse_temperature, "{:g}".format),
+            number(0, MAX_TEMPERATURE),
             "of the tokens that are drawn; 0 is greedy",
             DEFAULTS["temperature"],
         ),

@@ -38,13 +38,6 @@ VOCABS = (1, 5, 16, 17, 512, 513, 4097, 49_152)
 KINDS = ("normal", "flat", "peaked", "banned")
 
 
-def make_draw(row: int, uniforms: Sequence[float], **parameters: Any) -> TokenDraw:
-    return TokenDraw(
-        **{"row": row, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | parameters,
-        uniforms=uniforms,
-    )
-
-
 def make_logits(kind: str, rows: int, vocab: int, seed: int = 0) -> Tensor:
     logits = 2.0 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
     if kind == "flat":
@@ -87,7 +80,7 @@ def test_the_kernel_draws_what_torch_draws(name: str, vocab: int, kind: str) -> 
     """Logits whose cuts and sums differ by rounding may give another token, one in thousands."""
     num_rows = 24
     logits = make_logits(kind, num_rows, vocab)
-    draws = [make_draw(row, u, **PARAMETERS[name]) for row, u in enumerate(random_uniforms(num_rows))]
+    draws = [TokenDraw(row, u, **PARAMETERS[name]) for row, u in enumerate(random_uniforms(num_rows))]
     expected = reference_draw_tokens(logits, draws)
     found = draw_tokens(logits, draws)
     assert int((found != expected).sum()) <= 1
@@ -100,7 +93,7 @@ def test_the_kernel_draws_what_torch_draws(name: str, vocab: int, kind: str) -> 
 def test_kept_tokens_are_drawn_as_often_as_they_should(name: str, drawing: Drawing) -> None:
     num_draws, vocab = 6000, 300
     logits = make_logits("normal", 1, vocab, seed=3)
-    draws = [make_draw(0, u, **PARAMETERS[name]) for u in random_uniforms(num_draws, seed=1)]
+    draws = [TokenDraw(0, u, **PARAMETERS[name]) for u in random_uniforms(num_draws, seed=1)]
     observed = np.bincount(drawing(logits, draws).numpy(), minlength=vocab)
     is_kept = kept_tokens(logits[0], draws[0])
     assert not observed[~is_kept].any()
@@ -116,7 +109,7 @@ def test_kept_tokens_are_drawn_as_often_as_they_should(name: str, drawing: Drawi
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_row_that_is_not_finite_draws_none(bad: float, drawing: Drawing) -> None:
     logits = make_logits("normal", 4, 1000)
-    draws = [make_draw(row, u, top_p=0.9) for row, u in enumerate(random_uniforms(4))]
+    draws = [TokenDraw(row, u, top_p=0.9) for row, u in enumerate(random_uniforms(4))]
     clean = drawing(logits, draws)
     logits[1, 999] = bad
     logits[2] = -math.inf
@@ -126,16 +119,16 @@ def test_row_that_is_not_finite_draws_none(bad: float, drawing: Drawing) -> None
 def test_rows_are_drawn_in_the_order_asked_for() -> None:
     logits = make_logits("normal", 5, 700)
     uniforms = random_uniforms(5)
-    alone = [draw_tokens(logits, [make_draw(row, uniforms[row])]).item() for row in range(5)]
+    alone = [draw_tokens(logits, [TokenDraw(row, uniforms[row])]).item() for row in range(5)]
     some = [4, 1, 1, 0]
-    assert draw_tokens(logits, [make_draw(row, uniforms[row]) for row in some]).tolist() == [
+    assert draw_tokens(logits, [TokenDraw(row, uniforms[row]) for row in some]).tolist() == [
         alone[row] for row in some
     ]
 
 
 def test_bfloat16_logits_draw_as_the_same_numbers_in_float32() -> None:
     logits = make_logits("normal", 40, 2000).bfloat16()
-    draws = [make_draw(row, u, **PARAMETERS["usual"]) for row, u in enumerate(random_uniforms(40))]
+    draws = [TokenDraw(row, u, **PARAMETERS["usual"]) for row, u in enumerate(random_uniforms(40))]
     assert draw_tokens(logits, draws).tolist() == draw_tokens(logits.float(), draws).tolist()
 
 
@@ -143,7 +136,7 @@ def test_bfloat16_logits_draw_as_the_same_numbers_in_float32() -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_extreme_random_numbers_draw_the_first_and_the_last_kept_token(name: str, uniform: float) -> None:
     logits = make_logits("banned", 1, 5000, seed=8)
-    draw = make_draw(0, [uniform] * NUM_UNIFORMS, **PARAMETERS[name])
+    draw = TokenDraw(0, [uniform] * NUM_UNIFORMS, **PARAMETERS[name])
     kept = np.flatnonzero(kept_tokens(logits[0], draw))
     assert draw_tokens(logits, [draw]).item() == (kept[-1] if uniform > 0.5 else kept[0])
 
@@ -152,7 +145,7 @@ def test_extreme_random_numbers_draw_the_first_and_the_last_kept_token(name: str
 def test_drawing_never_looks_at_what_a_device_has_computed(name: str) -> None:
     """Tensors without numbers cannot be looked at, and on a GPU whoever looks waits for it."""
     uniforms = random_uniforms(2)
-    draws = [make_draw(0, uniforms[0], **PARAMETERS[name]), make_draw(1, uniforms[1], top_p=0.9)]
+    draws = [TokenDraw(0, uniforms[0], **PARAMETERS[name]), TokenDraw(1, uniforms[1], top_p=0.9)]
     tokens = draw_tokens(make_logits("normal", 2, 60_000).to("meta"), draws)
     assert tokens.shape == (2,) and tokens.device.type == "meta"
 

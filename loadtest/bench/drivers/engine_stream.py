@@ -17,6 +17,8 @@ from fusionserve.generation import (
 )
 from fusionserve.loadtest.bench.drivers.streams import EndedStream
 
+GREEDY = SamplingParams(temperature=0.0)
+
 
 async def run_stream(engine: AsyncEngine, params: GenerateParams) -> EndedStream:
     """Waits for its end."""
@@ -30,14 +32,18 @@ async def run_stream(engine: AsyncEngine, params: GenerateParams) -> EndedStream
     raise RuntimeError("a stream ended without a result")
 
 
-def greedy_params(
-    request_id: str, prompt: list[int], adaptation: Adaptation, new_tokens: int
+def request_params(
+    request_id: str,
+    prompt: list[int],
+    adaptation: Adaptation,
+    new_tokens: int,
+    sampling: SamplingParams = GREEDY,
 ) -> GenerateParams:
     """So many tokens, whatever they are."""
     return GenerateParams(
         request_id=request_id,
         prompt=TokenPrompt(tuple(prompt)),
         adaptation=adaptation,
-        sampling=SamplingParams(temperature=0.0),
+        sampling=sampling,
         stopping=StoppingCriteria(max_new_tokens=new_tokens, ignore_eos=True),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Coroutine
-from dataclasses import replace
 from pathlib import Path
 
 from fusionserve import __version__
@@ -13,7 +12,7 @@ from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.garbage import spare_from_collection
 from fusionserve.generation import Adaptation, AdapterTerm, SamplingParams
-from fusionserve.loadtest.bench.drivers.engine_stream import greedy_params, run_stream
+from fusionserve.loadtest.bench.drivers.engine_stream import request_params, run_stream
 from fusionserve.loadtest.bench.drivers.served_files import kv_cache_bytes, pool_ranks
 from fusionserve.loadtest.bench.drivers.streams import EndedStream, run_streams
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED, Job, Outcome, Setup, answer_jobs
@@ -46,9 +45,9 @@ class InProcess:
     def _stream(self, job: Job, stream: int) -> Coroutine[None, None, EndedStream]:
         adaptation = self._adaptation(job.kind, stream)
         request_id = str(next(self._request_ids))
-        params = greedy_params(request_id, list(job.prompts[stream]), adaptation, job.new_tokens)
         sampling = SamplingParams(temperature=job.temperature, top_p=job.top_p, seed=stream)
-        return run_stream(self._engine, replace(params, sampling=sampling))
+        params = request_params(request_id, list(job.prompts[stream]), adaptation, job.new_tokens, sampling)
+        return run_stream(self._engine, params)
 
     def _adaptation(self, kind: str, stream: int) -> Adaptation:
         if kind == MIXED:
