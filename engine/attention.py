@@ -7,7 +7,7 @@ call, the cache of a layer is found by its attention module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeStep
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch
-from fusionserve.kernels.pointwise import Rotation, rotate_and_store
+from fusionserve.kernels.pointwise import Angles, Rotation, rotate_and_store
 from fusionserve.kernels.segments import Segments
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ class AttentionBatch:
     def __init__(self, caches: Mapping[nn.Module, LayerCache], paged: PagedBatch | DeviceBatch) -> None:
         self._caches = caches
         self._paged = paged
-        self._native_step: NativeStep | None = None
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -46,24 +45,20 @@ class AttentionBatch:
         """The cache of an attention module."""
         return self._caches[module]
 
-    def native_step(self, angles: tuple[Tensor, Tensor], segments: Segments | None) -> NativeStep:
-        """What native layers share: made by the first of them, for these angles cos and sin [num_tokens, dim]."""
-        step = self._native_step
-        if step is None or step.rotation.cos.data_ptr() != angles[0].data_ptr():
-            assert isinstance(self._paged, PagedBatch)
-            rotation = Rotation(*angles, self._paged.new_slots)
-            self._native_step = step = NativeStep(rotation, self._paged.native_attentions(), segments)
-        return step
+    def native_step(self, angles: Sequence[Angles], segments: Segments | None) -> NativeStep:
+        """What native layers share."""
+        assert isinstance(self._paged, PagedBatch)
+        return NativeStep(angles, self._paged.new_slots, self._paged.native_attentions(), segments)
 
     def rotate_and_attend(
         self,
         module: nn.Module,
         heads: tuple[Tensor, Tensor, Tensor],
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         options: AttentionOptions,
     ) -> Tensor:
-        """The same for queries, keys and values that are still to be turned by cos and sin [num_tokens, dim]."""
-        cache, rotation = self._caches[module], Rotation(*angles, self._paged.new_slots)
+        """The same for queries, keys and values that are still to be turned."""
+        cache, rotation = self._caches[module], Rotation(angles, self._paged.new_slots)
         query = rotate_and_store(*heads, cache, rotation)
         return self._paged.attend(query, cache, options)
 

@@ -27,7 +27,6 @@ from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.config_check import check_config
-from fusionserve.engine.decoder_layer import install_decoder_layers
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
@@ -161,12 +160,12 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     num_panels = bring_into_panels(model, fit.modules, bits, device)
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    layers = install_decoder_layers(model)
-    logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, len(layers))
-    is_own = DecoderModel.fits(model, layers)
+    decoder = DecoderModel.of(model, max_context_tokens, base_dtype)
+    num_layers = len(decoder.layers) if decoder else 0
+    logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(
         model=model,
-        decoder=DecoderModel(model, layers, max_context_tokens, base_dtype) if is_own else None,
+        decoder=decoder,
         tokenizer=tokenizer,
         modules=fit.modules,
         pool=pool,

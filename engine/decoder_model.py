@@ -1,8 +1,9 @@
-"""A whole model of the Llama family from token ids to logits, without what transformers does for others.
+"""A whole model from token ids to logits, without what transformers does for others.
 
-    x = embedding[ids];  x = layer(x) for each layer;  logits = head rms_norm(x)
+    x = scale * embedding[ids];  x = layer(x) for each layer;  logits = cap tanh(head norm(x) / (divisor cap))
 
-Masks, caches, outputs of every kind and checks of settings are a twentieth of a decoding step of a small model.
+Most families have no scale, cap or divisor. Masks, caches, outputs of every kind and checks of settings are a twentieth
+of a decoding step of a small model.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.decoder_layer import DecoderLayer
+from fusionserve.engine.layer_form import LayerForm, layer_form, read_norm
 from fusionserve.engine.layer_stack import LayerStack
 from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.kernels.pointwise import rms_norm
 
-_ARCHITECTURES = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+_GRANITE = "GraniteForCausalLM"
+_CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
+_PLAIN = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma")}
+_ARCHITECTURES = _PLAIN | _CAPPED | {_GRANITE, "Olmo2ForCausalLM", "Olmo3ForCausalLM"}
 
 
 class DecoderModel:
@@ -29,36 +34,48 @@ class DecoderModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Sequence[DecoderLayer],
+        forms: Sequence[LayerForm],
         max_context_tokens: int,
         dtype: torch.dtype,
     ) -> None:
         source: Any = model
-        base = source.base_model
-        self._embedding = source.get_input_embeddings()
-        self._layers = tuple(layers)
-        self._stack = LayerStack(self._layers)
-        self._rotary = RotaryTable(base.rotary_emb, max_context_tokens, dtype)
-        self._norm = base.norm
-        self._head = source.get_output_embeddings()
+        base, config, name = source.base_model, source.config, type(model).__name__
+        rotations = sorted({form.rotation for form in forms})
+        self._rotary = [RotaryTable(base.rotary_emb, max_context_tokens, dtype, of) for of in rotations]
+        self.layers = [DecoderLayer(form, rotations.index(form.rotation)) for form in forms]
+        self._stack = LayerStack(self.layers)
+        self._embedding, self._embedding_scale = source.get_input_embeddings(), 1.0
+        self._norm, self._head = read_norm(base.norm), source.get_output_embeddings()
+        self._divisor, self._cap = 1.0, config.final_logit_softcapping if name in _CAPPED else None
+        if name == _GRANITE:
+            self._embedding_scale, self._divisor = base.embedding_multiplier, config.logits_scaling
 
-    @staticmethod
-    def fits(model: PreTrainedModel, layers: Sequence[DecoderLayer]) -> bool:
-        """True for a known model all of whose layers are these."""
-        base: Any = model.base_model
-        return type(model).__name__ in _ARCHITECTURES and len(layers) == len(base.layers)
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_context_tokens: int, dtype: torch.dtype) -> DecoderModel | None:
+        """For a model whose linear modules are adapted ones, or None if it is not known or a layer has no form."""
+        layers = getattr(model.base_model, "layers", None)
+        if type(model).__name__ not in _ARCHITECTURES or not isinstance(layers, nn.ModuleList):
+            return None
+        forms = [layer_form(layer) for layer in layers]
+        known = [form for form in forms if form is not None]
+        return cls(model, known, max_context_tokens, dtype) if known and len(known) == len(forms) else None
 
     def logits(
         self, token_ids: Tensor, positions: Tensor, wanted: Tensor | None, batch: AttentionBatch
     ) -> Tensor:
         """token_ids and positions [num_tokens] -> [wanted, vocab]: of the tokens `wanted`, or of all."""
-        x = self._embedding(token_ids)
-        angles = self._rotary.angles(positions)
+        x: Tensor = self._embedding(token_ids)
+        if self._embedding_scale != 1:
+            x = x * self._embedding_scale
+        angles = [table.angles(positions) for table in self._rotary]
         if not self._stack.compute_(x, angles, batch):
-            for layer in self._layers:
+            for layer in self.layers:
                 x = layer.compute(x, angles, batch)
         if wanted is not None:
             x = x[wanted]
-        x = rms_norm(x, self._norm.weight, self._norm.variance_epsilon)
-        logits: Tensor = self._head(x)
-        return logits
+        return self._bounded(self._head(rms_norm(x, self._norm)))
+
+    def _bounded(self, logits: Tensor) -> Tensor:
+        if self._divisor != 1:
+            logits = logits / self._divisor
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap

@@ -17,6 +17,7 @@ from fusionserve.adapters.row_plan import PlanCell, RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeLayer, NativeLayers
+from fusionserve.kernels.pointwise import Angles
 
 
 class StackedLayer(Protocol):
@@ -33,7 +34,7 @@ class StackedLayer(Protocol):
 
 
 class LayerStack:
-    """Some layers, in order. They share a plan, and the angles of positions."""
+    """Some layers, in order. They share a plan, and the angles they choose from."""
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
@@ -43,11 +44,8 @@ class LayerStack:
         # What the native layers' additions follow from: a number that grows with the pool's tensors, and fused tokens.
         self._source: tuple[int, tuple[FusedSegment, ...]] | None = None
 
-    def compute_(self, x: Tensor, angles: tuple[Tensor, Tensor], batch: AttentionBatch) -> bool:
-        """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False.
-
-        `angles` are cos and sin [num_tokens, dim].
-        """
+    def compute_(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> bool:
+        """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False."""
         plan = self._layers[0].cell.plan
         native = self._native_layers(batch) if plan.is_segments_only else None
         if native is None:

@@ -18,6 +18,7 @@ from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
 from fusionserve.kernels.quantized_linear import can_quantize, quantize
 from fusionserve.kernels.tiled_linear import quantize_on
 
+_SCALED_EMBEDDINGS = {f"{family}TextScaledWordEmbedding" for family in ("Gemma", "Gemma2", "Gemma3")}
 _HEAD_BITS = 8  # of a quantized LM head: all logits depend on it, and a tied embedding reads it
 
 
@@ -28,7 +29,7 @@ def bring_into_panels(
     """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
 
     With `bits`, 8 or 4, weights are quantized, else packed as they are. An embedding tied to the LM head reads the
-    head's panels; if it is of a kind that cannot, the head stays as it is, because the embedding would keep the weight.
+    head's panels; if it is of an unknown kind, the head stays as it is, because the embedding would keep the weight.
     The panels are on `device`, to which the rest of the model follows: full weights on the host never are.
     """
     embedding = model.get_input_embeddings()
@@ -38,7 +39,8 @@ def bring_into_panels(
         for path, module in modules.by_path.items():
             is_head = module.kind is ModuleKind.LM_HEAD
             shares = is_head and modules.is_tied
-            if shares and type(embedding) is not nn.Embedding:
+            scale = _scale_of(embedding)
+            if shares and scale is None:
                 continue
             own_bits = _HEAD_BITS if bits and is_head else bits
             panels = _to_panels(model.get_submodule(path), own_bits, device, pages)
@@ -46,13 +48,21 @@ def bring_into_panels(
                 continue
             _set(model, path, panels)
             converted += [tensor for tensor in panels.storage() if tensor is not None]
-            if shares:
-                model.set_input_embeddings(PanelEmbedding(panels))
+            if shares and scale is not None:
+                model.set_input_embeddings(PanelEmbedding(panels, scale))
     if bits is not None:
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:
         let_go_of_files(model, converted)
     return sum(isinstance(module, PanelLinear) for module in model.modules())
+
+
+def _scale_of(embedding: Any) -> float | None:
+    """What an embedding multiplies its rows by, rounded as it does; None for one of an unknown kind."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    is_known = type(embedding).__name__ in _SCALED_EMBEDDINGS
+    return float(embedding.embed_scale.to(embedding.weight.dtype)) if is_known else None
 
 
 def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugePages) -> PanelLinear | None:

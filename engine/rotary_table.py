@@ -5,16 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fusionserve.engine.layer_form import NO_ROTATION
+from fusionserve.kernels.pointwise import Angles
+
 
 class RotaryTable:
-    """Stands in for a model's rotary embedding, whose angles must not change with the length of the context."""
+    """Stands in for a model's rotary embedding, whose angles must not change with the length of the context.
 
-    def __init__(self, embedding: nn.Module, max_positions: int, dtype: torch.dtype) -> None:
+    `rotation` is which of its rotations, as `LayerForm` has it. Angles are what the model computes for activations of
+    `dtype`, held in float32.
+    """
+
+    def __init__(
+        self, embedding: nn.Module, max_positions: int, dtype: torch.dtype, rotation: str = ""
+    ) -> None:
         device = next(embedding.buffers()).device
+        if rotation == NO_ROTATION:
+            self._cos = self._sin = torch.empty(max_positions, 0, device=device)
+            return
         positions = torch.arange(max_positions, device=device)[None]
-        cos, sin = embedding(torch.empty(0, dtype=dtype, device=device), position_ids=positions)
-        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()  # [max_positions, dim]
+        options = {"layer_type": rotation} if rotation else {}
+        cos, sin = embedding(torch.empty(0, dtype=dtype, device=device), position_ids=positions, **options)
+        self._cos, self._sin = (table[0].float().contiguous() for table in (cos, sin))  # [max_positions, dim]
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [num_tokens, dim] of positions [num_tokens]."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+    def angles(self, positions: Tensor) -> Angles:
+        """Those of positions [num_tokens]."""
+        return Angles(self._cos.index_select(0, positions), self._sin.index_select(0, positions))

@@ -58,11 +58,14 @@ class PanelLinear(nn.Module, ABC):
 
 
 class PanelEmbedding(nn.Module):
-    """Stands in for an nn.Embedding whose weight is tied to an LM head in panels: reads its rows there."""
+    """Stands in for an nn.Embedding whose weight is tied to an LM head in panels: reads its rows there.
 
-    def __init__(self, head: PanelLinear) -> None:
+    What is read is multiplied by `embed_scale`, as Gemma does.
+    """
+
+    def __init__(self, head: PanelLinear, embed_scale: float = 1.0) -> None:
         super().__init__()
-        self.head = head
+        self.head, self.embed_scale = head, embed_scale
         self.embedding_dim = head.in_features
 
     @property
@@ -72,7 +75,8 @@ class PanelEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids [..., num_tokens] -> [..., num_tokens, hidden]."""
-        return self.head.rows(token_ids.reshape(-1)).view(*token_ids.shape, self.embedding_dim)
+        rows = self.head.rows(token_ids.reshape(-1)).view(*token_ids.shape, self.embedding_dim)
+        return rows if self.embed_scale == 1 else rows * self.embed_scale
 
 
 class NativePart(ctypes.Structure):

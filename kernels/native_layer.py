@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama family in one call of a native kernel; see `native/decoder_layer.cpp`.
+"""Decoder layers in one call of a native kernel; see `native/decoder_layer.cpp`.
 
 What it computes, and to the same bits, is what its kernels compute one by one; what it saves is everything in between.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
@@ -17,52 +18,69 @@ from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import NativeAttention
-from fusionserve.kernels.pointwise import Rotation
+from fusionserve.kernels.pointwise import Activation, Angles, NativeNorm, RMSNorm
 from fusionserve.kernels.projections import NativeProjections
 from fusionserve.kernels.segments import Additions, NativeSegment, Segments
 
 _NO_ADDITIONS = Additions([])
 
 
-@dataclass(frozen=True, slots=True)
-class LayerNorm:
-    """The weight [width] and epsilon of an RMSNorm."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerNorms:
+    """The norms of a layer; None: it has no such one."""
 
-    weight: Tensor
-    epsilon: float
+    before_attention: RMSNorm | None = None
+    after_attention: RMSNorm | None = None
+    before_mlp: RMSNorm | None = None
+    after_mlp: RMSNorm | None = None
+    query: RMSNorm | None = None  # of each head, or of all heads together
+    key: RMSNorm | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerParts:
-    """What a layer is made of. Products: queries, keys and values; output; gate and up; down."""
+class LayerSettings:
+    """What a layer computes beside its products."""
 
-    products: tuple[LinearProduct, LinearProduct, LinearProduct, LinearProduct]
-    input_norm: LayerNorm
-    inner_norm: LayerNorm
-    query_norm: LayerNorm | None
-    key_norm: LayerNorm | None
+    norms: LayerNorms
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
     options: AttentionOptions
+    activation: Activation
+    residual_scale: float = 1.0  # of what attention and MLP add, if no norm follows them
+    angles: int = 0  # which of the model's
+
+    @property
+    def head_widths(self) -> tuple[int, int, int]:
+        """Of queries, keys and values."""
+        kv_width = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, kv_width, kv_width
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("epsilon", c_float))
+# Queries, keys and values, or one module of all three; output; gate and up, or one module; down.
+LayerProducts = tuple[LinearProduct, LinearProduct, LinearProduct, LinearProduct]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("projections", NativeProjections * 4),
-        ("norms", _Norm * 4),
+        ("norms", NativeNorm * 6),
         *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("dim", "is_tiled", "window")),
-        ("scale", c_float),
+        *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "is_tiled", "window")),
+        *((name, c_int64) for name in ("angles", "activation")),
+        *((name, c_float) for name in ("scale", "softcap", "residual_scale")),
     )
+
+
+class _Angles(ctypes.Structure):
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("dim", c_int64))
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
         ("num_tokens", c_int64),
-        *((name, c_void_p) for name in ("cos", "sin", "slots")),
+        ("angles", ctypes.POINTER(_Angles)),
+        ("slots", c_void_p),
         ("attentions", ctypes.POINTER(NativeAttention)),
         ("num_attentions", c_int64),
         ("segments", ctypes.POINTER(NativeSegment)),
@@ -71,21 +89,29 @@ class _Step(ctypes.Structure):
 
 
 class NativeStep:
-    """What all layers of a step share: its tokens' places, what they attend to, and the segments of its adapters."""
+    """What all layers of a step share: its tokens' places, what they attend to, and the segments of its adapters.
+
+    `angles` are those that layers choose from, `slots` [num_tokens] where the tokens' keys and values go.
+    """
 
     def __init__(
-        self, rotation: Rotation, attentions: Sequence[NativeAttention], segments: Segments | None
+        self,
+        angles: Sequence[Angles],
+        slots: Tensor,
+        attentions: Sequence[NativeAttention],
+        segments: Segments | None,
     ) -> None:
-        for tensor in (rotation.cos, rotation.sin):
-            assert tensor.is_contiguous() and len(tensor) == len(rotation.slots)
-        self._kept = rotation, attentions, segments  # the kernel has their addresses
-        self.rotation = rotation
+        for tensor in (tensor for pair in angles for tensor in pair):
+            assert tensor.dtype == torch.float32 and tensor.is_contiguous() and len(tensor) == len(slots)
+        self._kept = angles, slots, attentions, segments  # the kernel has their addresses
+        self.angle_dims = tuple(cos.shape[1] for cos, _ in angles)
         segment_array = (NativeSegment * 0)() if segments is None else segments.array
         self.arguments = _Step(
-            len(rotation.slots),
-            rotation.cos.data_ptr(),
-            rotation.sin.data_ptr(),
-            rotation.slots.data_ptr(),
+            len(slots),
+            (_Angles * len(angles))(
+                *(_Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in angles)
+            ),
+            slots.data_ptr(),
             (NativeAttention * len(attentions))(*attentions),
             len(attentions),
             segment_array,
@@ -96,39 +122,60 @@ class NativeStep:
 class NativeLayer:
     """One layer over its cache."""
 
-    def __init__(self, parts: LayerParts, cache: LayerCache) -> None:
-        keys, values = cache.keys, cache.values
-        norms = (parts.input_norm, parts.inner_norm, parts.query_norm, parts.key_norm)
-        weights = [norm.weight for norm in norms if norm is not None]
-        dtype = keys.dtype
-        for tensor in (*weights, keys, values):
-            assert tensor.dtype == dtype and tensor.is_contiguous()
-        assert keys.shape == values.shape and keys.shape[2] == parts.head_dim
-        self._kept = parts, keys, values  # the kernel has their addresses
+    def __init__(self, products: LayerProducts, settings: LayerSettings, cache: LayerCache) -> None:
+        keys, values, options, norms = cache.keys, cache.values, settings.options, settings.norms
+        for tensor in (keys, values):
+            assert tensor.dtype == keys.dtype and tensor.is_contiguous()
+        assert keys.shape == values.shape and keys.shape[1:] == (settings.num_kv_heads, settings.head_dim)
+        self._kept = products, settings, keys, values  # the kernel has their addresses
         self._additions: tuple[Additions, ...] = ()
-        self.dtype, self.hidden = dtype, len(parts.input_norm.weight)
+        self.dtype, self.hidden = keys.dtype, products[1].parts[0].d_out
+        _check_widths(products, settings)
+        places = (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp)
         self.arguments = _Layer(
-            (NativeProjections * 4)(*(NativeProjections.of(product, keys) for product in parts.products)),
-            (_Norm * 4)(*map(_to_norm, norms)),
+            (NativeProjections * 4)(*(NativeProjections.of(product, keys) for product in products)),
+            (NativeNorm * 6)(
+                *(NativeNorm.of(norm, keys.dtype) for norm in (*places, norms.query, norms.key))
+            ),
             keys.data_ptr(),
             values.data_ptr(),
-            parts.head_dim,
+            settings.num_heads,
+            settings.num_kv_heads,
+            settings.head_dim,
             cache.is_tiled,
-            parts.options.sliding_window or 0,
-            parts.options.softmax_scale,
+            options.sliding_window or 0,
+            settings.angles,
+            settings.activation,
+            options.softmax_scale,
+            options.softcap or 0.0,
+            settings.residual_scale,
         )
 
     @staticmethod
-    def can_compute(parts: LayerParts, like: Tensor) -> bool:
+    def can_compute(products: LayerProducts, settings: LayerSettings, like: Tensor) -> bool:
         """True if there are native kernels for all of it, in the type and on the device of `like`."""
-        has_layer = native_function("decoder_layers", like) is not None and parts.head_dim <= MAX_NATIVE_DIM
-        return has_layer and all(product.native(like) is not None for product in parts.products)
+        has_layer = (
+            native_function("decoder_layers", like) is not None and settings.head_dim <= MAX_NATIVE_DIM
+        )
+        return has_layer and all(product.native(like) is not None for product in products)
 
     def set_additions(self, additions: Sequence[Additions]) -> None:
         """What adapters add to the products from now on: one for each, or none at all."""
         self._additions = tuple(additions)  # the kernel has their addresses
         for index in range(4):
             self.arguments.projections[index].set_additions(additions[index] if additions else _NO_ADDITIONS)
+
+
+def _check_widths(products: LayerProducts, settings: LayerSettings) -> None:
+    """The kernel computes addresses from them."""
+    heads, output, gate_and_up, down = ([part.d_out for part in product.parts] for product in products)
+    hidden, norms = output[0], settings.norms
+    assert sum(heads) == sum(settings.head_widths) and len(heads) in (1, 3) and down == output == [hidden]
+    assert len(gate_and_up) == 1 or gate_and_up[0] == gate_and_up[1]
+    for norm in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
+        assert norm is None or norm.weight.shape == (hidden,)
+    for norm, width in zip((norms.query, norms.key), settings.head_widths, strict=False):
+        assert norm is None or norm.weight.shape in ((settings.head_dim,), (width,))
 
 
 class NativeLayers:
@@ -141,17 +188,17 @@ class NativeLayers:
         self._native = native
         self.layers = tuple(layers)
         self._dtype, self._hidden = layers[0].dtype, layers[0].hidden
+        self._head_dim = min(layer.arguments.dim for layer in layers)
+        self._num_angles = 1 + max(layer.arguments.angles for layer in layers)
         self._pointers = (ctypes.POINTER(_Layer) * len(layers))(
             *(ctypes.pointer(layer.arguments) for layer in layers)
         )
 
     def compute_(self, x: Tensor, step: NativeStep) -> None:
         """x [num_tokens, hidden] becomes the output of the last layer."""
-        assert x.dtype == step.rotation.cos.dtype == self._dtype and x.is_contiguous()
+        assert x.dtype == self._dtype and x.is_contiguous()
         assert x.shape == (step.arguments.num_tokens, self._hidden)
+        assert all(dim % 2 == 0 and dim <= self._head_dim for dim in step.angle_dims)
+        assert self._num_angles <= len(step.angle_dims)
         count, arguments = c_int64(len(self.layers)), ctypes.byref(step.arguments)
         self._native(self._pointers, count, arguments, c_void_p(x.data_ptr()))
-
-
-def _to_norm(norm: LayerNorm | None) -> _Norm:
-    return _Norm(None, 0.0) if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon)

@@ -1,9 +1,9 @@
 """What stands between the products of a model: norms, rotary positions, gated activations, the best token.
 
-    rms_norm      y = x / sqrt(mean(x^2) + eps) * w
-    silu_product  y = silu(g) * u
-    rotate        (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a head, as in Llama
-    argmax        the first place of max_i x_i
+    rms_norm       y = x / sqrt(mean(x^2) + eps) * w
+    gated_product  y = f(g) * u     f: SiLU, or GELU by its tanh formula
+    rotate         (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of what is turned of a head, as in Llama
+    argmax         the first place of max_i x_i
 
 In Triton on a GPU; natively where there is a library and the type is float32 or bfloat16; else with torch's operations.
 """
@@ -14,7 +14,9 @@ import ctypes
 import functools
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,58 +35,115 @@ def _in_triton() -> ModuleType:
     return pointwise_launch
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., width], weight [width] -> like x."""
-    if uses_triton(x.device) and weight.dtype == x.dtype:
-        normalized: Tensor = _in_triton().rms_norm(x.contiguous(), weight, epsilon)
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """The weight [width] and epsilon of an RMSNorm.
+
+    A weight of x's type multiplies what is rounded to that type already, as in Llama; one in float32 multiplies before
+    anything is rounded, as in Gemma and OLMo 2.
+    """
+
+    weight: Tensor
+    epsilon: float
+
+
+class NativeNorm(ctypes.Structure):
+    """A norm as the kernels take it; its weight must outlive it."""
+
+    _fields_ = (("weight", c_void_p), ("width", c_int64), ("is_wide", c_int64), ("epsilon", c_float))
+
+    @classmethod
+    def of(cls, norm: RMSNorm | None, dtype: torch.dtype) -> NativeNorm:
+        """For numbers of `dtype`; None: there is no norm."""
+        if norm is None:
+            return cls(None, 0, False, 0.0)
+        weight = norm.weight
+        assert weight.dim() == 1 and weight.is_contiguous() and weight.dtype in (dtype, torch.float32)
+        return cls(weight.data_ptr(), len(weight), weight.dtype != dtype, norm.epsilon)
+
+
+def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """x [..., width] -> like x."""
+    if uses_triton(x.device):
+        normalized: Tensor = _in_triton().rms_norm(x.contiguous(), norm.weight, norm.epsilon)
         return normalized
-    native = native_function("rms_norm", x) if weight.dtype == x.dtype else None
+    native = native_function("rms_norm", x)
     if native is None:
-        return reference_rms_norm(x, weight, epsilon)
-    x, width = x.contiguous(), x.shape[-1]
-    assert weight.shape == (width,) and weight.is_contiguous()
+        return reference_rms_norm(x, norm)
+    x = x.contiguous()
+    assert norm.weight.shape == x.shape[-1:]
     y = torch.empty_like(x)
-    pointers = c_void_p(x.data_ptr()), c_void_p(weight.data_ptr()), c_void_p(y.data_ptr())
-    native(*pointers, c_int64(x.numel() // width), c_int64(width), c_float(epsilon))
+    parameters = NativeNorm.of(norm, x.dtype)
+    native(c_void_p(x.data_ptr()), ctypes.byref(parameters), c_void_p(y.data_ptr()), c_int64(x.numel()))
     return y
 
 
-def reference_rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+def reference_rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
     """The definition, normalized in float32."""
     wide = x.float()
-    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * normalized.to(x.dtype)
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
+    return (norm.weight * normalized.to(norm.weight.dtype)).to(x.dtype)
 
 
-def silu_product(gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> silu(gate) * up."""
+class Activation(IntEnum):
+    """What a gate goes through, by the number that the kernels know it by."""
+
+    SILU = 0
+    GELU_TANH = 1
+
+
+def gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> activation(gate) * up."""
     if uses_triton(gate.device):
-        product: Tensor = _in_triton().silu_product(gate.contiguous(), up.contiguous())
+        product: Tensor = _in_triton().gated_product(
+            activation is Activation.GELU_TANH, gate.contiguous(), up.contiguous()
+        )
         return product
-    native = native_function("silu_product", gate)
+    native = native_function("gated_product", gate)
     if native is None:
-        return functional.silu(gate) * up
+        return reference_gated_product(activation, gate, up)
     assert up.shape == gate.shape and up.dtype == gate.dtype
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    native(c_void_p(gate.data_ptr()), c_void_p(up.data_ptr()), c_void_p(y.data_ptr()), c_int64(gate.numel()))
+    pointers = (c_void_p(tensor.data_ptr()) for tensor in (gate, up, y))
+    native(c_int64(activation), *pointers, c_int64(gate.numel()))
     return y
+
+
+def reference_gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """The definition."""
+    if activation is Activation.SILU:
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate="tanh") * up
 
 
 class _Heads(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("query", "key", "value", "cos", "sin", "keys", "values", "slots")),
-        *((name, c_int64) for name in ("num_tokens", "num_heads", "num_kv_heads", "dim", "is_tiled")),
+        *(
+            (name, c_int64)
+            for name in ("num_tokens", "num_heads", "num_kv_heads", "dim", "turned", "is_tiled")
+        ),
     )
+
+
+class Angles(NamedTuple):
+    """By how much the first `dim` numbers of a head are turned: cos and sin [num_tokens, dim], float32."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The angles of the new tokens, cos and sin [num_tokens, dim], and the slots [num_tokens] their keys go to."""
+    """The angles of the new tokens, and the slots [num_tokens] their keys go to."""
 
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
     slots: Tensor
+
+    def __post_init__(self) -> None:
+        for tensor in self.angles:
+            assert tensor.dtype == torch.float32 and tensor.is_contiguous() and len(tensor) == len(self.slots)
 
 
 def rotate_and_store(
@@ -95,32 +154,33 @@ def rotate_and_store(
     query [num_tokens, num_heads, dim], key and value [num_tokens, num_kv_heads, dim], contiguous; `query` may be
     written to.
     """
-    keys, values = cache.keys, cache.values
+    keys, values, (cos, sin) = cache.keys, cache.values, rotation.angles
     if uses_triton(query.device):
-        _in_triton().rotate_and_store(
-            query, key, value, keys, values, rotation.cos, rotation.sin, rotation.slots
-        )
+        _in_triton().rotate_and_store(query, key, value, keys, values, cos, sin, rotation.slots)
         return query
     native = native_function("rotate_and_store", query)
     if native is None:
-        cache.store_(rotation.slots, rotated(key, rotation), value)
-        return rotated(query, rotation)
+        cache.store_(rotation.slots, rotated(key, rotation.angles), value)
+        return rotated(query, rotation.angles)
     num_tokens, num_heads, dim = query.shape
-    tensors = (query, key, value, rotation.cos, rotation.sin, keys, values, rotation.slots)
-    for tensor in tensors[:-1]:
+    for tensor in (query, key, value, keys, values):
         assert tensor.dtype == query.dtype and tensor.shape[-1] == dim and tensor.is_contiguous()
     assert key.shape == value.shape == (num_tokens, keys.shape[1], dim) and keys.shape == values.shape
-    assert rotation.slots.shape == (num_tokens,) and len(rotation.cos) == len(rotation.sin) == num_tokens
+    turned = cos.shape[1]
+    assert rotation.slots.shape == (num_tokens,) and turned <= dim and turned % 2 == 0
+    tensors = (query, key, value, cos, sin, keys, values, rotation.slots)
     pointers = (tensor.data_ptr() for tensor in tensors)
-    native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim, cache.is_tiled)))
+    native(ctypes.byref(_Heads(*pointers, num_tokens, num_heads, key.shape[1], dim, turned, cache.is_tiled)))
     return query
 
 
-def rotated(heads: Tensor, rotation: Rotation) -> Tensor:
+def rotated(heads: Tensor, angles: Angles) -> Tensor:
     """heads [num_tokens, heads, dim] turned by the angles of their tokens."""
-    low, high = heads.chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return heads * rotation.cos[:, None] + turned * rotation.sin[:, None]
+    dim = angles.cos.shape[1]
+    own, rest = heads[..., :dim], heads[..., dim:]
+    low, high = own.chunk(2, dim=-1)
+    turned = own * angles.cos[:, None] + torch.cat((-high, low), dim=-1) * angles.sin[:, None]
+    return torch.cat((turned.to(heads.dtype), rest), dim=-1)
 
 
 def argmax(x: Tensor) -> Tensor:

@@ -8,9 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(
-    x: tl.tensor, weight: tl.tensor, y: tl.tensor, width: int, epsilon: float, LANES: tl.constexpr
+    x: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    width: int,
+    epsilon: float,
+    LANES: tl.constexpr,
 ) -> None:
-    """y = x / sqrt(mean(x^2) + epsilon) * weight for rows of `width`; programs (row,)."""
+    """y = x / sqrt(mean(x^2) + epsilon), rounded to weight's type, * weight for rows of `width`; programs (row,)."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     inside = lanes < width
@@ -18,27 +23,34 @@ def rms_norm_kernel(
     wide = own.to(tl.float32)
     normalized = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + epsilon)
     scale = tl.load(weight + lanes, mask=inside, other=0.0)
-    result = scale.to(tl.float32) * normalized.to(own.dtype).to(tl.float32)
+    result = scale.to(tl.float32) * normalized.to(scale.dtype).to(tl.float32)
     tl.store(y + row * width + lanes, result.to(own.dtype), mask=inside)
 
 
 @triton.jit
-def silu_product_kernel(gate: tl.tensor, up: tl.tensor, y: tl.tensor, size: int, BLOCK: tl.constexpr) -> None:
-    """y = silu(gate) * up; programs (block,)."""
+def gated_product_kernel(
+    gate: tl.tensor, up: tl.tensor, y: tl.tensor, size: int, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """y = activation(gate) * up, of SiLU or GELU by its tanh formula; programs (block,)."""
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < size
     own = tl.load(gate + cells, mask=inside, other=0.0)
     wide = own.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(own.dtype)
+    inner = wide
+    if IS_GELU:
+        inner = 1.5957691216 * (
+            wide + 0.044715 * wide * wide * wide
+        )  # 2 sqrt(2 / pi): tanh by the logistic function
+    activated = (wide / (1.0 + tl.exp(tl.minimum(-inner, 80.0)))).to(own.dtype)
     other = tl.load(up + cells, mask=inside, other=0.0)
     tl.store(y + cells, (activated.to(tl.float32) * other.to(tl.float32)).to(own.dtype), mask=inside)
 
 
 @triton.jit
-def _halves(start: tl.tensor, lanes: tl.tensor, inside: tl.tensor, DIM: tl.constexpr) -> tl.tensor:
-    """Both halves of DIM numbers, float32."""
+def _halves(start: tl.tensor, lanes: tl.tensor, inside: tl.tensor, TURNED: tl.constexpr) -> tl.tensor:
+    """Both halves of TURNED numbers, float32."""
     low = tl.load(start + lanes, mask=inside, other=0.0)
-    high = tl.load(start + DIM // 2 + lanes, mask=inside, other=0.0)
+    high = tl.load(start + TURNED // 2 + lanes, mask=inside, other=0.0)
     return low.to(tl.float32), high.to(tl.float32)
 
 
@@ -48,17 +60,27 @@ def _turn(
     target: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
-    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
     lanes = tl.arange(0, LANES)
-    inside = lanes < DIM // 2
-    low, high = _halves(heads, lanes, inside, DIM)
-    cos_low, cos_high = _halves(cos, lanes, inside, DIM)
-    sin_low, sin_high = _halves(sin, lanes, inside, DIM)
+    inside = lanes < TURNED // 2
+    low, high = _halves(heads, lanes, inside, TURNED)
+    cos_low, cos_high = _halves(cos, lanes, inside, TURNED)
+    sin_low, sin_high = _halves(sin, lanes, inside, TURNED)
     dtype = target.dtype.element_ty
     tl.store(target + lanes, (low * cos_low - high * sin_low).to(dtype), mask=inside)
-    tl.store(target + DIM // 2 + lanes, (high * cos_high + low * sin_high).to(dtype), mask=inside)
+    tl.store(target + TURNED // 2 + lanes, (high * cos_high + low * sin_high).to(dtype), mask=inside)
+
+
+@triton.jit
+def _copy(
+    start: tl.tensor, target: tl.tensor, FIRST: tl.constexpr, DIM: tl.constexpr, LANES: tl.constexpr
+) -> None:
+    """The numbers [FIRST, DIM) of a head."""
+    lanes = tl.arange(0, LANES)
+    inside = (lanes >= FIRST) & (lanes < DIM)
+    tl.store(target + lanes, tl.load(start + lanes, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -74,22 +96,30 @@ def rotate_and_store_kernel(
     num_heads: int,
     num_kv_heads: int,
     DIM: tl.constexpr,
+    TURNED: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """Queries turned in place, keys turned into their slots, values into theirs; programs (token, head of any kind)."""
+    """Queries turned in place, keys turned into their slots, values into theirs; programs (token, head of any kind).
+
+    Of a head the first TURNED numbers are turned; LANES hold a half of DIM.
+    """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
-    cos += token * DIM
-    sin += token * DIM
+    cos += token * TURNED
+    sin += token * TURNED
     if head < num_heads:
         own = query + (token * num_heads + head) * DIM
-        _turn(own, own, cos, sin, DIM, LANES)
+        _turn(own, own, cos, sin, TURNED, LANES)
     elif head < num_heads + num_kv_heads:
         head -= num_heads
-        target = keys + (slot * num_kv_heads + head) * DIM
-        _turn(key + (token * num_kv_heads + head) * DIM, target, cos, sin, DIM, LANES)
+        start, target = key + (token * num_kv_heads + head) * DIM, keys + (slot * num_kv_heads + head) * DIM
+        _turn(start, target, cos, sin, TURNED, LANES)
+        if TURNED < DIM:
+            _copy(start, target, TURNED, DIM, 2 * LANES)
     else:
         head -= num_heads + num_kv_heads
-        lanes = tl.arange(0, 2 * LANES)
-        own = tl.load(value + (token * num_kv_heads + head) * DIM + lanes, mask=lanes < DIM)
-        tl.store(values + (slot * num_kv_heads + head) * DIM + lanes, own, mask=lanes < DIM)
+        start, target = (
+            value + (token * num_kv_heads + head) * DIM,
+            values + (slot * num_kv_heads + head) * DIM,
+        )
+        _copy(start, target, 0, DIM, 2 * LANES)

@@ -1,32 +1,40 @@
-// Decoder layers of the Llama family in one call: what their kernels compute one by one, without anything in between.
+// Decoder layers in one call: what their kernels compute one by one, without anything in between.
 //
-//     h = x + O attention(rotate(Q n), rotate(K n), V n)      n = rms_norm(x)
-//     y = h + down(silu(gate m) * up m)                       m = rms_norm(h)
+//     h = x + norm(O attention(rotate(Q n), rotate(K n), V n))      n = norm(x)
+//     y = h + norm(down(activation(gate m) * up m))                 m = norm(h)
+//
+// Of the norms a layer has those of its family: the Llama family has those of n and m, OLMo 2 the others, Gemma 2 all four.
 
 #include "attention.h"
 #include "lines.h"
 #include "pointwise.h"
 #include "projections.h"
 
-struct Norm {
-    const void* weight;  // null: there is no such norm
-    float epsilon;
-};
-
 struct DecoderLayer {
-    Projections queries_keys_values, output, gate_and_up, down;
-    Norm input_norm, inner_norm, query_norm, key_norm;
+    Projections queries_keys_values;  // three modules, or one of all outputs
+    Projections output;
+    Projections gate_and_up;  // two, or one
+    Projections down;
+    Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
     void* keys;  // of the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
-    Index dim, is_tiled, window;
-    float scale;
+    Index num_heads, num_kv_heads, dim, is_tiled, window;
+    Index angles;  // which of the step's
+    Activation activation;
+    float scale, softcap;    // of attention; no softcap: 0
+    float residual_scale;  // of what is added to x
+};
+
+struct Angles {
+    const float* cos;  // [num_tokens, dim]
+    const float* sin;
+    Index dim;  // 0: nothing is turned
 };
 
 // What all layers of a step share. `attentions` tell which tokens attend to which slots; the rest of them is set here.
 struct Step {
     Index num_tokens;
-    const void* cos;  // [num_tokens, dim]
-    const void* sin;
+    const Angles* angles;
     const Index* slots;  // [num_tokens]
     const Attention* attentions;
     Index num_attentions;
@@ -34,95 +42,158 @@ struct Step {
     Index num_segments;
 };
 
-// silu(gate) up of a block, where the layer keeps it.
+// activation(gate) up of a block, where the layer keeps it.
 struct Gating {
     void* gated;  // [num_tokens, width]
     Index width;
+    Activation activation;
 
     template <typename Number>
     static void run(const void* gating, const LinearPart* parts, const Block& block) {
         const Gating& self = *static_cast<const Gating*>(gating);
         const Outputs gate{parts[0].y, parts[0].y_stride}, up{parts[1].y, parts[1].y_stride}, y{self.gated, self.width};
         for (Index token = 0; token < block.num_tokens; ++token)
-            gate_numbers(gate.at<Number>(token, block.column), up.at<Number>(token, block.column),
+            gate_numbers(self.activation, gate.at<Number>(token, block.column), up.at<Number>(token, block.column),
                          y.at<Number>(block.token + token, block.column), block.num_columns);
     }
 };
 
-// x [num_tokens, d_in] -> `outputs`, onto what is there if `add`; or with `gated` silu(gate) up and no other output.
+// x [num_tokens, d_in] -> `outputs`, onto what is there if `add`; or with `after` no outputs.
 template <typename Number>
 static void project(const Projections& modules, const Step& step, const Number* x, Index d_in, Number* const* outputs,
-                    bool add, Number* gated = nullptr) {
+                    bool add, const AfterPair* after = nullptr) {
     LinearPart parts[MOST_PARTS];
     for (Index p = 0; p < modules.num_parts; ++p) {
         parts[p] = modules.parts[p];
         parts[p].add = add;
-        parts[p].y = gated ? nullptr : outputs[p];
+        parts[p].y = after ? nullptr : outputs[p];
     }
-    const Gating gating{gated, parts[0].d_out};
-    const AfterPair after{Gating::run<Number>, &gating, sizeof(Number)};
-    project<Number>(modules, {x, step.num_tokens, d_in, d_in}, step.segments, step.num_segments, parts,
-                    gated ? &after : nullptr);
+    project<Number>(modules, {x, step.num_tokens, d_in, d_in}, step.segments, step.num_segments, parts, after);
 }
 
+// Columns [first, first + width) of rows of `stride`, as rows of their own.
 template <typename Number>
-static void normalize(const Norm& norm, const Number* x, Number* y, Index num_rows, Index width) {
-    rms_norm(x, static_cast<const Number*>(norm.weight), y, num_rows, width, norm.epsilon);
+static void copy_columns(const Number* rows, Index stride, Index first, Index width, Number* y, Index num_rows) {
+    parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
+        for (Index row = begin; row < end; ++row) std::copy_n(rows + row * stride + first, width, y + row * width);
+    });
 }
 
-// Queries of the tokens at `query` and the cache, which has their keys and values by now -> attended.
+// A layer on the tokens of a step. Its members are memory for what lies between the products.
 template <typename Number>
-static void attend_all(const DecoderLayer& layer, const Step& step, const Number* query, Index num_heads,
-                       Index num_kv_heads, Number* attended) {
-    for (Index i = 0; i < step.num_attentions; ++i) {
-        Attention attention = step.attentions[i];
-        attention.query = query;
-        attention.keys = layer.keys;
-        attention.values = layer.values;
-        attention.output = attended;
-        attention.num_heads = num_heads;
-        attention.num_kv_heads = num_kv_heads;
-        attention.dim = attention.value_dim = layer.dim;
-        attention.is_tiled = layer.is_tiled;
-        attention.window = layer.window;
-        attention.scale = layer.scale;
-        attention.softcap = 0;
-        attend<Number>(attention);
+class Pass {
+public:
+    Pass(const DecoderLayer& layer, const Step& step, Number* x) : layer(layer), step(step), x(x) {
+        static thread_local Lines<Number> workspace;
+        const Index apart = !is_fused(layer.queries_keys_values) ? 0 : query_width + 2 * kv_width;
+        const Index pairs = !is_fused(layer.gate_and_up) ? 0 : 2 * inner;
+        normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(apart, pairs)));
+        query = normalized + n * hidden;
+        key = query + n * query_width;
+        value = key + n * kv_width;
+        attended = value + n * kv_width;
+        gated = attended + n * query_width;
+        fused = gated + n * inner;
     }
-}
+
+    void run() const {
+        project_heads(normalize(layer.before_attention));
+        if (layer.query_norm.weight) rms_norm(query, layer.query_norm, query, n * query_width, false);
+        if (layer.key_norm.weight) rms_norm(key, layer.key_norm, key, n * kv_width, false);
+        const Angles& angles = step.angles[layer.angles];
+        rotate_and_store<Number>({query, key, value, angles.cos, angles.sin, layer.keys, layer.values, step.slots, n,
+                                  layer.num_heads, layer.num_kv_heads, layer.dim, angles.dim, layer.is_tiled});
+        attend_all();
+        add_projected(layer.output, attended, query_width, layer.after_attention);
+
+        project_gated(normalize(layer.before_mlp));
+        add_projected(layer.down, gated, inner, layer.after_mlp);
+    }
+
+private:
+    static bool is_fused(const Projections& modules) { return modules.num_parts == 1; }
+
+    static Index width_of_inner(const Projections& gate_and_up) {
+        return gate_and_up.parts[0].d_out / (is_fused(gate_and_up) ? 2 : 1);
+    }
+
+    const Number* normalize(const Norm& norm) const {
+        if (!norm.weight) return x;
+        rms_norm(x, norm, normalized, n * hidden, false);
+        return normalized;
+    }
+
+    void project_heads(const Number* input) const {
+        Number* const three[] = {query, key, value};
+        if (!is_fused(layer.queries_keys_values))
+            return project(layer.queries_keys_values, step, input, hidden, three, false);
+        project(layer.queries_keys_values, step, input, hidden, &fused, false);
+        const Index stride = query_width + 2 * kv_width;
+        copy_columns(fused, stride, 0, query_width, query, n);
+        copy_columns(fused, stride, query_width, kv_width, key, n);
+        copy_columns(fused, stride, query_width + kv_width, kv_width, value, n);
+    }
+
+    // Queries and the cache, which has the tokens' keys and values by now -> attended.
+    void attend_all() const {
+        for (Index i = 0; i < step.num_attentions; ++i) {
+            Attention attention = step.attentions[i];
+            attention.query = query;
+            attention.keys = layer.keys;
+            attention.values = layer.values;
+            attention.output = attended;
+            attention.num_heads = layer.num_heads;
+            attention.num_kv_heads = layer.num_kv_heads;
+            attention.dim = attention.value_dim = layer.dim;
+            attention.is_tiled = layer.is_tiled;
+            attention.window = layer.window;
+            attention.scale = layer.scale;
+            attention.softcap = layer.softcap;
+            attend<Number>(attention);
+        }
+    }
+
+    void project_gated(const Number* input) const {
+        if (!is_fused(layer.gate_and_up)) {
+            const Gating gating{gated, inner, layer.activation};
+            const AfterPair after{Gating::run<Number>, &gating, sizeof(Number)};
+            return project<Number>(layer.gate_and_up, step, input, hidden, nullptr, false, &after);
+        }
+        project(layer.gate_and_up, step, input, hidden, &fused, false);
+        parallel_ranges(n, n * inner, [&](Index begin, Index end) {
+            for (Index token = begin; token < end; ++token) {
+                const Number* gate = fused + token * 2 * inner;
+                gate_numbers(layer.activation, gate, gate + inner, gated + token * inner, inner);
+            }
+        });
+    }
+
+    // x += what a module makes of y [num_tokens, d_in], normalized or scaled before if the layer says so.
+    void add_projected(const Projections& module, const Number* y, Index d_in, const Norm& norm) const {
+        if (!norm.weight && layer.residual_scale == 1) return project(module, step, y, d_in, &x, true);
+        project(module, step, y, d_in, &normalized, false);
+        if (norm.weight) return rms_norm(normalized, norm, x, n * hidden, true);
+        add_scaled(normalized, layer.residual_scale, x, n * hidden);
+    }
+
+    const DecoderLayer& layer;
+    const Step& step;
+    Number* const x;
+    const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out, inner = width_of_inner(layer.gate_and_up);
+    const Index query_width = layer.num_heads * layer.dim, kv_width = layer.num_kv_heads * layer.dim;
+    Number *normalized, *query, *key, *value, *attended, *gated, *fused;
+};
 
 template <typename Number>
-static void decoder_layer(const DecoderLayer& layer, const Step& step, Number* x) {
-    const LinearPart* heads = layer.queries_keys_values.parts;
-    const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out, inner = layer.gate_and_up.parts[0].d_out;
-    const Index query_width = heads[0].d_out, kv_width = heads[1].d_out;
-    const Index num_heads = query_width / layer.dim, num_kv_heads = kv_width / layer.dim;
-
-    static thread_local Lines<Number> workspace;
-    Number* normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner));
-    Number *query = normalized + n * hidden, *key = query + n * query_width, *value = key + n * kv_width;
-    Number *attended = value + n * kv_width, *gated = attended + n * query_width;
-
-    normalize(layer.input_norm, x, normalized, n, hidden);
-    Number* const three[] = {query, key, value};
-    project(layer.queries_keys_values, step, normalized, hidden, three, false);
-    if (layer.query_norm.weight) normalize(layer.query_norm, query, query, n * num_heads, layer.dim);
-    if (layer.key_norm.weight) normalize(layer.key_norm, key, key, n * num_kv_heads, layer.dim);
-    rotate_and_store<Number>({query, key, value, step.cos, step.sin, layer.keys, layer.values, step.slots, n, num_heads,
-                              num_kv_heads, layer.dim, layer.is_tiled});
-    attend_all(layer, step, query, num_heads, num_kv_heads, attended);
-    project(layer.output, step, attended, query_width, &x, true);
-
-    normalize(layer.inner_norm, x, normalized, n, hidden);
-    project<Number>(layer.gate_and_up, step, normalized, hidden, nullptr, false, gated);
-    project(layer.down, step, gated, inner, &x, true);
+static void decoder_layers(const DecoderLayer* const* layers, Index num_layers, const Step& step, Number* x) {
+    for (Index i = 0; i < num_layers; ++i) Pass<Number>(*layers[i], step, x).run();
 }
 
 extern "C" {
 void decoder_layers_f32(const DecoderLayer* const* layers, Index num_layers, const Step* step, float* x) {
-    for (Index i = 0; i < num_layers; ++i) decoder_layer(*layers[i], *step, x);
+    decoder_layers(layers, num_layers, *step, x);
 }
 void decoder_layers_bf16(const DecoderLayer* const* layers, Index num_layers, const Step* step, BFloat16* x) {
-    for (Index i = 0; i < num_layers; ++i) decoder_layer(*layers[i], *step, x);
+    decoder_layers(layers, num_layers, *step, x);
 }
 }

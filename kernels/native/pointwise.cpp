@@ -9,43 +9,74 @@
 #include <type_traits>
 #include <vector>
 
-template <typename Number>
-static inline void norm_row(const Number* x, const Number* weight, Number* y, Index width, float epsilon) {
+template <bool ADD, typename Number, typename Weight>
+static inline void norm_row(const Number* x, const Weight* weight, Number* y, Index width, float epsilon) {
+    constexpr bool ROUNDS_FIRST = std::is_same_v<Number, Weight>;
     const Index whole = width / LANES * LANES;
     Lanes squares = {};
     for (Index i = 0; i < whole; i += LANES) squares += load_lanes(x + i) * load_lanes(x + i);
     float total = sum_of(squares);
     for (Index i = whole; i < width; ++i) total += to_float(x[i]) * to_float(x[i]);
     const float scale = 1.0f / std::sqrt(total / width + epsilon);
-    for (Index i = 0; i < whole; i += LANES)
-        store_lanes(round_lanes<Number>(load_lanes(x + i) * scale) * load_lanes(weight + i), y + i);
+    for (Index i = 0; i < whole; i += LANES) {
+        Lanes row = load_lanes(x + i) * scale;
+        if (ROUNDS_FIRST) row = round_lanes<Number>(row);
+        row *= load_lanes(weight + i);
+        if (ADD) row = round_lanes<Number>(row) + load_lanes(y + i);
+        store_lanes(row, y + i);
+    }
     for (Index i = whole; i < width; ++i) {
-        const Number normalized = from_float<Number>(to_float(x[i]) * scale);
-        y[i] = from_float<Number>(to_float(normalized) * to_float(weight[i]));
+        float number = to_float(x[i]) * scale;
+        if (ROUNDS_FIRST) number = to_float(from_float<Number>(number));
+        number *= to_float(weight[i]);
+        if (ADD) number = to_float(from_float<Number>(number)) + to_float(y[i]);
+        y[i] = from_float<Number>(number);
     }
 }
 
-// y = x / sqrt(mean(x^2) + eps) * w, each of num_rows rows of `width`.
-template <typename Number>
-void rms_norm(const Number* x, const Number* weight, Number* y, Index num_rows, Index width, float epsilon) {
-    parallel_ranges(num_rows, num_rows * width, [&](Index begin, Index end) {
-        for (Index row = begin; row < end; ++row)
-            norm_row(x + row * width, weight, y + row * width, width, epsilon);
+template <bool ADD, typename Number, typename Weight>
+static void norm_rows(const Number* x, const Norm& norm, Number* y, Index count) {
+    parallel_ranges(count / norm.width, count, [&](Index begin, Index end) {
+        for (Index row = begin; row < end; ++row) {
+            const Index first = row * norm.width;
+            norm_row<ADD>(x + first, static_cast<const Weight*>(norm.weight), y + first, norm.width, norm.epsilon);
+        }
     });
 }
 
-// y = silu(gate) * up, elementwise.
 template <typename Number>
-void silu_product(const Number* gate, const Number* up, Number* y, Index count) {
-    parallel_ranges(count, count,
-                    [&](Index begin, Index end) { gate_numbers(gate + begin, up + begin, y + begin, end - begin); });
+void rms_norm(const Number* x, const Norm& norm, Number* y, Index count, bool add) {
+    if (norm.is_wide)
+        add ? norm_rows<true, Number, float>(x, norm, y, count) : norm_rows<false, Number, float>(x, norm, y, count);
+    else
+        add ? norm_rows<true, Number, Number>(x, norm, y, count) : norm_rows<false, Number, Number>(x, norm, y, count);
 }
 
-// Heads of one token, [num_heads, dim], turned by its angles; cos and sin [dim], halves paired as in Llama.
 template <typename Number>
-static inline void rotate(const Number* from, Number* to, Index num_heads, Index dim, const Number* cos,
-                          const Number* sin) {
-    const Index half = dim / 2, whole = half / LANES * LANES;
+void add_scaled(const Number* x, float scale, Number* y, Index count) {
+    parallel_ranges(count, count, [&](Index begin, Index end) {
+        const Index whole = begin + (end - begin) / LANES * LANES;
+        for (Index i = begin; i < whole; i += LANES)
+            store_lanes(round_lanes<Number>(load_lanes(x + i) * scale) + load_lanes(y + i), y + i);
+        for (Index i = whole; i < end; ++i)
+            y[i] = from_float<Number>(to_float(from_float<Number>(to_float(x[i]) * scale)) + to_float(y[i]));
+    });
+}
+
+// y = activation(gate) * up, elementwise.
+template <typename Number>
+static void gated_product(Activation activation, const Number* gate, const Number* up, Number* y, Index count) {
+    parallel_ranges(count, count, [&](Index begin, Index end) {
+        gate_numbers(activation, gate + begin, up + begin, y + begin, end - begin);
+    });
+}
+
+// Heads of one token, [num_heads, dim], of which the first `turned` numbers are turned by its angles; cos and sin [turned],
+// halves paired as in Llama.
+template <typename Number>
+static inline void rotate(const Number* from, Number* to, Index num_heads, Index dim, Index turned, const float* cos,
+                          const float* sin) {
+    const Index half = turned / 2, whole = half / LANES * LANES;
     for (Index head = 0; head < num_heads; ++head, from += dim, to += dim) {
         for (Index i = 0; i < whole; i += LANES) {
             const Lanes low = load_lanes(from + i), high = load_lanes(from + half + i);
@@ -54,18 +85,19 @@ static inline void rotate(const Number* from, Number* to, Index num_heads, Index
         }
         for (Index i = whole; i < half; ++i) {
             const float low = to_float(from[i]), high = to_float(from[half + i]);
-            to[i] = from_float<Number>(low * to_float(cos[i]) - high * to_float(sin[i]));
-            to[half + i] = from_float<Number>(high * to_float(cos[half + i]) + low * to_float(sin[half + i]));
+            to[i] = from_float<Number>(low * cos[i] - high * sin[i]);
+            to[half + i] = from_float<Number>(high * cos[half + i] + low * sin[half + i]);
         }
+        if (from != to) std::copy(from + turned, from + dim, to + turned);
     }
 }
 
 // Turns the keys of a token, and writes them and its values to their slot in tiles of the cache.
 static inline void store_turned(const Heads& heads, Index token, const BFloat16* key, const BFloat16* value,
-                                const BFloat16* cos, const BFloat16* sin) {
+                                const float* cos, const float* sin) {
     static thread_local std::vector<BFloat16> turned;
     turned.resize(heads.num_kv_heads * heads.dim);
-    rotate(key, turned.data(), heads.num_kv_heads, heads.dim, cos, sin);
+    rotate(key, turned.data(), heads.num_kv_heads, heads.dim, heads.turned, cos, sin);
     const CacheTiles tiles{static_cast<BFloat16*>(heads.keys), static_cast<BFloat16*>(heads.values), heads.num_kv_heads,
                            heads.dim, heads.dim};
     tiles.store(heads.slots[token], num_to_clear(heads.slots, heads.num_tokens, token), turned.data(), value);
@@ -78,16 +110,15 @@ template <typename Number>
 void rotate_and_store(const Heads& heads) {
     const Index width = heads.num_kv_heads * heads.dim;
     const auto one_token = [&](Index token) {
-        const Number* cos = static_cast<const Number*>(heads.cos) + token * heads.dim;
-        const Number* sin = static_cast<const Number*>(heads.sin) + token * heads.dim;
+        const float *cos = heads.cos + token * heads.turned, *sin = heads.sin + token * heads.turned;
         Number* query = static_cast<Number*>(heads.query) + token * heads.num_heads * heads.dim;
         const Number* key = static_cast<const Number*>(heads.key) + token * width;
         const Number* value = static_cast<const Number*>(heads.value) + token * width;
-        rotate(query, query, heads.num_heads, heads.dim, cos, sin);
+        rotate(query, query, heads.num_heads, heads.dim, heads.turned, cos, sin);
         if constexpr (std::is_same_v<Number, BFloat16>)
             if (heads.is_tiled) return store_turned(heads, token, key, value, cos, sin);
         const Index slot = heads.slots[token] * width;
-        rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, cos, sin);
+        rotate(key, static_cast<Number*>(heads.keys) + slot, heads.num_kv_heads, heads.dim, heads.turned, cos, sin);
         std::memcpy(static_cast<Number*>(heads.values) + slot, value, width * sizeof(Number));
     };
     const Index num_keys = heads.num_tokens * width * (heads.is_tiled ? TILE_STORE : 1);
@@ -125,25 +156,23 @@ static void argmax(const Number* x, Index num_rows, Index width, Index* places) 
     });
 }
 
-template void rms_norm<float>(const float*, const float*, float*, Index, Index, float);
-template void rms_norm<BFloat16>(const BFloat16*, const BFloat16*, BFloat16*, Index, Index, float);
-template void silu_product<float>(const float*, const float*, float*, Index);
-template void silu_product<BFloat16>(const BFloat16*, const BFloat16*, BFloat16*, Index);
+template void rms_norm<float>(const float*, const Norm&, float*, Index, bool);
+template void rms_norm<BFloat16>(const BFloat16*, const Norm&, BFloat16*, Index, bool);
+template void add_scaled<float>(const float*, float, float*, Index);
+template void add_scaled<BFloat16>(const BFloat16*, float, BFloat16*, Index);
 template void rotate_and_store<float>(const Heads&);
 template void rotate_and_store<BFloat16>(const Heads&);
 
 extern "C" {
 void argmax_f32(const float* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void argmax_bf16(const BFloat16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
-void rms_norm_f32(const float* x, const float* w, float* y, Index rows, Index width, float eps) {
-    rms_norm(x, w, y, rows, width, eps);
+void rms_norm_f32(const float* x, const Norm* norm, float* y, Index count) { rms_norm(x, *norm, y, count, false); }
+void rms_norm_bf16(const BFloat16* x, const Norm* norm, BFloat16* y, Index count) { rms_norm(x, *norm, y, count, false); }
+void gated_product_f32(Activation activation, const float* gate, const float* up, float* y, Index count) {
+    gated_product(activation, gate, up, y, count);
 }
-void rms_norm_bf16(const BFloat16* x, const BFloat16* w, BFloat16* y, Index rows, Index width, float eps) {
-    rms_norm(x, w, y, rows, width, eps);
-}
-void silu_product_f32(const float* gate, const float* up, float* y, Index count) { silu_product(gate, up, y, count); }
-void silu_product_bf16(const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {
-    silu_product(gate, up, y, count);
+void gated_product_bf16(Activation activation, const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {
+    gated_product(activation, gate, up, y, count);
 }
 void rotate_and_store_f32(const Heads* heads) { rotate_and_store<float>(*heads); }
 void rotate_and_store_bf16(const Heads* heads) { rotate_and_store<BFloat16>(*heads); }

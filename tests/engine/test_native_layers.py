@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from served_adapters import blend, collect_all, lora, make_params, make_prompt, running_engine
-from tiny_models import CONFIGS, save_tiny_model
+from tiny_models import CONFIGS, FAMILIES, save_tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -18,14 +18,13 @@ from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS, EMBEDDED_MODEL, EngineConfig
 from fusionserve.engine.base_model import BaseModel, load_base_model
-from fusionserve.engine.decoder_layer import DecoderLayer, install_decoder_layers
+from fusionserve.engine.decoder_layer import DecoderLayer
+from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.generation import Adaptation, OutputOptions
 from fusionserve.kernels.linear_product import PanelEmbedding
 from fusionserve.kernels.native_layer import NativeLayer
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack
-
-OWN_LAYERS = {"llama", "mistral", "qwen2", "qwen3"}
 
 needs_packing = pytest.mark.skipif(
     not can_pack(torch.zeros(16, 2, dtype=torch.bfloat16)), reason="the processor has no packed product"
@@ -37,37 +36,35 @@ def load(directory: Path, dtype: str = "float32") -> BaseModel:
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_own_layers_stand_in_for_those_of_the_llama_family(name: str, tmp_path: Path) -> None:
-    model = load(save_tiny_model(name, tmp_path)).model
-    own = sum(isinstance(module, DecoderLayer) for module in model.modules())
-    assert own == (model.config.num_hidden_layers if name in OWN_LAYERS else 0)
+def test_known_families_have_a_forward_of_our_own(name: str, tmp_path: Path) -> None:
+    base = load(save_tiny_model(name, tmp_path))
+    num_layers = len(base.decoder.layers) if base.decoder else 0
+    assert num_layers == (base.model.config.num_hidden_layers if name in FAMILIES else 0)
 
 
-def test_layer_with_another_activation_stays(tmp_path: Path) -> None:
+def test_model_with_another_activation_has_none(tmp_path: Path) -> None:
     directory = save_tiny_model("llama", tmp_path)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    assert not any(isinstance(module, DecoderLayer) for module in load(directory).model.modules())
+    assert load(directory).decoder is None
 
 
-def test_layer_without_adapted_modules_stays(tmp_path: Path) -> None:
+def test_model_without_adapted_modules_has_none(tmp_path: Path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path))
-    assert install_decoder_layers(model) == []
+    assert DecoderModel.of(model, 64, torch.float32) is None
 
 
-@pytest.mark.parametrize("name", sorted(OWN_LAYERS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_angles_are_those_that_the_model_computes(name: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(save_tiny_model(name, tmp_path))
     embedding = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).base_model.rotary_emb
-    table, positions = RotaryTable(embedding, 64, torch.bfloat16), torch.tensor([7, 0, 63, 3])
-    expected = embedding(torch.empty(0, dtype=torch.bfloat16), position_ids=positions[None])
-    for mine, theirs in zip(table.angles(positions), expected, strict=True):
-        assert torch.equal(mine, theirs[0])
-
-
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_models_with_own_layers_alone_have_an_own_forward(name: str, tmp_path: Path) -> None:
-    assert (load(save_tiny_model(name, tmp_path)).decoder is not None) == (name in OWN_LAYERS)
+    like, positions = torch.empty(0, dtype=torch.bfloat16), torch.tensor([7, 0, 63, 3])
+    for rotation in sorted(set(config.layer_types)) if name in {"gemma3", "olmo3"} else [""]:
+        table = RotaryTable(embedding, 64, torch.bfloat16, rotation)
+        options = {"layer_type": rotation} if rotation else {}
+        expected = embedding(like, position_ids=positions[None], **options)
+        for mine, theirs in zip(table.angles(positions), expected, strict=True):
+            assert torch.equal(mine, theirs[0].float())
 
 
 @needs_packing

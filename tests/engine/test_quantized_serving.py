@@ -356,7 +356,7 @@ def test_unusable_checkpoint_is_refused(
 @pytest.mark.parametrize(("bits", "multiple"), [("nf4", 64), ("int8", 32)])
 def test_base_without_a_module_of_whole_blocks_is_refused(bits: str, multiple: int, tmp_path: Path) -> None:
     config = CONFIGS["llama"]()
-    config.update({"intermediate_size": 72})  # beside 48
+    config.update({"hidden_size": 48, "head_dim": 12, "intermediate_size": 72})
     make_tiny_model(config).save_pretrained(tmp_path)
     with pytest.raises(StartupError, match=f"their inputs must be a multiple of {multiple}") as caught:
         load_base_model(replace(config_of(tmp_path), quantize=bits))

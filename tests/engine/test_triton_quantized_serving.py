@@ -30,15 +30,15 @@ from served_adapters import (
 )
 from served_fusions import write_fusion
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.adapters.base_modules import describe_base_modules
 from fusionserve.config import EMBEDDED_MODEL
 from fusionserve.engine import panels
+from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.decode_graphs import GraphSize
-from fusionserve.engine.decoder_layer import DecoderLayer
 from fusionserve.engine.panels import bring_into_panels
 from fusionserve.engine.quantized_base import BITS
 from fusionserve.generation import Adaptation, GenerateParams, OutputOptions
@@ -124,17 +124,17 @@ async def test_every_kind_gets_in_triton_what_the_cpu_gives_and_the_same_alone(
         alone = [await collect(engine, request) for request in requests()]
         graphs = engine.runner._runner._graphs
         assert graphs is not None and GraphSize(1) in graphs._graphs, "decoding steps were not replayed"
-        check_modules(engine.runner._runner._base.model, BITS[bits])
+        check_modules(engine.runner._runner._base, BITS[bits])
     assert_near(found, expected)
     assert_near(found, alone)
     assert len({outcome.tokens for outcome in found}) == len(found)
 
 
-def check_modules(model: PreTrainedModel, bits: int) -> None:
+def check_modules(base: BaseModel, bits: int) -> None:
     """Everything linear is in tiles, layers are our own, and the tied embedding reads the head's memory."""
-    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    assert len(layers) == model.config.num_hidden_layers
-    assert all(group.product is not None for layer in layers for group in layer.groups)
+    model, decoder = base.model, base.decoder
+    assert decoder is not None
+    assert all(group.product is not None for layer in decoder.layers for group in layer.groups)
     linear = {m.path: m.base for m in model.modules() if isinstance(m, AdaptedLinear)}
     assert all(isinstance(base, TiledLinear) for base in linear.values())
     assert {path: base.bits for path, base in linear.items() if path == "lm_head" or base.bits != bits} == {

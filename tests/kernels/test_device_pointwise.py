@@ -6,10 +6,16 @@ import pytest
 import torch
 from device_kernels import DEVICE
 from torch import Tensor
-from torch.nn import functional
 
-from fusionserve.kernels.device.pointwise_launch import rms_norm, rotate_and_store, silu_product
-from fusionserve.kernels.pointwise import Rotation, reference_rms_norm, rotated
+from fusionserve.kernels.device.pointwise_launch import gated_product, rms_norm, rotate_and_store
+from fusionserve.kernels.pointwise import (
+    Activation,
+    Angles,
+    RMSNorm,
+    reference_gated_product,
+    reference_rms_norm,
+    rotated,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -22,30 +28,33 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 @with_dtype
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight = make(shape, dtype) * 3, make(shape[-1:], dtype, 1)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-3), reference_rms_norm(x, weight, 1e-3))
+def test_rms_norm(shape: tuple[int, ...], is_wide: bool, dtype: torch.dtype) -> None:
+    x, weight = make(shape, dtype) * 3, make(shape[-1:], torch.float32 if is_wide else dtype, 1)
+    expected = reference_rms_norm(x, RMSNorm(weight, 1e-3))
+    torch.testing.assert_close(rms_norm(x, weight, 1e-3), expected)
 
 
 @with_dtype
+@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_silu_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_gated_product(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
     gate, up = make(shape, dtype) * 8, make(shape, dtype, 1)
-    torch.testing.assert_close(silu_product(gate, up), functional.silu(gate) * up)
+    found = gated_product(activation is Activation.GELU_TANH, gate, up)
+    torch.testing.assert_close(found, reference_gated_product(activation, gate, up))
 
 
 @with_dtype
-@pytest.mark.parametrize("dim", [32, 24])
-def test_rotate_and_store(dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "turned"), [(32, 32), (24, 24), (24, 16), (24, 0)])
+def test_rotate_and_store(dim: int, turned: int, dtype: torch.dtype) -> None:
     query, key, value = (make((9, heads, dim), dtype, heads) for heads in (6, 2, 3))
     value = value[:, :2].contiguous()
-    angles = make((9, dim), torch.float32, 9)
+    angles = make((9, turned), torch.float32, 9)
     slots = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:9].to(DEVICE)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
     keys, values = (torch.zeros(20, 2, dim, dtype=dtype, device=DEVICE) for _ in range(2))
-    wide = Rotation(cos.float(), sin.float(), slots)
-    expected_query, expected_key = (rotated(heads.float(), wide).to(dtype) for heads in (query, key))
+    expected_query, expected_key = (rotated(heads, Angles(cos, sin)) for heads in (query, key))
     rotate_and_store(query, key, value, keys, values, cos, sin, slots)
     torch.testing.assert_close(query, expected_query)
     torch.testing.assert_close(keys[slots], expected_key)

@@ -11,7 +11,7 @@ from fusionserve.kernels.layer_cache import LayerCache, can_tile
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch, slots_of_blocks
 from fusionserve.kernels.paged_sequence import PackedSequence
-from fusionserve.kernels.pointwise import Rotation, rotate_and_store
+from fusionserve.kernels.pointwise import Angles, Rotation, rotate_and_store
 
 CPU = torch.device("cpu")
 LIKE = torch.empty(0, dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def test_turned_keys_are_those_of_a_plain_cache(num_tokens: int) -> None:
     value = value[:, :2].contiguous()
     angles = torch.randn(num_tokens, 32)
     slots = slots_of_blocks(list(range(26)), num_tokens, TILE, CPU)
-    rotation = Rotation(angles.cos().to(LIKE.dtype), angles.sin().to(LIKE.dtype), slots)
+    rotation = Rotation(Angles(angles.cos(), angles.sin()), slots)
     plain = LayerCache(torch.zeros(416, 2, 32, dtype=LIKE.dtype), torch.zeros(416, 2, 32, dtype=LIKE.dtype))
     tiled = used_before(416, 2, 32, 32)
     turned = [rotate_and_store(query.clone(), key, value, cache, rotation) for cache in (plain, tiled)]

@@ -64,12 +64,15 @@ def number(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 def launch_pointwise() -> None:
     """Norm, gate and rotation."""
     num_tokens = 3
-    pointwise_launch.rms_norm(number(num_tokens, _HIDDEN), number(_HIDDEN), 1e-5)
-    pointwise_launch.silu_product(number(num_tokens, _INNER), number(num_tokens, _INNER))
+    for weight in (number(_HIDDEN), number(_HIDDEN, dtype=torch.float32)):
+        pointwise_launch.rms_norm(number(num_tokens, _HIDDEN), weight, 1e-5)
+    for is_gelu in (False, True):
+        pointwise_launch.gated_product(is_gelu, number(num_tokens, _INNER), number(num_tokens, _INNER))
     heads, cache = number(num_tokens, _KV_HEADS, _DIM), number(64, _KV_HEADS, _DIM)
-    angles, slots = number(num_tokens, _DIM), number(num_tokens, dtype=torch.long)
-    query = number(num_tokens, _HEADS, _DIM)
-    pointwise_launch.rotate_and_store(query, heads, heads, cache, cache, angles, angles, slots)
+    query, slots = number(num_tokens, _HEADS, _DIM), number(num_tokens, dtype=torch.long)
+    for turned in (_DIM, _DIM // 2, 0):
+        angles = number(num_tokens, turned, dtype=torch.float32)
+        pointwise_launch.rotate_and_store(query, heads, heads, cache, cache, angles, angles, slots)
 
 
 def launch_attention() -> None:

@@ -1,0 +1,172 @@
+"""What the decoder layers of known architectures are made of, read from transformers' modules.
+
+    h = x + norm(O attention(rotate(Q n), rotate(K n), V n))      n = norm(x)
+    y = h + norm(down(activation(gate m) * up m))                 m = norm(h)
+
+Families differ in which of the norms they have, in what a norm rounds, and in a few numbers. A layer that is configured
+to be anything else has no form, and stays as transformers computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from fusionserve.adapters.adapted_linear import AdaptedLinear
+from fusionserve.kernels.native_layer import LayerNorms
+from fusionserve.kernels.paged_attention import AttentionOptions
+from fusionserve.kernels.pointwise import Activation, RMSNorm
+
+NO_ROTATION = "none"
+
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.SiLU: Activation.SILU,
+    SiLUActivation: Activation.SILU,
+    GELUTanh: Activation.GELU_TANH,
+}
+# Norms whose weight multiplies before anything is rounded, by what is added to it first.
+_WIDE_NORMS = {
+    "GemmaRMSNorm": 1.0,
+    "Gemma2RMSNorm": 1.0,
+    "Gemma3RMSNorm": 1.0,
+    "Olmo2RMSNorm": 0.0,
+    "Olmo3RMSNorm": 0.0,
+}
+
+# Where the norms of a layer are, by the names of its modules.
+_BEFORE = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+_AFTER = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
+_BEFORE_AND_AFTER = {
+    **_AFTER,
+    "before_attention": "input_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+}
+
+
+def _no_window(_: Any) -> None:
+    return None
+
+
+def _own_window(attention: Any) -> int | None:
+    window: int | None = attention.sliding_window
+    return window
+
+
+def _configured_window(attention: Any) -> int | None:
+    window: int | None = getattr(attention.config, "sliding_window", None)
+    return window
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How to read the layers of an architecture."""
+
+    norms: Mapping[str, str]
+    window: Callable[[Any], int | None]  # of an attention module
+    has_softcap: bool = False  # Gemma 3's attention has the number too, but does not use it
+    has_rotations: bool = False  # one for each type of layer
+
+
+_FAMILIES: dict[str, _Family] = {
+    "LlamaDecoderLayer": _Family(_BEFORE, _no_window),
+    "MistralDecoderLayer": _Family(_BEFORE, _configured_window),
+    "Qwen2DecoderLayer": _Family(_BEFORE, _own_window),
+    "Qwen3DecoderLayer": _Family(_BEFORE, _own_window),
+    "SmolLM3DecoderLayer": _Family(_BEFORE, _own_window),
+    "GraniteDecoderLayer": _Family(_BEFORE, _no_window),
+    "Phi3DecoderLayer": _Family(_BEFORE, _configured_window),
+    "GemmaDecoderLayer": _Family(_BEFORE, _no_window),
+    "Gemma2DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_softcap=True),
+    "Gemma3DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_rotations=True),
+    "Olmo2DecoderLayer": _Family(_AFTER, _no_window),
+    "Olmo3DecoderLayer": _Family(_AFTER, _own_window, has_rotations=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerForm:
+    """The modules of a layer, and what they do not say themselves."""
+
+    attention: nn.Module  # the cache of keys and values is its
+    heads: tuple[AdaptedLinear, ...]  # queries, keys and values, or one module of all
+    output: AdaptedLinear
+    gate_and_up: tuple[AdaptedLinear, ...]  # or one module of both
+    down: AdaptedLinear
+    norms: LayerNorms
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    options: AttentionOptions
+    activation: Activation
+    residual_scale: float
+    rotation: str  # which of the model's: "", a type of layer, or NO_ROTATION
+
+
+def layer_form(layer: nn.Module) -> LayerForm | None:
+    """The form of a transformers layer, or None. Its linear modules must be adapted ones by now."""
+    family = _FAMILIES.get(type(layer).__name__)
+    if family is None or not _is_of_transformers(layer):
+        return None
+    source: Any = layer
+    attention, mlp, config = source.self_attn, source.mlp, source.self_attn.config
+    activation = _ACTIVATIONS.get(type(_first_of(mlp, "act_fn", "activation_fn")))
+    heads = _modules(attention, "qkv_proj") or _modules(attention, "q_proj", "k_proj", "v_proj")
+    gate_and_up = _modules(mlp, "gate_up_proj") or _modules(mlp, "gate_proj", "up_proj")
+    linear = (*heads, attention.o_proj, *gate_and_up, mlp.down_proj)
+    if activation is None or not all(isinstance(module, AdaptedLinear) for module in linear):
+        return None
+    softcap = attention.attn_logit_softcapping if family.has_softcap else None
+    return LayerForm(
+        attention=attention,
+        heads=heads,
+        output=attention.o_proj,
+        gate_and_up=gate_and_up,
+        down=mlp.down_proj,
+        norms=_norms(source, family),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        options=AttentionOptions(attention.scaling, family.window(attention), softcap),
+        activation=activation,
+        residual_scale=getattr(source, "residual_multiplier", 1.0),
+        rotation=_rotation(attention, family),
+    )
+
+
+def read_norm(module: Any) -> RMSNorm:
+    """A norm of one of the families."""
+    epsilon = _first_of(module, "variance_epsilon", "eps")
+    added = _WIDE_NORMS.get(type(module).__name__)
+    return RMSNorm(module.weight if added is None else module.weight.detach().float() + added, epsilon)
+
+
+def _norms(layer: Any, family: _Family) -> LayerNorms:
+    places = {place: read_norm(getattr(layer, name)) for place, name in family.norms.items()}
+    attention = layer.self_attn
+    own = {"query": getattr(attention, "q_norm", None), "key": getattr(attention, "k_norm", None)}
+    return LayerNorms(**places, **{name: read_norm(norm) for name, norm in own.items() if norm is not None})
+
+
+def _rotation(attention: Any, family: _Family) -> str:
+    if not getattr(attention, "use_rope", True):
+        return NO_ROTATION
+    config = attention.config
+    return config.layer_types[attention.layer_idx] if family.has_rotations else ""
+
+
+def _modules(owner: Any, *names: str) -> tuple[Any, ...]:
+    """The modules of these names, or none if there is not the first."""
+    return tuple(getattr(owner, name) for name in names) if hasattr(owner, names[0]) else ()
+
+
+def _first_of(module: Any, *names: str) -> Any:
+    """The first attribute that there is."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
+
+
+def _is_of_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] == "transformers"
