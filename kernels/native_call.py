@@ -33,7 +33,7 @@ class Tokens(ctypes.Structure):
         return cls(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0))
 
 
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def native_function(name: str, like: Tensor) -> NativeFunction | None:

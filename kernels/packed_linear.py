@@ -1,4 +1,4 @@
-"""Linear modules whose bfloat16 weights lie packed for the processor's pairwise product; see `native/linear.cpp`."""
+"""Linear modules whose weights lie packed for a native product in their own type; see `native/linear.cpp`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PANEL, PanelLinear
 from fusionserve.kernels.native_library import native_library
 
+# Inputs whose weights lie together: what the processor's product of bfloat16 pairs takes.
+_RUNS = {torch.bfloat16: 2, torch.float16: 1, torch.float32: 1}
+
 
 def can_pack(weight: Tensor) -> bool:
     """True for a weight [d_out, d_in] that the packed product takes, on a processor that has it."""
@@ -19,35 +22,38 @@ def can_pack(weight: Tensor) -> bool:
     return (
         library is not None
         and weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and weight.dtype in _RUNS
         and weight.shape[0] % PANEL == 0
-        and weight.shape[1] % 2 == 0
+        and weight.shape[1] % _RUNS[weight.dtype] == 0
         and bool(library.has_packed_linear())
     )
 
 
 def pack(weight: Tensor, pages: HugePages | None = None) -> Tensor:
-    """[d_out, d_in] -> panels of 16 outputs, each pair of inputs together: [d_out / 16, d_in / 2, 16, 2].
+    """[d_out, d_in] -> panels of 16 outputs, each run of inputs together: [d_out / 16, d_in / run, 16, run].
 
     In these pages, or in some of its own.
     """
-    d_out, d_in = weight.shape
-    return (pages or HugePages()).copy(weight.reshape(d_out // PANEL, PANEL, d_in // 2, 2).transpose(1, 2))
+    (d_out, d_in), run = weight.shape, _RUNS[weight.dtype]
+    return (pages or HugePages()).copy(
+        weight.reshape(d_out // PANEL, PANEL, d_in // run, run).transpose(1, 2)
+    )
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The weight [d_out, d_in] again."""
-    num_panels, num_pairs = packed.shape[:2]
-    return packed.transpose(1, 2).reshape(num_panels * PANEL, num_pairs * 2)
+    num_panels, num_runs, _, run = packed.shape
+    return packed.transpose(1, 2).reshape(num_panels * PANEL, num_runs * run)
 
 
 class PackedLinear(PanelLinear):
-    """Stands in for an nn.Linear in bfloat16."""
+    """Stands in for an nn.Linear."""
 
     kernel = "packed_linear"
 
     def __init__(self, packed: Tensor, bias: Tensor | None) -> None:
-        super().__init__(packed.shape[1] * 2, packed.shape[0] * PANEL, bias)
+        num_panels, num_runs, _, run = packed.shape
+        super().__init__(num_runs * run, num_panels * PANEL, bias)
         self.packed = nn.Parameter(packed, requires_grad=False)
 
     @property
@@ -63,7 +69,9 @@ class PackedLinear(PanelLinear):
         library = native_library()
         assert library is not None, "packed without a native library"
         pointers = [c_void_p(tensor.data_ptr()) for tensor in (self.packed, ids, rows)]
-        library.unpack_rows(*pointers[:2], c_int64(len(ids)), c_int64(self.in_features), pointers[2])
+        num_runs, run_bytes = self.packed.shape[1], self.packed.shape[3] * self.packed.itemsize
+        unpack_rows = getattr(library, f"unpack_rows_{run_bytes}")
+        unpack_rows(*pointers[:2], c_int64(len(ids)), c_int64(num_runs), pointers[2])
         return rows
 
     def storage(self) -> tuple[Tensor, None]:

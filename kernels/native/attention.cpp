@@ -255,6 +255,11 @@ void attend<float>(const Attention& a) {
 }
 
 template <>
+void attend<Float16>(const Attention& a) {
+    attend_in<PlainCache<Float16>>(a);
+}
+
+template <>
 void attend<BFloat16>(const Attention& a) {
 #ifdef __AVX512BF16__
     if (a.is_tiled) return attend_in<TiledCache>(a);
@@ -265,4 +270,5 @@ void attend<BFloat16>(const Attention& a) {
 extern "C" {
 void attend_f32(const Attention* attention) { attend<float>(*attention); }
 void attend_bf16(const Attention* attention) { attend<BFloat16>(*attention); }
+void attend_f16(const Attention* attention) { attend<Float16>(*attention); }
 }

@@ -39,8 +39,9 @@ static inline void by_fours(Index count, const Some& some) {
 }
 
 static inline void cap_scores(const Attention& a, const Stretch& stretch, float* scores) {
-    for (Index i = 0; i < stretch.num_tiles * TILE; ++i)
-        scores[i] = a.softcap / a.scale * std::tanh(scores[i] * a.scale / a.softcap);
+    const float cap = a.softcap / a.scale;  // before the scale
+    for (Index i = 0; i < stretch.num_tiles * TILE; i += LANES)
+        store_lanes(cap * tanh_lanes(load_lanes(scores + i) / cap), scores + i);
 }
 
 // Scores become e^(score - maximum), 0 outside the query's positions; returns how much the sums so far shrink.
@@ -60,10 +61,9 @@ static inline float weigh(const Attention& a, const Stretch& stretch, const Quer
     const float maximum = std::max(head.maximum, largest_of(largest));
     Lanes total = {};
     for (Index k = 0; k < stretch.num_tiles; ++k) {
-        float* tile = scores + k * TILE;
-#pragma omp simd
-        for (Index i = 0; i < TILE; ++i) tile[i] = fast_exp(tile[i] - maximum);
-        total += load_lanes(tile);
+        const Lanes weights = exp_lanes(load_lanes(scores + k * TILE) - maximum);
+        store_lanes(weights, scores + k * TILE);
+        total += weights;
     }
     const float shrink = fast_exp(head.maximum - maximum);
     head.maximum = maximum;

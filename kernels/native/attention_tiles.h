@@ -36,16 +36,42 @@ template <typename Number>
 struct PlainKeys : PlainTiles<Number> {
     using PlainTiles<Number>::rows, PlainTiles<Number>::stride, PlainTiles<Number>::dim, PlainTiles<Number>::num_rows;
 
-    // scores[q][slot] = q . k of the slots that there are.
+    // scores[q][slot] = q . k of the slots that there are; of the others anything.
     template <int QUERIES>
     void score(const Number* const* queries, Index num_tiles, float (*scores)[STRETCH_TILES * TILE]) const {
+        constexpr int SLOTS = TOGETHER / (QUERIES == 3 ? 4 : QUERIES);
+        for (Index k = 0; k < num_tiles; ++k)
+            for (Index slot = 0; slot < num_rows[k]; slot += SLOTS) score_slots<QUERIES, SLOTS>(queries, k, slot, scores);
+    }
+
+private:
+    static constexpr int TOGETHER = LANES;  // products
+
+    // Each product is summed in the same order, whichever are computed with it.
+    template <int QUERIES, int SLOTS>
+    void score_slots(const Number* const* queries, Index k, Index slot, float (*scores)[STRETCH_TILES * TILE]) const {
+        const Number* keys[SLOTS];
+        for (int s = 0; s < SLOTS; ++s) keys[s] = rows[k] + std::min(slot + s, num_rows[k] - 1) * stride;
+        Lanes totals[TOGETHER] = {};
+        Index i = 0;
+        for (; i + LANES <= dim; i += LANES) {
+            Lanes inputs[QUERIES];
+#pragma GCC unroll 4
+            for (int q = 0; q < QUERIES; ++q) inputs[q] = load_lanes(queries[q] + i);
+#pragma GCC unroll 16
+            for (int s = 0; s < SLOTS; ++s) {
+                const Lanes key = load_lanes(keys[s] + i);
+#pragma GCC unroll 4
+                for (int q = 0; q < QUERIES; ++q) totals[q * SLOTS + s] += inputs[q] * key;
+            }
+        }
+        const Lanes sums = sum_each(totals);
         for (int q = 0; q < QUERIES; ++q)
-            for (Index k = 0; k < num_tiles; ++k)
-                for (Index slot = 0; slot < TILE; ++slot) {
-                    float* score = &scores[q][k * TILE + slot];
-                    *score = 0;
-                    if (slot < num_rows[k]) dot_rows<1>(queries[q], rows[k] + slot * stride, stride, dim, score);
-                }
+            for (int s = 0; s < SLOTS; ++s) {
+                float sum = sums[q * SLOTS + s];
+                for (Index rest = i; rest < dim; ++rest) sum += to_float(queries[q][rest]) * to_float(keys[s][rest]);
+                scores[q][k * TILE + slot + s] = sum;
+            }
     }
 };
 
@@ -56,32 +82,44 @@ struct PlainValues : PlainTiles<Number> {
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
     template <int QUERIES>
     void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
-        for (int q = 0; q < QUERIES; ++q) {
-            Index i = 0;
-            for (; i + 4 * LANES <= dim; i += 4 * LANES) add_lanes<4>(weights[q], shrinks[q], num_tiles, sums[q], i);
-            for (; i + LANES <= dim; i += LANES) add_lanes<1>(weights[q], shrinks[q], num_tiles, sums[q], i);
-            for (; i < dim; ++i) {
+        Index i = 0;
+        for (; i + MOST_LANES * LANES <= dim; i += MOST_LANES * LANES)
+            add_lanes<QUERIES, MOST_LANES>(weights, shrinks, num_tiles, sums, i);
+        for (; i + LANES <= dim; i += LANES) add_lanes<QUERIES, 1>(weights, shrinks, num_tiles, sums, i);
+        for (; i < dim; ++i)
+            for (int q = 0; q < QUERIES; ++q) {
                 sums[q][i] *= shrinks[q];
                 for (Index k = 0; k < num_tiles; ++k)
                     for (Index slot = 0; slot < num_rows[k]; ++slot)
                         sums[q][i] += weights[q][k * TILE + slot] * to_float(rows[k][slot * stride + i]);
             }
-        }
     }
 
-    template <int NUM_LANES>
-    void add_lanes(const float* weights, float shrink, Index num_tiles, float* sums, Index first) const {
-        Lanes totals[NUM_LANES];
+private:
+    static constexpr int MOST_LANES = 4;
+
+    template <int QUERIES, int NUM_LANES>
+    void add_lanes(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums,
+                   Index first) const {
+        Lanes totals[QUERIES][NUM_LANES];
 #pragma GCC unroll 4
-        for (int n = 0; n < NUM_LANES; ++n) totals[n] = load_lanes(sums + first + n * LANES) * shrink;
+        for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
+            for (int n = 0; n < NUM_LANES; ++n) totals[q][n] = load_lanes(sums[q] + first + n * LANES) * shrinks[q];
         for (Index k = 0; k < num_tiles; ++k)
             for (Index slot = 0; slot < num_rows[k]; ++slot) {
                 const Number* row = rows[k] + slot * stride + first;
 #pragma GCC unroll 4
-                for (int n = 0; n < NUM_LANES; ++n) totals[n] += load_lanes(row + n * LANES) * weights[k * TILE + slot];
+                for (int n = 0; n < NUM_LANES; ++n) {
+                    const Lanes values = load_lanes(row + n * LANES);
+#pragma GCC unroll 4
+                    for (int q = 0; q < QUERIES; ++q) totals[q][n] += values * weights[q][k * TILE + slot];
+                }
             }
 #pragma GCC unroll 4
-        for (int n = 0; n < NUM_LANES; ++n) store_lanes(totals[n], sums + first + n * LANES);
+        for (int q = 0; q < QUERIES; ++q)
+#pragma GCC unroll 4
+            for (int n = 0; n < NUM_LANES; ++n) store_lanes(totals[q][n], sums[q] + first + n * LANES);
     }
 };
 

@@ -196,4 +196,7 @@ void decoder_layers_f32(const DecoderLayer* const* layers, Index num_layers, con
 void decoder_layers_bf16(const DecoderLayer* const* layers, Index num_layers, const Step* step, BFloat16* x) {
     decoder_layers(layers, num_layers, *step, x);
 }
+void decoder_layers_f16(const DecoderLayer* const* layers, Index num_layers, const Step* step, Float16* x) {
+    decoder_layers(layers, num_layers, *step, x);
+}
 }

@@ -1,15 +1,28 @@
 // Inner products of a row of numbers with one or several others, summed in float32.
 #pragma once
 
-#include "number.h"
+#include "lanes.h"
 
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include <algorithm>
 
 // sums[r] = x . rows[r], the rows `stride` apart.
 template <int ROWS, typename Number>
 static inline void dot_rows(const Number* x, const Number* rows, Index stride, Index length, float* sums) {
+#ifdef __AVX512F__  // with fewer registers the rows' sums would go to memory and back
+    Lanes totals[ROWS] = {};
+    Index i = 0;
+    for (; i + LANES <= length; i += LANES) {
+        const Lanes inputs = load_lanes(x + i);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) totals[r] += inputs * load_lanes(rows + r * stride + i);
+    }
+    if constexpr (ROWS == LANES)
+        store_lanes(sum_each(totals), sums);
+    else
+        for (int r = 0; r < ROWS; ++r) sums[r] = sum_of(totals[r]);
+    for (; i < length; ++i)
+        for (int r = 0; r < ROWS; ++r) sums[r] += to_float(x[i]) * to_float(rows[r * stride + i]);
+#else
     for (int r = 0; r < ROWS; ++r) {
         const Number* row = rows + r * stride;
         float sum = 0;
@@ -17,6 +30,7 @@ static inline void dot_rows(const Number* x, const Number* rows, Index stride, I
         for (Index i = 0; i < length; ++i) sum += to_float(x[i]) * to_float(row[i]);
         sums[r] = sum;
     }
+#endif
 }
 
 #ifdef __AVX512BF16__
@@ -30,27 +44,6 @@ static inline __m512bh broadcast_pair(const void* numbers) {
     int both;
     std::memcpy(&both, numbers, sizeof both);
     return (__m512bh)_mm512_set1_epi32(both);
-}
-
-// The sums of 16 registers, as one: a tree of additions between neighbours.
-static inline __m512 sum_each(const __m512* rows) {
-    __m512 pairs[8], fours[4], eights[2];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
-                                 _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
-                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
-                         _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
 }
 
 // totals[r] += x . rows[r] of 32 numbers, or of those in the mask. Rows in fours, so that few registers hold all addresses.

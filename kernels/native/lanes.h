@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -36,6 +36,20 @@ static inline Lanes load_lanes(const BFloat16* numbers) {
 #endif
 }
 
+static inline Lanes load_lanes(const Float16* numbers) {
+    Lanes lanes;
+#ifdef __AVX512F__
+    lanes = (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
+#elif defined(__F16C__)
+    const auto* halves = reinterpret_cast<const __m128i*>(numbers);
+    const __m256 both[] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    std::memcpy(&lanes, both, sizeof lanes);
+#else
+    for (Index i = 0; i < LANES; ++i) lanes[i] = to_float(numbers[i]);
+#endif
+    return lanes;
+}
+
 static inline void store_lanes(Lanes lanes, float* numbers) { std::memcpy(numbers, &lanes, sizeof lanes); }
 
 static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
@@ -47,6 +61,21 @@ static inline void store_lanes(Lanes lanes, BFloat16* numbers) {
     store_lanes(lanes, single);
 #pragma omp simd
     for (Index i = 0; i < LANES; ++i) numbers[i] = from_float<BFloat16>(single[i]);
+#endif
+}
+
+static inline void store_lanes(Lanes lanes, Float16* numbers) {
+#ifdef __AVX512F__
+    const __m256i rounded = _mm512_cvtps_ph((__m512)lanes, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(numbers, &rounded, sizeof rounded);
+#elif defined(__F16C__)
+    __m256 both[2];
+    std::memcpy(both, &lanes, sizeof both);
+    const __m128i rounded[] = {_mm256_cvtps_ph(both[0], _MM_FROUND_TO_NEAREST_INT),
+                               _mm256_cvtps_ph(both[1], _MM_FROUND_TO_NEAREST_INT)};
+    std::memcpy(numbers, rounded, sizeof rounded);
+#else
+    for (Index i = 0; i < LANES; ++i) numbers[i] = from_float<Float16>(lanes[i]);
 #endif
 }
 
@@ -95,6 +124,14 @@ static inline Lanes exp_for(Lanes x) {
     return exp_lanes(x);
 }
 
+// tanh(x) to 1e-6 of itself: near zero by its series, which the difference of numbers near one would lose.
+static inline Lanes tanh_lanes(Lanes x) {
+    const Lanes square = x * x, magnitude = x < 0 ? -x : x, power = exp_lanes(-2.0f * magnitude);
+    const Lanes series = ((-0.0539682540f * square + 0.133333333f) * square - 0.333333333f) * square * x + x;
+    const Lanes ratio = (1.0f - power) / (1.0f + power);
+    return magnitude < 0.125f ? series : (x < 0 ? -ratio : ratio);
+}
+
 // The lanes [begin, end), and `other` in place of the rest.
 static inline Lanes keep_lanes(Lanes lanes, Index begin, Index end, float other) {
     const Lanes places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -117,5 +154,34 @@ static inline float largest_of(Lanes lanes) {
     for (Index width = LANES / 2; width > 0; width /= 2)
         for (Index i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
     return lanes[0];
+}
+#endif
+
+#ifdef __AVX512F__
+// The sum of each of 16 rows, as lanes: a tree of additions between neighbours, the same for every row.
+static inline __m512 sum_each(const __m512* rows) {
+    __m512 pairs[8], fours[4], eights[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]),
+                                 _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
+        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                                 _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+        eights[i] = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                                  _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88),
+                         _mm512_shuffle_f32x4(eights[0], eights[1], 0xdd));
+}
+#else
+static inline Lanes sum_each(const Lanes* rows) {
+    Lanes sums;
+    for (Index i = 0; i < LANES; ++i) sums[i] = sum_of(rows[i]);
+    return sums;
 }
 #endif

@@ -131,6 +131,11 @@ WeighedRows weigh_rows<float>(const Tokens& tokens, const Additions& additions) 
 }
 
 template <>
+WeighedRows weigh_rows<Float16>(const Tokens& tokens, const Additions& additions) {
+    return weigh_all<RankRows<Float16>>(tokens, additions);
+}
+
+template <>
 WeighedRows weigh_rows<BFloat16>(const Tokens& tokens, const Additions& additions) {
 #ifdef HAS_TILE_REGISTERS
     if (tiles_take(tokens.d_in)) return weigh_all<RankTiles>(tokens, additions);
@@ -170,5 +175,8 @@ void add_low_rank_f32(const Tokens* tokens, void* const* outputs, const Addition
 }
 void add_low_rank_bf16(const Tokens* tokens, void* const* outputs, const Additions* additions) {
     add_low_rank<BFloat16>(*tokens, outputs, *additions);
+}
+void add_low_rank_f16(const Tokens* tokens, void* const* outputs, const Additions* additions) {
+    add_low_rank<Float16>(*tokens, outputs, *additions);
 }
 }

@@ -39,29 +39,22 @@ static float transpose_measured(const Source* source, Target* target, Index num_
     return largest + bad;
 }
 
+#define MEASURED_COPIES(SOURCE, TARGET, NAME)                                                                        \
+    float copy_measured_##NAME(const SOURCE* source, TARGET* target, Index count) {                                  \
+        return copy_measured(source, target, count);                                                                 \
+    }                                                                                                                \
+    float transpose_measured_##NAME(const SOURCE* source, TARGET* target, Index rows, Index columns, float scale) {  \
+        return transpose_measured(source, target, rows, columns, scale);                                             \
+    }
+
 extern "C" {
-float copy_measured_f32_f32(const float* source, float* target, Index count) {
-    return copy_measured(source, target, count);
-}
-float transpose_measured_f32_f32(const float* source, float* target, Index rows, Index columns, float scale) {
-    return transpose_measured(source, target, rows, columns, scale);
-}
-float copy_measured_f32_bf16(const float* source, BFloat16* target, Index count) {
-    return copy_measured(source, target, count);
-}
-float transpose_measured_f32_bf16(const float* source, BFloat16* target, Index rows, Index columns, float scale) {
-    return transpose_measured(source, target, rows, columns, scale);
-}
-float copy_measured_bf16_f32(const BFloat16* source, float* target, Index count) {
-    return copy_measured(source, target, count);
-}
-float transpose_measured_bf16_f32(const BFloat16* source, float* target, Index rows, Index columns, float scale) {
-    return transpose_measured(source, target, rows, columns, scale);
-}
-float copy_measured_bf16_bf16(const BFloat16* source, BFloat16* target, Index count) {
-    return copy_measured(source, target, count);
-}
-float transpose_measured_bf16_bf16(const BFloat16* source, BFloat16* target, Index rows, Index columns, float scale) {
-    return transpose_measured(source, target, rows, columns, scale);
-}
+MEASURED_COPIES(float, float, f32_f32)
+MEASURED_COPIES(float, BFloat16, f32_bf16)
+MEASURED_COPIES(float, Float16, f32_f16)
+MEASURED_COPIES(BFloat16, float, bf16_f32)
+MEASURED_COPIES(BFloat16, BFloat16, bf16_bf16)
+MEASURED_COPIES(BFloat16, Float16, bf16_f16)
+MEASURED_COPIES(Float16, float, f16_f32)
+MEASURED_COPIES(Float16, BFloat16, f16_bf16)
+MEASURED_COPIES(Float16, Float16, f16_f16)
 }

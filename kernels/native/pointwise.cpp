@@ -158,22 +158,31 @@ static void argmax(const Number* x, Index num_rows, Index width, Index* places) 
 
 template void rms_norm<float>(const float*, const Norm&, float*, Index, bool);
 template void rms_norm<BFloat16>(const BFloat16*, const Norm&, BFloat16*, Index, bool);
+template void rms_norm<Float16>(const Float16*, const Norm&, Float16*, Index, bool);
 template void add_scaled<float>(const float*, float, float*, Index);
 template void add_scaled<BFloat16>(const BFloat16*, float, BFloat16*, Index);
+template void add_scaled<Float16>(const Float16*, float, Float16*, Index);
 template void rotate_and_store<float>(const Heads&);
 template void rotate_and_store<BFloat16>(const Heads&);
+template void rotate_and_store<Float16>(const Heads&);
 
 extern "C" {
 void argmax_f32(const float* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void argmax_bf16(const BFloat16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
+void argmax_f16(const Float16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void rms_norm_f32(const float* x, const Norm* norm, float* y, Index count) { rms_norm(x, *norm, y, count, false); }
 void rms_norm_bf16(const BFloat16* x, const Norm* norm, BFloat16* y, Index count) { rms_norm(x, *norm, y, count, false); }
+void rms_norm_f16(const Float16* x, const Norm* norm, Float16* y, Index count) { rms_norm(x, *norm, y, count, false); }
 void gated_product_f32(Activation activation, const float* gate, const float* up, float* y, Index count) {
     gated_product(activation, gate, up, y, count);
 }
 void gated_product_bf16(Activation activation, const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {
     gated_product(activation, gate, up, y, count);
 }
+void gated_product_f16(Activation activation, const Float16* gate, const Float16* up, Float16* y, Index count) {
+    gated_product(activation, gate, up, y, count);
+}
 void rotate_and_store_f32(const Heads* heads) { rotate_and_store<float>(*heads); }
 void rotate_and_store_bf16(const Heads* heads) { rotate_and_store<BFloat16>(*heads); }
+void rotate_and_store_f16(const Heads* heads) { rotate_and_store<Float16>(*heads); }
 }

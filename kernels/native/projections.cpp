@@ -18,4 +18,7 @@ void project_f32(const Projections* group, const Tokens* tokens, const Segment* 
 void project_bf16(const Projections* group, const Tokens* tokens, const Segment* segments, Index num_segments) {
     project_segments<BFloat16>(*group, *tokens, segments, num_segments);
 }
+void project_f16(const Projections* group, const Tokens* tokens, const Segment* segments, Index num_segments) {
+    project_segments<Float16>(*group, *tokens, segments, num_segments);
+}
 }

@@ -180,10 +180,16 @@ void int8_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_pa
 void int8_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<8, BFloat16>(*tokens, parts, num_parts, after);
 }
+void int8_linear_f16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
+    quantized_linear<8, Float16>(*tokens, parts, num_parts, after);
+}
 void int4_linear_f32(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<4, float>(*tokens, parts, num_parts, after);
 }
 void int4_linear_bf16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
     quantized_linear<4, BFloat16>(*tokens, parts, num_parts, after);
+}
+void int4_linear_f16(const Tokens* tokens, const LinearPart* parts, Index num_parts, const AfterPair* after) {
+    quantized_linear<4, Float16>(*tokens, parts, num_parts, after);
 }
 }

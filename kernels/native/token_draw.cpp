@@ -205,4 +205,7 @@ void draw_tokens_f32(const float* logits, Index vocab, const TokenDraw* draws, I
 void draw_tokens_bf16(const BFloat16* logits, Index vocab, const TokenDraw* draws, Index count, Index* tokens) {
     draw_tokens(logits, vocab, draws, count, tokens);
 }
+void draw_tokens_f16(const Float16* logits, Index vocab, const TokenDraw* draws, Index count, Index* tokens) {
+    draw_tokens(logits, vocab, draws, count, tokens);
+}
 }

@@ -91,4 +91,7 @@ void token_logprobs_f32(const float* logits, Index vocab, const TokenLogprobs* w
 void token_logprobs_bf16(const BFloat16* logits, Index vocab, const TokenLogprobs* wanted, Index count, Index num_top) {
     token_logprobs(logits, vocab, wanted, count, num_top);
 }
+void token_logprobs_f16(const Float16* logits, Index vocab, const TokenLogprobs* wanted, Index count, Index num_top) {
+    token_logprobs(logits, vocab, wanted, count, num_top);
+}
 }

@@ -90,11 +90,12 @@ async def test_layers_that_one_call_has_computed_are_not_called(
 
 
 @needs_packing
-def test_bfloat16_base_is_packed_and_held_once() -> None:
-    base = load(EMBEDDED_MODEL, "bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_base_is_packed_and_held_once(dtype: str) -> None:
+    base = load(EMBEDDED_MODEL, dtype)
     linear = [module for module in base.model.modules() if isinstance(module, AdaptedLinear)]
     assert linear and all(isinstance(module.base, PackedLinear) for module in linear)
-    original = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.bfloat16)
+    original = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=getattr(torch, dtype))
     assert base.weight_bytes == sum(parameter.nbytes for parameter in original.parameters())
     for path, module in original.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -110,13 +111,11 @@ def test_tied_embedding_reads_the_memory_of_the_head() -> None:
     assert embedding.base.head.packed.data_ptr() == head.base.packed.data_ptr()
 
 
-def test_float32_base_is_not_packed() -> None:
-    model = load(EMBEDDED_MODEL).model
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-
-
 @needs_packing
-@pytest.mark.parametrize(("bits", "dtype"), [("none", "bfloat16"), ("int8", "bfloat16"), ("int8", "float32")])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [(bits, dtype) for bits in ("none", "int8") for dtype in ("bfloat16", "float32", "float16")],
+)
 @pytest.mark.usefixtures("helpers")  # each with tokens of its own, also from the middle of a request on
 async def test_native_layer_gives_the_bits_of_its_kernels_one_by_one(
     bits: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -136,9 +135,8 @@ async def logprobs_of_every_kind(bits: str, dtype: str) -> list[object]:
         EMBEDDED_MODEL, EMBEDDED_ADAPTERS, model_name="fusionserve-tiny", **settings
     ) as engine:
         output = OutputOptions(logprobs=3, prompt_logprobs=3)
-        num_prompt = 150 if dtype == "bfloat16" else 40  # longer ones are for torch's products in float32
         requests = [
-            make_params(str(n), kind, make_prompt(n, num_prompt), output=output, num_tokens=12)
+            make_params(str(n), kind, make_prompt(n, 150), output=output, num_tokens=12)
             for n, kind in enumerate(kinds)
         ]
         outcomes = await collect_all(engine, requests)

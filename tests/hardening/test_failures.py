@@ -99,13 +99,13 @@ def test_loop_that_stands_still_ends_the_process() -> None:
 def test_each_failure_is_told_to_whom_it_belongs_and_passes() -> None:
     # The warm-up and the reference take some 300 steps, so that the two streams share the one that lacks memory.
     failpoints = (
-        "artifact.open=1*oserror;artifact.header=1*raise;host.publish=1*memory;engine.step=450+1*memory"
+        "artifact.open=1*oserror;artifact.header=1*raise;host.publish=1*memory;engine.step=560+1*memory"
     )
     with server_process(failpoints=failpoints) as server, Client(server.grpc, timeout_s=60) as client:
         _, alone = last_of(client)
         with ThreadPoolExecutor(1) as pool:
             old = pool.submit(last_of, client)
-            time.sleep(0.1)
+            time.sleep(0.05)
             num_tokens, error = last_of(client, temperature=0.9, seed=3)
             assert isinstance(error, ResourceExhaustedError) and num_tokens > 0, error
             assert (error.reason, error.retry_after_s) == ("OUT_OF_MEMORY", 5.0)

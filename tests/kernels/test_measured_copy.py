@@ -52,3 +52,27 @@ def test_one_bad_value_is_seen(value: float, dtype: torch.dtype) -> None:
     assert not copy_measured(torch.empty(70_000, 1), tensor) <= 1e6
     assert not transpose_measured(torch.empty(1, 70_000), tensor, 0.5) <= 1e6
     assert largest_magnitude(torch.empty(0)) == 0
+
+
+def test_every_float16_is_the_same_number_in_float32_and_back() -> None:
+    numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    wide, back = torch.empty(len(numbers)), torch.empty_like(numbers)
+    copy_measured(wide, numbers)
+    assert torch.equal(wide.nan_to_num(0.5), numbers.float().nan_to_num(0.5))
+    copy_measured(back, wide)
+    same = back.view(torch.int16) == numbers.view(torch.int16)
+    assert torch.equal(same | numbers.isnan(), torch.ones(len(numbers), dtype=torch.bool))
+    assert back[numbers.isnan()].isnan().all()
+
+
+def test_float32_is_rounded_to_the_nearest_float16() -> None:
+    """Ties to even, fractions below the least normal number, and what is too large."""
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,), generator=torch.Generator().manual_seed(0))
+    exponents = torch.linspace(2.0**-26, 2.0**-13, 100_001)
+    ties = torch.arange(0, 70_000, 4).float() + torch.tensor([0.0, 16.0])[:, None]
+    numbers = torch.cat((bits.to(torch.int32).view(torch.float32), exponents, -ties.flatten()))
+    rounded = torch.empty(len(numbers), dtype=torch.float16)
+    copy_measured(rounded, numbers)
+    expected = numbers.half()
+    assert torch.equal(rounded.isnan(), expected.isnan())
+    assert torch.equal(rounded.nan_to_num(0.5).view(torch.int16), expected.nan_to_num(0.5).view(torch.int16))

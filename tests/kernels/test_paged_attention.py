@@ -97,7 +97,8 @@ def test_causal_mask_covers_the_window_up_to_the_token_itself() -> None:
 
 
 CPU = torch.device("cpu")
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ERRORS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
 
 DECODING = ((0, 1), (3, 1), (4, 1), (15, 1), (16, 1), (32, 1), (69, 1), (5, 1), (30, 1))
@@ -128,8 +129,7 @@ def test_batch_equals_reference(
         slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, CPU)
         here = slice(sequence.start, sequence.end)
         expected = expected_rows(query[here], keys[slots], values[slots], sequence.position, options)
-        error = 2**-7 if dtype is torch.bfloat16 else 1e-5
-        torch.testing.assert_close(output[here].double(), expected, rtol=error, atol=error)
+        torch.testing.assert_close(output[here].double(), expected, rtol=ERRORS[dtype], atol=ERRORS[dtype])
 
 
 def test_slots_never_written_are_not_read_into_the_sum() -> None:
@@ -144,7 +144,7 @@ def test_slots_never_written_are_not_read_into_the_sum() -> None:
     assert output.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_token_gets_the_same_bits_however_its_prompt_is_cut(dtype: torch.dtype) -> None:
     blocks = [3, 0, 5, 1]
     keys, values = (torch.randn(96, 2, 64).to(dtype) for _ in range(2))

@@ -19,7 +19,12 @@ from fusionserve.kernels.quantized_linear import (
 
 SIZES = [(32, 16), (64, 32), (96, 48), (128, 64), (576, 80), (160, 192)]  # (d_in, d_out)
 BITS = [8, 4]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-2},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-3},
+}
 
 needs_product = pytest.mark.skipif(
     not has_quantized_product(), reason="the processor has no product of bytes"
@@ -84,11 +89,10 @@ def test_product_equals_the_definition(
     d_in: int, d_out: int, bits: int, dtype: torch.dtype, native: bool
 ) -> None:
     linear, _ = make_linear(d_in, d_out, bits, dtype)
-    tolerance = {"rtol": 2**-7, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for num_tokens in (*range(1, 10), 15, 18, 19, 20):
         x = torch.randn(num_tokens, d_in).to(dtype)
         found = linear(x) if native else linear.reference(x)
-        torch.testing.assert_close(found.double(), definition(x, linear), **tolerance)
+        torch.testing.assert_close(found.double(), definition(x, linear), **TOLERANCES[dtype])
 
 
 @needs_product

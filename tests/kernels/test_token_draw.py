@@ -126,8 +126,9 @@ def test_rows_are_drawn_in_the_order_asked_for() -> None:
     ]
 
 
-def test_bfloat16_logits_draw_as_the_same_numbers_in_float32() -> None:
-    logits = make_logits("normal", 40, 2000).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounded_logits_draw_as_the_same_numbers_in_float32(dtype: torch.dtype) -> None:
+    logits = make_logits("normal", 40, 2000).to(dtype)
     draws = [TokenDraw(row, u, **PARAMETERS["usual"]) for row, u in enumerate(random_uniforms(40))]
     assert draw_tokens(logits, draws).tolist() == draw_tokens(logits.float(), draws).tolist()
 

@@ -21,7 +21,7 @@ def make_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [2, 15, 16, 33, 49_152])
 @pytest.mark.parametrize("num_top", [0, 1, 7, 20])
 def test_logprobs_ranks_and_the_most_likely_are_the_definitions(
