@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.engine.attention import AttentionBatch
-from fusionserve.engine.layer_form import LayerForm
+from fusionserve.engine.layer_form import GatedMLP, LayerForm
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import LayerSettings, NativeLayer
 from fusionserve.kernels.pointwise import Angles, RMSNorm, gated_product, rms_norm
@@ -27,68 +27,85 @@ class DecoderLayer:
     """
 
     def __init__(self, form: LayerForm, angles: int) -> None:
-        self._attention = form.attention
+        self._form, self._angles = form, angles
         self._heads, self._output = Projections(form.heads), Projections([form.output])
-        self._gate_and_up, self._down = Projections(form.gate_and_up), Projections([form.down])
-        self.groups = (self._heads, self._output, self._gate_and_up, self._down)
+        self._mlp = _GatedProducts(form.mlp) if isinstance(form.mlp, GatedMLP) else form.mlp
+        own = self._mlp.groups if isinstance(self._mlp, _GatedProducts) else ()
+        self.groups: tuple[Projections, ...] = (self._heads, self._output, *own)
         self.cell = form.output.cell
-        self._settings = LayerSettings(
+
+    def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
+        """x [num_tokens, hidden] -> that shape, maybe that memory."""
+        norms = self._form.norms
+        attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
+        x = self._add_product(self._output, attended, x, norms.after_attention)
+        inner = _normalized(norms.before_mlp, x)
+        if isinstance(self._mlp, _GatedProducts):
+            return self._add_product(self._mlp.down, self._mlp.gated(inner), x, norms.after_mlp)
+        return self._add(self._mlp(inner[None])[0], x, norms.after_mlp)
+
+    def cache_in(self, batch: AttentionBatch) -> LayerCache:
+        """The layer's keys and values."""
+        return batch.cache_of(self._form.attention)
+
+    def native_layer(self, cache: LayerCache) -> NativeLayer | None:
+        """The layer over a cache in one kernel, or None where there is none for all of it."""
+        if not isinstance(self._mlp, _GatedProducts):
+            return None
+        heads, output, gate_and_up, down = (group.product for group in self.groups)
+        if heads is None or output is None or gate_and_up is None or down is None:
+            return None
+        products, form = (heads, output, gate_and_up, down), self._form
+        settings = LayerSettings(
             norms=form.norms,
             num_heads=form.num_heads,
             num_kv_heads=form.num_kv_heads,
             head_dim=form.head_dim,
             options=form.options,
-            activation=form.activation,
+            activation=self._mlp.activation,
             residual_scale=form.residual_scale,
-            angles=angles,
+            angles=self._angles,
         )
+        can_compute = NativeLayer.can_compute(products, settings, cache.keys)
+        return NativeLayer(products, settings, cache) if can_compute else None
 
-    def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
-        """x [num_tokens, hidden] -> that shape, maybe that memory."""
-        norms = self._settings.norms
-        attended = self._attend(_normalized(norms.before_attention, x), angles, batch)
-        x = self._add(self._output, attended, x, norms.after_attention)
-        gate, up = self._gate_and_up_of(_normalized(norms.before_mlp, x))
-        return self._add(self._down, gated_product(self._settings.activation, gate, up), x, norms.after_mlp)
-
-    def cache_in(self, batch: AttentionBatch) -> LayerCache:
-        """The layer's keys and values."""
-        return batch.cache_of(self._attention)
-
-    def native_layer(self, cache: LayerCache) -> NativeLayer | None:
-        """The layer over a cache in one kernel, or None where there is none for all of it."""
-        heads, output, gate_and_up, down = (group.product for group in self.groups)
-        if heads is None or output is None or gate_and_up is None or down is None:
-            return None
-        products = heads, output, gate_and_up, down
-        can_compute = NativeLayer.can_compute(products, self._settings, cache.keys)
-        return NativeLayer(products, self._settings, cache) if can_compute else None
-
-    def _attend(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
-        settings = self._settings
+    def _attend(self, x: Tensor, angles: Angles, batch: AttentionBatch) -> Tensor:
+        form = self._form
         outputs: Sequence[Tensor] = self._heads(x)
         if len(outputs) == 1:
-            outputs = [
-                part.contiguous() for part in torch.split(outputs[0], list(settings.head_widths), dim=-1)
-            ]
+            query_width, kv_width = (n * form.head_dim for n in (form.num_heads, form.num_kv_heads))
+            parts = torch.split(outputs[0], [query_width, kv_width, kv_width], dim=-1)
+            outputs = [part.contiguous() for part in parts]
         query, key, value = outputs
-        query, key = _normalized(settings.norms.query, query), _normalized(settings.norms.key, key)
-        query, key, value = (y.view(len(x), -1, settings.head_dim) for y in (query, key, value))
-        own_angles = angles[settings.angles]
-        attended = batch.rotate_and_attend(self._attention, (query, key, value), own_angles, settings.options)
+        query, key = _normalized(form.norms.query, query), _normalized(form.norms.key, key)
+        query, key, value = (y.view(len(x), -1, form.head_dim) for y in (query, key, value))
+        attended = batch.rotate_and_attend(form.attention, (query, key, value), angles, form.options)
         return attended.view(len(x), -1)
 
-    def _gate_and_up_of(self, x: Tensor) -> Sequence[Tensor]:
-        outputs = self._gate_and_up(x)
-        return outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-
-    def _add(self, module: Projections, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _add_product(self, module: Projections, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """x + what the module makes of y, normalized or scaled before if the layer says so."""
-        scale = self._settings.residual_scale
-        if norm is None and scale == 1:
+        if norm is None and self._form.residual_scale == 1:
             return module.add_(y, x)
-        projected = module(y)[0]
-        return x + (projected * scale if norm is None else rms_norm(projected, norm))
+        return self._add(module(y)[0], x, norm)
+
+    def _add(self, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        scale = self._form.residual_scale
+        if norm is not None:
+            return x + rms_norm(y, norm)
+        return x + (y if scale == 1 else y * scale)
+
+
+class _GatedProducts:
+    def __init__(self, form: GatedMLP) -> None:
+        self._gate_and_up, self.down = Projections(form.gate_and_up), Projections([form.down])
+        self.groups = (self._gate_and_up, self.down)
+        self.activation = form.activation
+
+    def gated(self, x: Tensor) -> Tensor:
+        """What `down` takes."""
+        outputs: Sequence[Tensor] = self._gate_and_up(x)
+        gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
+        return gated_product(self.activation, gate, up)
 
 
 def _normalized(norm: RMSNorm | None, x: Tensor) -> Tensor:

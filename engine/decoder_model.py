@@ -24,8 +24,14 @@ from fusionserve.kernels.pointwise import rms_norm
 
 _GRANITE = "GraniteForCausalLM"
 _CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
-_PLAIN = {f"{name}ForCausalLM" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma")}
-_ARCHITECTURES = _PLAIN | _CAPPED | {_GRANITE, "Olmo2ForCausalLM", "Olmo3ForCausalLM"}
+_PLAIN = {
+    f"{name}ForCausalLM"
+    for name in (
+        *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Olmo2", "Olmo3"),
+        *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"),
+    )
+}
+_ARCHITECTURES = _PLAIN | _CAPPED | {_GRANITE}
 
 
 class DecoderModel:

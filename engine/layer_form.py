@@ -1,10 +1,12 @@
 """What the decoder layers of known architectures are made of, read from transformers' modules.
 
     h = x + norm(O attention(rotate(Q n), rotate(K n), V n))      n = norm(x)
-    y = h + norm(down(activation(gate m) * up m))                 m = norm(h)
+    y = h + norm(mlp(m))                                          m = norm(h)
+
+    mlp(m) = down(activation(gate m) * up m), or a mixture of experts, which transformers routes
 
 Families differ in which of the norms they have, in what a norm rounds, and in a few numbers. A layer that is configured
-to be anything else has no form, and stays as transformers computes it.
+to be anything else has no form, and its model stays as transformers computes it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from fusionserve.kernels.pointwise import Activation, RMSNorm
 
 NO_ROTATION = "none"
 
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: Activation.SILU,
     SiLUActivation: Activation.SILU,
     GELUTanh: Activation.GELU_TANH,
@@ -52,7 +54,7 @@ def _no_window(_: Any) -> None:
 
 
 def _own_window(attention: Any) -> int | None:
-    window: int | None = attention.sliding_window
+    window: int | None = getattr(attention, "sliding_window", None)
     return window
 
 
@@ -82,9 +84,25 @@ _FAMILIES: dict[str, _Family] = {
     "GemmaDecoderLayer": _Family(_BEFORE, _no_window),
     "Gemma2DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_softcap=True),
     "Gemma3DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_rotations=True),
+    "MixtralDecoderLayer": _Family(_BEFORE, _configured_window),
+    "Qwen2MoeDecoderLayer": _Family(_BEFORE, _own_window),
+    "Qwen3MoeDecoderLayer": _Family(_BEFORE, _own_window),
+    "OlmoeDecoderLayer": _Family(_BEFORE, _configured_window),
     "Olmo2DecoderLayer": _Family(_AFTER, _no_window),
     "Olmo3DecoderLayer": _Family(_AFTER, _own_window, has_rotations=True),
 }
+
+
+_MIXTURES = {f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedMLP:
+    """down(activation(gate x) * up x)"""
+
+    gate_and_up: tuple[AdaptedLinear, ...]  # or one module of both
+    down: AdaptedLinear
+    activation: Activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,14 +112,12 @@ class LayerForm:
     attention: nn.Module  # the cache of keys and values is its
     heads: tuple[AdaptedLinear, ...]  # queries, keys and values, or one module of all
     output: AdaptedLinear
-    gate_and_up: tuple[AdaptedLinear, ...]  # or one module of both
-    down: AdaptedLinear
+    mlp: GatedMLP | nn.Module  # a module: of a mixture of experts, [1, num_tokens, hidden] -> that shape
     norms: LayerNorms
     num_heads: int
     num_kv_heads: int
     head_dim: int
     options: AttentionOptions
-    activation: Activation
     residual_scale: float
     rotation: str  # which of the model's: "", a type of layer, or NO_ROTATION
 
@@ -109,29 +125,25 @@ class LayerForm:
 def layer_form(layer: nn.Module) -> LayerForm | None:
     """The form of a transformers layer, or None. Its linear modules must be adapted ones by now."""
     family = _FAMILIES.get(type(layer).__name__)
-    if family is None or not _is_of_transformers(layer):
+    if family is None or not is_of_transformers(layer):
         return None
     source: Any = layer
-    attention, mlp, config = source.self_attn, source.mlp, source.self_attn.config
-    activation = _ACTIVATIONS.get(type(_first_of(mlp, "act_fn", "activation_fn")))
+    attention, mlp, config = source.self_attn, _read_mlp(source.mlp), source.self_attn.config
     heads = _modules(attention, "qkv_proj") or _modules(attention, "q_proj", "k_proj", "v_proj")
-    gate_and_up = _modules(mlp, "gate_up_proj") or _modules(mlp, "gate_proj", "up_proj")
-    linear = (*heads, attention.o_proj, *gate_and_up, mlp.down_proj)
-    if activation is None or not all(isinstance(module, AdaptedLinear) for module in linear):
+    clips = getattr(config, "clip_qkv", None) is not None  # OLMoE's, where it is set
+    if mlp is None or clips or not _are_adapted(*heads, attention.o_proj):
         return None
     softcap = attention.attn_logit_softcapping if family.has_softcap else None
     return LayerForm(
         attention=attention,
         heads=heads,
         output=attention.o_proj,
-        gate_and_up=gate_and_up,
-        down=mlp.down_proj,
+        mlp=mlp,
         norms=_norms(source, family),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         options=AttentionOptions(attention.scaling, family.window(attention), softcap),
-        activation=activation,
         residual_scale=getattr(source, "residual_multiplier", 1.0),
         rotation=_rotation(attention, family),
     )
@@ -142,6 +154,21 @@ def read_norm(module: Any) -> RMSNorm:
     epsilon = _first_of(module, "variance_epsilon", "eps")
     added = _WIDE_NORMS.get(type(module).__name__)
     return RMSNorm(module.weight if added is None else module.weight.detach().float() + added, epsilon)
+
+
+def _read_mlp(mlp: Any) -> GatedMLP | nn.Module | None:
+    if type(mlp).__name__ in _MIXTURES:
+        mixture: nn.Module = mlp
+        return mixture
+    activation = ACTIVATIONS.get(type(_first_of(mlp, "act_fn", "activation_fn")))
+    gate_and_up = _modules(mlp, "gate_up_proj") or _modules(mlp, "gate_proj", "up_proj")
+    if activation is None or not _are_adapted(*gate_and_up, mlp.down_proj):
+        return None
+    return GatedMLP(gate_and_up=gate_and_up, down=mlp.down_proj, activation=activation)
+
+
+def _are_adapted(*modules: Any) -> bool:
+    return all(isinstance(module, AdaptedLinear) for module in modules)
 
 
 def _norms(layer: Any, family: _Family) -> LayerNorms:
@@ -168,5 +195,6 @@ def _first_of(module: Any, *names: str) -> Any:
     return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
-def _is_of_transformers(module: nn.Module) -> bool:
+def is_of_transformers(module: nn.Module) -> bool:
+    """True for a module of that library's own, not of a class that has taken its name."""
     return type(module).__module__.split(".")[0] == "transformers"

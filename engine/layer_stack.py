@@ -23,7 +23,7 @@ from fusionserve.kernels.pointwise import Angles
 class StackedLayer(Protocol):
     """What a stack asks of a layer."""
 
-    groups: tuple[Projections, Projections, Projections, Projections]
+    groups: tuple[Projections, ...]
     cell: PlanCell
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:

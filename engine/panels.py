@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
+from fusionserve.engine.expert_panels import bring_experts_into_panels
 from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
@@ -28,8 +29,9 @@ def bring_into_panels(
 ) -> int:
     """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
 
-    With `bits`, 8 or 4, weights are quantized, else packed as they are. An embedding tied to the LM head reads the
-    head's panels; if it is of an unknown kind, the head stays as it is, because the embedding would keep the weight.
+    With `bits`, 8 or 4, weights are quantized, else packed as they are; routed experts are packed in any case. An
+    embedding tied to the LM head reads the head's panels; if it is of an unknown kind, the head stays as it is, because
+    the embedding would keep the weight.
     The panels are on `device`, to which the rest of the model follows: full weights on the host never are.
     """
     embedding = model.get_input_embeddings()
@@ -50,6 +52,7 @@ def bring_into_panels(
             converted += [tensor for tensor in panels.storage() if tensor is not None]
             if shares and scale is not None:
                 model.set_input_embeddings(PanelEmbedding(panels, scale))
+    converted += bring_experts_into_panels(model, pages)
     if bits is not None:
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:

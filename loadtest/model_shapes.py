@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 SHAPES: dict[str, PreTrainedConfig] = {
     "smollm2-135m": LlamaConfig(
@@ -31,6 +38,19 @@ SHAPES: dict[str, PreTrainedConfig] = {
         num_hidden_layers=24,
         num_attention_heads=14,
         num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    ),
+    "gemma-3-1b": Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        sliding_window=512,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
     ),
@@ -149,14 +169,22 @@ def _weights_digest(adapter: Path) -> str:
     return hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+def head_width(config: PreTrainedConfig) -> int:
+    """Numbers of an attention head."""
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
+
+
 def _projection_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, int]]:
     hidden, inner = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    query, kv = (
+        head_width(config) * heads for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
     sizes = {
-        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, query),
         "self_attn.k_proj": (hidden, kv),
         "self_attn.v_proj": (hidden, kv),
-        "self_attn.o_proj": (hidden, hidden),
+        "self_attn.o_proj": (query, hidden),
         "mlp.gate_proj": (hidden, inner),
         "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),

@@ -6,6 +6,7 @@
 // Of the norms a layer has those of its family: the Llama family has those of n and m, OLMo 2 the others, Gemma 2 all four.
 
 #include "attention.h"
+#include "gating.h"
 #include "lines.h"
 #include "pointwise.h"
 #include "projections.h"
@@ -40,22 +41,6 @@ struct Step {
     Index num_attentions;
     const Segment* segments;
     Index num_segments;
-};
-
-// activation(gate) up of a block, where the layer keeps it.
-struct Gating {
-    void* gated;  // [num_tokens, width]
-    Index width;
-    Activation activation;
-
-    template <typename Number>
-    static void run(const void* gating, const LinearPart* parts, const Block& block) {
-        const Gating& self = *static_cast<const Gating*>(gating);
-        const Outputs gate{parts[0].y, parts[0].y_stride}, up{parts[1].y, parts[1].y_stride}, y{self.gated, self.width};
-        for (Index token = 0; token < block.num_tokens; ++token)
-            gate_numbers(self.activation, gate.at<Number>(token, block.column), up.at<Number>(token, block.column),
-                         y.at<Number>(block.token + token, block.column), block.num_columns);
-    }
 };
 
 // x [num_tokens, d_in] -> `outputs`, onto what is there if `add`; or with `after` no outputs.

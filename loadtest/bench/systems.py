@@ -9,7 +9,9 @@ from pathlib import Path
 
 from fusionserve.loadtest.bench.artifacts import BenchFiles, make_gguf_files
 from fusionserve.loadtest.bench.protocol import BASE, FUSION, MIXED, SAMPLED, Setup
+from fusionserve.loadtest.bench.system_process import SystemFailedError
 from fusionserve.loadtest.bench.workloads import BenchWorkload
+from fusionserve.loadtest.model_shapes import SHAPES
 
 OURS = "ours"
 OURS_BARE = "ours-no-adapters"
@@ -22,6 +24,8 @@ VLLM = "vllm"
 VLLM_LORA = "vllm-lora"
 LLAMA_CPP = "llama.cpp"
 LLAMA_CPP_Q8 = "llama.cpp-q8_0"
+
+_IN_GGUF = {"llama", "qwen2"}  # architectures that gguf_files.py converts
 
 _DRIVERS = "fusionserve.loadtest.bench.drivers"
 
@@ -136,6 +140,8 @@ def make_setup(system: System, workload: BenchWorkload, files: BenchFiles, num_t
     """What the system's process is told; makes the files that only this system needs."""
     options = dict(system.options)
     if system.gguf_type:
+        if SHAPES[workload.shape].model_type not in _IN_GGUF:
+            raise SystemFailedError(f"{workload.shape} is not converted to GGUF")
         make_gguf_files(files, system.gguf_type)
         options["gguf"] = str(files.gguf_model(system.gguf_type))
         options["gguf_adapters"] = " ".join(str(path) for path in files.gguf_adapters)

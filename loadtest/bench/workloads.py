@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fusionserve.loadtest.bench.floor import Load, ModelSize
 from fusionserve.loadtest.bench.protocol import FUSION, MIXED
-from fusionserve.loadtest.model_shapes import SHAPES
+from fusionserve.loadtest.model_shapes import SHAPES, head_width
 
 FUSION_MEMBERS = 4
 _PROMPT_TOKEN_IDS = range(1000, 40000)
@@ -68,13 +68,12 @@ class BenchWorkload:
 def model_size(shape: str) -> ModelSize:
     """The sizes of a shape of SHAPES."""
     config = SHAPES[shape]
-    head_width = config.hidden_size // config.num_attention_heads
     return ModelSize(
         hidden=config.hidden_size,
         inner=config.intermediate_size,
         num_layers=config.num_hidden_layers,
-        query_width=head_width * config.num_attention_heads,
-        kv_width=head_width * config.num_key_value_heads,
+        query_width=head_width(config) * config.num_attention_heads,
+        kv_width=head_width(config) * config.num_key_value_heads,
         vocab_size=config.vocab_size,
     )
 
@@ -86,5 +85,6 @@ WORKLOADS = {
         BenchWorkload(name="W2", shape="qwen2.5-0.5b", num_streams=8, prompt_tokens=128, new_tokens=32),
         BenchWorkload(name="W3", shape="smollm2-135m", num_streams=16, prompt_tokens=1024, new_tokens=64),
         BenchWorkload(name="W4", shape="smollm2-135m", num_streams=1, prompt_tokens=128, new_tokens=64),
+        BenchWorkload(name="W6", shape="gemma-3-1b", num_streams=8, prompt_tokens=128, new_tokens=32),
     )
 }

@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft_adapters import quiet_peft, randomize, save, wrap
 from served_adapters import Outcome, blend, collect_all, lora, make_params, make_prompt, running_engine
-from tiny_models import CONFIGS, FAMILIES, make_tiny_model
+from tiny_models import CONFIGS, FAMILIES, MIXTURES, make_tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -25,18 +25,28 @@ needs_packing = pytest.mark.skipif(
 NUM_TOKENS = 6
 KINDS = (Adaptation(), lora("one"), blend(one=0.5, two=-0.75), Adaptation(), lora("two"))
 WEIGHTS: tuple[dict[str, float], ...] = ({}, {"one": 1.0}, {"one": 0.5, "two": -0.75}, {}, {"two": 1.0})
-MAX_SHORTFALL = 0.25  # of bfloat16 log-probabilities, on average
+# Of bfloat16 log-probabilities, on average; a token that is routed to another expert has another sum.
+MAX_SHORTFALL, MAX_SHORTFALL_OF_MIXTURE = 0.25, 0.5
 
 
-@pytest.fixture(params=sorted(FAMILIES))
-def directory(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(params=sorted(FAMILIES | MIXTURES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of them."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def directory(family: str, tmp_path: Path) -> Path:
     """A base of the family, tied, and two adapters for all its linear modules."""
-    config = CONFIGS[request.param]()
+    config = CONFIGS[family]()
     config.tie_word_embeddings = True
     model = make_tiny_model(config)
     model.save_pretrained(tmp_path / "base")
+    # PEFT would put rows beside experts, too.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
     for seed, name in enumerate(("one", "two"), start=1):
-        adapter = wrap(model, target_modules="all-linear", r=3 + seed, lora_alpha=2)
+        adapter = wrap(model, target_modules=targets, r=3 + seed, lora_alpha=2)
         randomize(adapter, seed=seed)
         save(adapter, tmp_path / "adapters" / name)
     return tmp_path
@@ -100,7 +110,7 @@ async def test_crowd_in_float32_equals_peft(directory: Path) -> None:
 @needs_packing
 @pytest.mark.usefixtures("helpers")
 async def test_crowd_in_one_native_call_gets_the_bits_of_kernels_one_by_one_and_is_near_peft(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[NativeLayers] = []
     compute_ = NativeLayers.compute_
@@ -111,9 +121,9 @@ async def test_crowd_in_one_native_call_gets_the_bits_of_kernels_one_by_one_and_
 
     monkeypatch.setattr(NativeLayers, "compute_", spy)
     outcomes = await serve(directory, dtype="bfloat16")
-    assert len(passes) > NUM_TOKENS
+    assert (len(passes) > NUM_TOKENS) == (family in FAMILIES)
     for difference in differences(directory, outcomes):
-        assert difference.mean() < MAX_SHORTFALL
+        assert difference.mean() < (MAX_SHORTFALL_OF_MIXTURE if family in MIXTURES else MAX_SHORTFALL)
     monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
     again = await serve(directory, dtype="bfloat16")
     for ours, theirs in zip(outcomes, again, strict=True):

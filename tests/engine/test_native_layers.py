@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from served_adapters import blend, collect_all, lora, make_params, make_prompt, running_engine
-from tiny_models import CONFIGS, FAMILIES, save_tiny_model
+from tiny_models import CONFIGS, FAMILIES, MIXTURES, save_tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -39,7 +39,7 @@ def load(directory: Path, dtype: str = "float32") -> BaseModel:
 def test_known_families_have_a_forward_of_our_own(name: str, tmp_path: Path) -> None:
     base = load(save_tiny_model(name, tmp_path))
     num_layers = len(base.decoder.layers) if base.decoder else 0
-    assert num_layers == (base.model.config.num_hidden_layers if name in FAMILIES else 0)
+    assert num_layers == (base.model.config.num_hidden_layers if name in FAMILIES | MIXTURES else 0)
 
 
 def test_model_with_another_activation_has_none(tmp_path: Path) -> None:

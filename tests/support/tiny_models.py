@@ -24,12 +24,14 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -94,6 +96,13 @@ def _deepseek_v3() -> PreTrainedConfig:
     return DeepseekV3Config(**sizes, **latent, **dims, **experts)
 
 
+def _qwen2_moe() -> PreTrainedConfig:
+    """One expert is everybody's."""
+    return Qwen2MoeConfig(
+        **_EXPERTS, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=48
+    )
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
     "qwen2": lambda: Qwen2Config(**_GROUPED),
@@ -113,15 +122,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "smollm3": lambda: SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1]),
     "granite": _granite,
     "qwen3_moe": lambda: Qwen3MoeConfig(**_EXPERTS, head_dim=12, num_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": _qwen2_moe,
+    "olmoe": lambda: OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
     "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
-# Those that the engine computes by a decoder of its own.
+# Those that the engine computes by a decoder of its own, natively in one call.
 FAMILIES = {
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"),
     *("gemma", "gemma2", "gemma3", "olmo2", "olmo3"),
 }
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # so are these, but not in one native call
 _SEED = 2
 _SEEDS = {"phi": 3}  # the model of the usual one comes near a tie
 

@@ -1,0 +1,48 @@
+"""Which models' experts are packed: those whose code is Mixtral's."""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers.models
+from tiny_models import save_tiny_model
+
+from fusionserve.config import EngineConfig
+from fusionserve.engine.base_model import load_base_model
+from fusionserve.engine.expert_panels import PLAIN_EXPERTS
+from fusionserve.kernels.packed_experts import PackedExperts
+from fusionserve.kernels.packed_linear import can_pack
+
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.zeros(16, 2)), reason="the processor has no packed product"
+)
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Of the experts' classes of transformers, by name: their forward, without spaces and how it is decorated."""
+    for package in pkgutil.iter_modules(transformers.models.__path__):
+        for path in Path(transformers.models.__path__[0], package.name).glob("modeling_*.py"):
+            text = path.read_text(encoding="utf-8")
+            for match in re.finditer(r"(@\S+\n)class (\w+)\(nn\.Module\):(.*?)(?=\n\S)", text, re.DOTALL):
+                decorator, name, body = match.groups()
+                if name in PLAIN_EXPERTS:
+                    yield name, "".join((decorator + body[body.index("def forward") :]).split())
+
+
+def test_code_of_all_listed_experts_is_that_of_mixtral() -> None:
+    found = dict(sources())
+    assert PLAIN_EXPERTS >= found.keys() >= {"MixtralExperts", "Qwen3MoeExperts", "OlmoeExperts"}
+    assert {name for name, source in found.items() if source != found["MixtralExperts"]} == set()
+
+
+@needs_packing
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3"])
+def test_experts_are_packed(architecture: str, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(save_tiny_model(architecture, tmp_path)), model_name="m", num_threads=1)
+    model = load_base_model(config).model
+    assert any(isinstance(module, PackedExperts) for module in model.modules())
