@@ -27,6 +27,7 @@ from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.config_check import check_config
+from fusionserve.engine.decoder_check import make_decoder
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
@@ -160,7 +161,9 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     num_panels = bring_into_panels(model, fit.modules, bits, device)
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    decoder = DecoderModel.of(model, max_context_tokens, base_dtype)
+    decoder = make_decoder(
+        model, fit.cache_shapes, max_context_tokens, base_dtype, is_quantized=config.quantize != "none"
+    )
     num_layers = len(decoder.layers) if decoder else 0
     logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(

@@ -35,6 +35,11 @@ class CacheShape:
     key_dim: int
     value_dim: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """As a LayerCache takes them."""
+        return self.num_kv_heads, self.key_dim, self.value_dim
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
@@ -79,7 +84,7 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     """Switches `model` to paged attention and describes how it fits. Raises StartupError if it does not."""
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it carries a state from token to token")
-    prompts = _make_prompts(model)
+    prompts = make_prompts(model)
     apart = _run_apart(model, prompts)
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
@@ -87,8 +92,7 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     with ModuleCalls(model, modules.by_path) as calls:
         packed = _run_packed(model, prompts, batch)
     _check_attention(model, batch, max_context_tokens)
-    max_error = _MAX_ERROR if model.dtype == torch.float32 else _MAX_ERROR_16_BIT
-    if not _relative_error(apart.float(), packed.float()) <= max_error:
+    if not relative_errors(apart.float(), packed.float()).max().item() <= max_error(model.dtype):
         raise _unsupported(model, "its output is not that of plain attention over the request's own tokens")
     num_tokens = sum(_PROMPT_LENGTHS)
     usable = {path: modules.by_path[path] for path, rows in calls.num_rows.items() if rows == num_tokens}
@@ -106,14 +110,20 @@ def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context
         raise _unsupported(model, "its sliding window does not go through the attention interface")
 
 
-def _relative_error(expected: Tensor, actual: Tensor) -> float:
-    """The largest over positions of |difference| / |expected|, once what all logits share is taken out."""
+def max_error(dtype: torch.dtype) -> float:
+    """What `relative_errors` of two ways to the same logits may be in a type."""
+    return _MAX_ERROR if dtype == torch.float32 else _MAX_ERROR_16_BIT
+
+
+def relative_errors(expected: Tensor, actual: Tensor) -> Tensor:
+    """Logits [tokens, vocab] -> [tokens]: |difference| / |expected|, once what all logits share is taken out."""
     expected, actual = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, actual))
-    error: float = ((expected - actual).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-    return error
+    errors: Tensor = (expected - actual).norm(dim=-1) / expected.norm(dim=-1)
+    return errors
 
 
-def _make_prompts(model: PreTrainedModel) -> list[Tensor]:
+def make_prompts(model: PreTrainedModel) -> list[Tensor]:
+    """Some token ids each, the same every time."""
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     return [

@@ -32,7 +32,7 @@ from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.index_tensor import index_tensor
-from fusionserve.kernels.layer_cache import LayerCache, can_tile
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_batch import PagedBatch
 from fusionserve.kernels.paged_sequence import PackedSequence
 
@@ -55,17 +55,12 @@ class ModelRunner:
         on_device = uses_triton(base.device)
         num_slots = block_size * (num_blocks + on_device)  # the last block is nobody's: padding goes there
         pages = HugePages()
-        self._caches = {m: self._allocate(shape, num_slots, pages) for m, shape in base.cache_shapes.items()}
+        self._caches = {
+            module: LayerCache.zeros(self._like, num_slots, block_size, shape.sizes, pages)
+            for module, shape in base.cache_shapes.items()
+        }
         if on_device:
             self._prepare_device(num_blocks)
-
-    def _allocate(self, shape: CacheShape, num_slots: int, pages: HugePages) -> LayerCache:
-        """A layer's cache: zeros, because a slot may be read (and masked) before it is written."""
-        return LayerCache(
-            pages.zeros(self._like, num_slots, shape.num_kv_heads, shape.key_dim),
-            pages.zeros(self._like, num_slots, shape.num_kv_heads, shape.value_dim),
-            is_tiled=can_tile(self._like, self._block_size, shape.key_dim, shape.value_dim),
-        )
 
     def _prepare_device(self, trash_block: int) -> None:
         """Imports what needs Triton, which a server on a CPU does without."""

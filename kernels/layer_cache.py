@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusionserve.kernels.device.triton_use import uses_triton
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.native_library import native_library
 
@@ -34,6 +35,21 @@ class LayerCache:
     keys: Tensor
     values: Tensor
     is_tiled: bool = False
+
+    @classmethod
+    def zeros(
+        cls, like: Tensor, num_slots: int, block_size: int, sizes: tuple[int, int, int], pages: HugePages
+    ) -> LayerCache:
+        """A cache of so many heads, key dims and value dims, in these pages.
+
+        Zeros, because a slot may be read, and masked, before it is written.
+        """
+        num_heads, key_dim, value_dim = sizes
+        return cls(
+            pages.zeros(like, num_slots, num_heads, key_dim),
+            pages.zeros(like, num_slots, num_heads, value_dim),
+            is_tiled=can_tile(like, block_size, key_dim, value_dim),
+        )
 
     def store_(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Writes key and value [num_tokens, kv_heads, dim] to their slots [num_tokens].

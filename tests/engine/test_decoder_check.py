@@ -1,0 +1,83 @@
+"""A decoder of our own serves only where it says what transformers' forward says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, MIXTURES, save_tiny_model
+
+from fusionserve.config import EngineConfig
+from fusionserve.engine import decoder_model, layer_form
+from fusionserve.engine.base_model import BaseModel, load_base_model
+from fusionserve.kernels.pointwise import Activation, RMSNorm
+
+
+def load(directory: Path, **options: Any) -> BaseModel:
+    return load_base_model(EngineConfig(model=str(directory), model_name="m", num_threads=1, **options))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES | MIXTURES))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"dtype": "float32", "quantize": "int8"},
+    ],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_own_decoder_serves_where_it_is_right(
+    name: str, options: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(save_tiny_model(name, tmp_path), **options).decoder is not None
+    assert "decoder of our own for" not in caplog.text
+
+
+def another_activation(form: layer_form.LayerForm) -> layer_form.LayerForm:
+    assert isinstance(form.mlp, layer_form.GatedMLP)
+    return replace(form, mlp=replace(form.mlp, activation=Activation.GELU_TANH))
+
+
+def no_norm(form: layer_form.LayerForm) -> layer_form.LayerForm:
+    return replace(form, norms=replace(form.norms, before_mlp=None))
+
+
+def another_scale(form: layer_form.LayerForm) -> layer_form.LayerForm:
+    return replace(form, options=replace(form.options, softmax_scale=0.1))
+
+
+@pytest.mark.parametrize("changed", [another_activation, no_norm, another_scale])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_serves_where_it_is_not(
+    changed: Callable[[layer_form.LayerForm], layer_form.LayerForm],
+    dtype: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    read = layer_form.layer_form
+
+    def misread(layer: torch.nn.Module) -> layer_form.LayerForm | None:
+        form = read(layer)
+        return None if form is None else changed(form)
+
+    monkeypatch.setattr(decoder_model, "layer_form", misread)
+    assert load(save_tiny_model("llama", tmp_path), dtype=dtype).decoder is None
+    assert "the decoder of our own for LlamaForCausalLM is off by" in caplog.text
+
+
+def test_transformers_serves_where_ours_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unknown(_: object) -> RMSNorm:
+        raise AttributeError("variance_epsilon")
+
+    monkeypatch.setattr(decoder_model, "read_norm", unknown)
+    assert load(save_tiny_model("llama", tmp_path)).decoder is None
+    assert "no decoder of our own for LlamaForCausalLM: AttributeError" in caplog.text
