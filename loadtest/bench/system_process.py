@@ -18,6 +18,13 @@ _ROUND_TIMEOUT_S = 900.0
 _STOP_TIMEOUT_S = 60.0
 
 
+def inherited_variables() -> dict[str, str]:
+    """The environment without what tells OpenMP how to wait, and where: each system has its own, or its default."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KMP_", "GOMP_"))
+    }
+
+
 class SystemFailedError(Exception):
     """The system did not start, did not answer or answered with an error; the text says which."""
 
@@ -37,7 +44,7 @@ class SystemProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, **_OFFLINE, **variables},
+                env={**inherited_variables(), **_OFFLINE, **variables},
                 text=True,
             )
         self.versions: dict[str, str] = {}

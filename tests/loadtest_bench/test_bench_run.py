@@ -13,7 +13,7 @@ from fusionserve.loadtest.bench.bench_run import BenchRun, run_workload
 from fusionserve.loadtest.bench.floor import MachineLimit
 from fusionserve.loadtest.bench.protocol import BASE, FUSION, KINDS, MIXED, SAMPLED, Job
 from fusionserve.loadtest.bench.report import to_json, to_text
-from fusionserve.loadtest.bench.system_process import SystemFailedError, SystemProcess
+from fusionserve.loadtest.bench.system_process import SystemFailedError, SystemProcess, inherited_variables
 from fusionserve.loadtest.bench.systems import OURS, OURS_WIRE, PEFT, SYSTEMS, TRANSFORMERS, VLLM, make_setup
 from fusionserve.loadtest.bench.workloads import BenchWorkload
 
@@ -80,6 +80,13 @@ def test_a_process_that_ends_is_quoted(tmp_path: Path) -> None:
             process.load(setup)
     finally:
         process.close()
+
+
+def test_how_openmp_waits_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that suits one system halves the speed of another."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("KEPT", "yes")
+    assert inherited_variables().get("KEPT") == "yes" and "OMP_WAIT_POLICY" not in inherited_variables()
 
 
 def test_files_that_are_there_are_not_made_again(tmp_path: Path) -> None:
