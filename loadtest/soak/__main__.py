@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=80, help="distinct ones")
     parser.add_argument("--hostile", nargs="*", choices=list(KINDS), help="kinds of clients; default: all")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for what it writes")
     return parser
 
