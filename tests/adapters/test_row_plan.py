@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusionserve.adapters.row_plan import AdaptedTokens, RowRange, Span, plan_spans, span_cost
+from fusionserve.adapters.row_plan import AdaptedTokens, RowRange, Span, plan_spans, span_cost, suits_segment
 from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, weigh_
+from fusionserve.kernels.segments import can_add
 
 CPU = torch.device("cpu")
 
@@ -132,3 +133,9 @@ def test_spans_give_the_reference_delta(batch: tuple[int, list[AdaptedTokens]], 
             coefficients[request.start : request.end, owned.start : owned.end] += owned.coefficient
     torch.testing.assert_close(y, reference_delta(x, a, a0, b, coefficients), atol=1e-4, rtol=1e-4)
     assert all(left.token_end <= right.token_start for left, right in pairwise(spans))
+
+
+def test_float16_is_for_segments_however_many_tokens_there_are() -> None:
+    """A step that had torch's products for some of them gave others' tokens other bits."""
+    like = torch.empty(0, dtype=torch.float16)
+    assert suits_segment(100_000, 256, like) == can_add(like)
