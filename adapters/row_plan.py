@@ -7,6 +7,7 @@ made by `span_cost`, not by phase. Where the native kernel can be had, a segment
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ _ROW_COST = 5
 # Natively, as a segment, starting costs nothing, but a token by a rank row costs more than in a product: in bfloat16
 # half as much again, in float32 four times. So many token-rows are still cheaper as a segment. In float16 all are:
 # torch's products are slow there, and rounded so coarsely that company would show.
-_MOST_IN_SEGMENT = {torch.bfloat16: 65_536, torch.float32: 4_096, torch.float16: 1 << 40}
+_MOST_IN_SEGMENT = {torch.bfloat16: 65_536, torch.float32: 4_096, torch.float16: math.inf}
 
 _LEAST_INPUTS = 2  # of modules whose rank rows may lie in panels
 

@@ -17,25 +17,21 @@ PLAIN_EXPERTS = {
     for model in (
         *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Qwen3Next", "Qwen3_5Moe", "Olmoe", "FlexOlmo", "Phimoe"),
         *("DeepseekV2", "DeepseekV3", "GraniteMoe", "GraniteMoeShared", "GraniteMoeHybrid", "Jamba"),
-        *(
-            "Dots1",
-            "Ernie4_5_Moe",
-            "Glm4Moe",
-            "Glm4MoeLite",
-            "HunYuanMoEV1",
-            "Lfm2Moe",
-            "MiniMax",
-            "MiniMaxM2",
-        ),
-        *("SolarOpen", "ExaoneMoe", "Afmoe"),
+        *("Dots1", "Ernie4_5_Moe", "Glm4Moe", "Glm4MoeLite", "HunYuanMoEV1", "Lfm2Moe", "MiniMax"),
+        *("MiniMaxM2", "SolarOpen", "ExaoneMoe", "Afmoe"),
     )
 }
 
 
 @torch.no_grad()
-def bring_experts_into_panels(model: nn.Module, pages: HugePages) -> list[Tensor]:
-    """Puts PackedExperts in place of all that they can stand in for; returns their weights."""
+def bring_experts_into_panels(model: nn.Module, device: torch.device, pages: HugePages) -> list[Tensor]:
+    """Puts PackedExperts in place of all that they can stand in for; returns their weights.
+
+    Of a model that is to compute on a GPU none, also while it is still on the host.
+    """
     packed: list[Tensor] = []
+    if device.type != "cpu":
+        return packed
     for module in list(model.modules()):
         for name, child in module.named_children():
             experts = _to_panels(child, pages)

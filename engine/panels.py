@@ -52,7 +52,7 @@ def bring_into_panels(
             converted += [tensor for tensor in panels.storage() if tensor is not None]
             if shares and scale is not None:
                 model.set_input_embeddings(PanelEmbedding(panels, scale))
-    converted += bring_experts_into_panels(model, pages)
+    converted += bring_experts_into_panels(model, device, pages)
     if bits is not None:
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:

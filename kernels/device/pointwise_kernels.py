@@ -37,10 +37,8 @@ def gated_product_kernel(
     own = tl.load(gate + cells, mask=inside, other=0.0)
     wide = own.to(tl.float32)
     inner = wide
-    if IS_GELU:
-        inner = 1.5957691216 * (
-            wide + 0.044715 * wide * wide * wide
-        )  # 2 sqrt(2 / pi): tanh by the logistic function
+    if IS_GELU:  # tanh by the logistic function, with 2 sqrt(2 / pi)
+        inner = 1.5957691216 * (wide + 0.044715 * wide * wide * wide)
     activated = (wide / (1.0 + tl.exp(tl.minimum(-inner, 80.0)))).to(own.dtype)
     other = tl.load(up + cells, mask=inside, other=0.0)
     tl.store(y + cells, (activated.to(tl.float32) * other.to(tl.float32)).to(own.dtype), mask=inside)

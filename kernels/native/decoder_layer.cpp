@@ -70,9 +70,9 @@ class Pass {
 public:
     Pass(const DecoderLayer& layer, const Step& step, Number* x) : layer(layer), step(step), x(x) {
         static thread_local Lines<Number> workspace;
-        const Index apart = !is_fused(layer.queries_keys_values) ? 0 : query_width + 2 * kv_width;
-        const Index pairs = !is_fused(layer.gate_and_up) ? 0 : 2 * inner;
-        normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(apart, pairs)));
+        const Index heads = is_fused(layer.queries_keys_values) ? query_width + 2 * kv_width : 0;
+        const Index pair = is_fused(layer.gate_and_up) ? 2 * inner : 0;
+        normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(heads, pair)));
         query = normalized + n * hidden;
         key = query + n * query_width;
         value = key + n * kv_width;

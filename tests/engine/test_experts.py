@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.models
-from tiny_models import save_tiny_model
+from tiny_models import CONFIGS, make_tiny_model, save_tiny_model
 
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import load_base_model
-from fusionserve.engine.expert_panels import PLAIN_EXPERTS
+from fusionserve.engine.expert_panels import PLAIN_EXPERTS, bring_experts_into_panels
+from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.packed_experts import PackedExperts
 from fusionserve.kernels.packed_linear import can_pack
 
@@ -46,3 +47,12 @@ def test_experts_are_packed(architecture: str, tmp_path: Path) -> None:
     config = EngineConfig(model=str(save_tiny_model(architecture, tmp_path)), model_name="m", num_threads=1)
     model = load_base_model(config).model
     assert any(isinstance(module, PackedExperts) for module in model.modules())
+
+
+@needs_packing
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_experts_of_a_model_that_goes_to_a_gpu_stay(device: str) -> None:
+    """Its weights are on the host while they are quantized one after the other."""
+    model = make_tiny_model(CONFIGS["mixtral"]())
+    packed = bring_experts_into_panels(model, torch.device(device), HugePages())
+    assert bool(packed) == any(isinstance(m, PackedExperts) for m in model.modules()) == (device == "cpu")

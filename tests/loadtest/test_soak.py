@@ -127,10 +127,10 @@ async def test_statuses_are_held_to_what_may_happen(
 
 def test_soak_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["killed", "cancel midway", "resets"]
-    main(["--minutes", "0.12", "--requests", "12", "--out", str(tmp_path), "--hostile", *kinds])
+    main(["--minutes", "0.25", "--requests", "12", "--out", str(tmp_path), "--hostile", *kinds])
     report = json.loads((tmp_path / "soak.json").read_text())
-    # Memory needs more than seconds to show whether it grows, and tasks more than one visit of a client that resets.
-    shown_later = {f"growth of {RSS}", f"growth of {HEAP}", f"growth of {TASKS}"}
+    # Memory needs more than seconds to show whether it grows.
+    shown_later = {f"growth of {RSS}", f"growth of {HEAP}"}
     broken = {check["name"] for check in report["checks"] if not check["is_kept"]}
     assert broken <= shown_later, report["problems"]
     assert report["compared_tokens"] > 0
