@@ -48,7 +48,8 @@ class AttentionBatch:
     def native_step(self, angles: Sequence[Angles], segments: Segments | None) -> NativeStep:
         """What native layers share."""
         assert isinstance(self._paged, PagedBatch)
-        return NativeStep(angles, self._paged.new_slots, self._paged.native_attentions(), segments)
+        rotations = [Rotation(own, self._paged.new_slots) for own in angles]
+        return NativeStep(rotations, self._paged.native_attentions(), segments)
 
     def rotate_and_attend(
         self,

@@ -161,9 +161,7 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     num_panels = bring_into_panels(model, fit.modules, bits, device)
     check_panels(model, num_panels, config.quantize)
     _install_adapted_layers(model, fit.modules, pool, token_rows, logit_rows)
-    decoder = make_decoder(
-        model, fit.cache_shapes, max_context_tokens, base_dtype, is_quantized=config.quantize != "none"
-    )
+    decoder = make_decoder(model, fit, max_context_tokens, base_dtype, is_quantized=config.quantize != "none")
     num_layers = len(decoder.layers) if decoder else 0
     logger.info("in panels: %d linear modules; decoder layers of our own: %d", num_panels, num_layers)
     base = BaseModel(

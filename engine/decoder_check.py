@@ -8,16 +8,15 @@ and right.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from itertools import accumulate, pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.decoder_model import DecoderModel
-from fusionserve.engine.fit_check import CacheShape, make_prompts, max_error, relative_errors
+from fusionserve.engine.fit_check import ModelFit, in_one_row, make_prompts, max_error, relative_errors
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_batch import PagedBatch
@@ -29,21 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 def make_decoder(
-    model: PreTrainedModel,
-    cache_shapes: Mapping[nn.Module, CacheShape],
-    max_context_tokens: int,
-    dtype: torch.dtype,
-    *,
-    is_quantized: bool,
+    model: PreTrainedModel, fit: ModelFit, max_context_tokens: int, dtype: torch.dtype, *, is_quantized: bool
 ) -> DecoderModel | None:
     """For a model whose linear modules are adapted ones; None if it is not known, or not what it was."""
     try:
-        decoder = DecoderModel.of(model, max_context_tokens, dtype)
+        decoder = DecoderModel.of(model, fit.attention_options, max_context_tokens, dtype)
         if decoder is None:
             return None
         # Inputs in 8 bits turn a last digit into a step.
         limit = max_error(torch.bfloat16 if is_quantized else dtype)
-        error = _error(model, decoder, cache_shapes, dtype)
+        error = _error(model, decoder, fit, dtype)
     except Exception as failure:  # what is missing depends on the release of transformers
         logger.warning("no decoder of our own for %s: %r", type(model).__name__, failure)
         return None
@@ -58,21 +52,15 @@ def make_decoder(
 
 
 @torch.inference_mode()
-def _error(
-    model: PreTrainedModel,
-    decoder: DecoderModel,
-    cache_shapes: Mapping[nn.Module, CacheShape],
-    dtype: torch.dtype,
-) -> float:
+def _error(model: PreTrainedModel, decoder: DecoderModel, fit: ModelFit, dtype: torch.dtype) -> float:
     """The median over positions: of a mixture of experts a position may be routed elsewhere by a last digit."""
     prompts = make_prompts(model)
-    token_ids = torch.cat(prompts)
-    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
+    token_ids, positions = in_one_row(prompts)
     like = torch.empty(0, dtype=dtype, device=token_ids.device)
     num_slots, pages = _BLOCK_SIZE * len(prompts), HugePages()
     caches = {
         module: LayerCache.zeros(like, num_slots, _BLOCK_SIZE, shape.sizes, pages)
-        for module, shape in cache_shapes.items()
+        for module, shape in fit.cache_shapes.items()
     }
     ends = list(accumulate((len(ids) for ids in prompts), initial=0))
     sequences = [PackedSequence(start, end, 0, [n]) for n, (start, end) in enumerate(pairwise(ends))]

@@ -16,7 +16,7 @@ from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.layer_form import GatedMLP, LayerForm
 from fusionserve.kernels.layer_cache import LayerCache
-from fusionserve.kernels.native_layer import LayerSettings, NativeLayer
+from fusionserve.kernels.native_layer import NativeLayer
 from fusionserve.kernels.pointwise import Angles, RMSNorm, gated_product, rms_norm
 
 
@@ -27,7 +27,7 @@ class DecoderLayer:
     """
 
     def __init__(self, form: LayerForm, angles: int) -> None:
-        self._form, self._angles = form, angles
+        self._attention, self._settings, self._angles = form.attention, form.settings, angles
         self._heads, self._output = Projections(form.heads), Projections([form.output])
         self._mlp = _GatedProducts(form.mlp) if isinstance(form.mlp, GatedMLP) else form.mlp
         own = self._mlp.groups if isinstance(self._mlp, _GatedProducts) else ()
@@ -36,7 +36,7 @@ class DecoderLayer:
 
     def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
         """x [num_tokens, hidden] -> that shape, maybe that memory."""
-        norms = self._form.norms
+        norms = self._settings.norms
         attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
         x = self._add_product(self._output, attended, x, norms.after_attention)
         inner = _normalized(norms.before_mlp, x)
@@ -46,7 +46,7 @@ class DecoderLayer:
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
         """The layer's keys and values."""
-        return batch.cache_of(self._form.attention)
+        return batch.cache_of(self._attention)
 
     def native_layer(self, cache: LayerCache) -> NativeLayer | None:
         """The layer over a cache in one kernel, or None where there is none for all of it."""
@@ -55,41 +55,31 @@ class DecoderLayer:
         heads, output, gate_and_up, down = (group.product for group in self.groups)
         if heads is None or output is None or gate_and_up is None or down is None:
             return None
-        products, form = (heads, output, gate_and_up, down), self._form
-        settings = LayerSettings(
-            norms=form.norms,
-            num_heads=form.num_heads,
-            num_kv_heads=form.num_kv_heads,
-            head_dim=form.head_dim,
-            options=form.options,
-            activation=self._mlp.activation,
-            residual_scale=form.residual_scale,
-            angles=self._angles,
-        )
-        can_compute = NativeLayer.can_compute(products, settings, cache.keys)
-        return NativeLayer(products, settings, cache) if can_compute else None
+        products, settings = (heads, output, gate_and_up, down), self._settings
+        if not NativeLayer.can_compute(products, settings, cache.keys):
+            return None
+        return NativeLayer(products, settings, self._mlp.activation, self._angles, cache)
 
     def _attend(self, x: Tensor, angles: Angles, batch: AttentionBatch) -> Tensor:
-        form = self._form
-        outputs: Sequence[Tensor] = self._heads(x)
+        settings, outputs = self._settings, self._heads(x)
         if len(outputs) == 1:
-            query_width, kv_width = (n * form.head_dim for n in (form.num_heads, form.num_kv_heads))
-            parts = torch.split(outputs[0], [query_width, kv_width, kv_width], dim=-1)
+            parts = torch.split(outputs[0], list(settings.head_widths), dim=-1)
             outputs = [part.contiguous() for part in parts]
         query, key, value = outputs
-        query, key = _normalized(form.norms.query, query), _normalized(form.norms.key, key)
-        query, key, value = (y.view(len(x), -1, form.head_dim) for y in (query, key, value))
-        attended = batch.rotate_and_attend(form.attention, (query, key, value), angles, form.options)
+        query, key = _normalized(settings.norms.query, query), _normalized(settings.norms.key, key)
+        query, key, value = (y.view(len(x), -1, settings.head_dim) for y in (query, key, value))
+        heads = query, key, value
+        attended = batch.rotate_and_attend(self._attention, heads, angles, settings.options)
         return attended.view(len(x), -1)
 
     def _add_product(self, module: Projections, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """x + what the module makes of y, normalized or scaled before if the layer says so."""
-        if norm is None and self._form.residual_scale == 1:
+        if norm is None and self._settings.residual_scale == 1:
             return module.add_(y, x)
         return self._add(module(y)[0], x, norm)
 
     def _add(self, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
-        scale = self._form.residual_scale
+        scale = self._settings.residual_scale
         if norm is not None:
             return x + rms_norm(y, norm)
         return x + (y if scale == 1 else y * scale)

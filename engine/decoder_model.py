@@ -8,7 +8,7 @@ of a decoding step of a small model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fusionserve.engine.decoder_layer import DecoderLayer
 from fusionserve.engine.layer_form import LayerForm, layer_form, read_norm
 from fusionserve.engine.layer_stack import LayerStack
 from fusionserve.engine.rotary_table import RotaryTable
+from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import rms_norm
 
 _GRANITE = "GraniteForCausalLM"
@@ -57,12 +58,21 @@ class DecoderModel:
             self._embedding_scale, self._divisor = base.embedding_multiplier, config.logits_scaling
 
     @classmethod
-    def of(cls, model: PreTrainedModel, max_context_tokens: int, dtype: torch.dtype) -> DecoderModel | None:
-        """For a model whose linear modules are adapted ones, or None if it is not known or a layer has no form."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        options: Mapping[nn.Module, AttentionOptions],
+        max_context_tokens: int,
+        dtype: torch.dtype,
+    ) -> DecoderModel | None:
+        """For a model whose linear modules are adapted ones, or None if it is not known or a layer has no form.
+
+        `options` are those that its attention modules attend with.
+        """
         layers = getattr(model.base_model, "layers", None)
         if type(model).__name__ not in _ARCHITECTURES or not isinstance(layers, nn.ModuleList):
             return None
-        forms = [layer_form(layer) for layer in layers]
+        forms = [layer_form(layer, options) for layer in layers]
         known = [form for form in forms if form is not None]
         return cls(model, known, max_context_tokens, dtype) if known and len(known) == len(forms) else None
 

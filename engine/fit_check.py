@@ -8,6 +8,7 @@ see every token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -43,30 +44,31 @@ class CacheShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelFit:
-    """What the check found: the cache shape of each attention module, and the modules that adapters may touch.
+    """What the check found: each attention module's cache shape and options, and the modules that adapters may touch.
 
     `modules` are in the order in which a forward pass calls them.
     """
 
     cache_shapes: dict[nn.Module, CacheShape]
+    attention_options: dict[nn.Module, AttentionOptions]
     modules: BaseModules
 
 
 class _RecordingBatch:
-    """Stands in for AttentionBatch: plain causal attention over each prompt, and notes of the shapes."""
+    """Stands in for AttentionBatch: plain causal attention over each prompt, and notes of shapes and options."""
 
     def __init__(self) -> None:
         self.shapes: dict[nn.Module, CacheShape] = {}
+        self.options: dict[nn.Module, AttentionOptions] = {}
         self.is_repeated = False
         self.is_causal = True
-        self.num_windows = 0
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.is_repeated |= module in self.shapes
         self.is_causal &= getattr(module, "is_causal", True) is not False
-        self.num_windows += options.sliding_window is not None
+        self.options[module] = options
         self.shapes[module] = CacheShape(key.shape[1], key.shape[2], value.shape[2])
         outputs, start = [], 0
         for length in _PROMPT_LENGTHS:
@@ -96,7 +98,7 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
         raise _unsupported(model, "its output is not that of plain attention over the request's own tokens")
     num_tokens = sum(_PROMPT_LENGTHS)
     usable = {path: modules.by_path[path] for path, rows in calls.num_rows.items() if rows == num_tokens}
-    return ModelFit(batch.shapes, replace(modules, by_path=MappingProxyType(usable)))
+    return ModelFit(batch.shapes, batch.options, replace(modules, by_path=MappingProxyType(usable)))
 
 
 def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context_tokens: int) -> None:
@@ -106,7 +108,8 @@ def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context
         raise _unsupported(model, "one attention module serves several layers")
     if not batch.is_causal:
         raise _unsupported(model, "its attention is not causal")
-    if batch.num_windows < num_windowed_layers(model.config, len(batch.shapes), max_context_tokens):
+    num_windows = sum(options.sliding_window is not None for options in batch.options.values())
+    if num_windows < num_windowed_layers(model.config, len(batch.shapes), max_context_tokens):
         raise _unsupported(model, "its sliding window does not go through the attention interface")
 
 
@@ -137,13 +140,18 @@ def _run_apart(model: PreTrainedModel, prompts: list[Tensor]) -> Tensor:
     return torch.cat([_run(model, "it fails on a short prompt", input_ids=ids[None]) for ids in prompts])
 
 
+def in_one_row(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids and positions [tokens] of the prompts, one behind the other."""
+    return torch.cat(list(prompts)), torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
+
+
 def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _RecordingBatch) -> Tensor:
     """Logits [tokens, vocab] of the prompts in one row, under ours."""
-    positions = torch.cat([torch.arange(len(ids), device=ids.device) for ids in prompts])
+    token_ids, positions = in_one_row(prompts)
     return _run(
         model,
         "it cannot run packed requests",
-        input_ids=torch.cat(prompts)[None],
+        input_ids=token_ids[None],
         position_ids=positions[None],
         logits_to_keep=torch.arange(len(positions), device=positions.device),
         attention_batch=batch,

@@ -11,15 +11,15 @@ to be anything else has no form, and its model stays as transformers computes it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear
-from fusionserve.kernels.native_layer import LayerNorms
+from fusionserve.kernels.native_layer import LayerNorms, LayerSettings
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.pointwise import Activation, RMSNorm
 
@@ -49,50 +49,19 @@ _BEFORE_AND_AFTER = {
 }
 
 
-def _no_window(_: Any) -> None:
-    return None
-
-
-def _own_window(attention: Any) -> int | None:
-    window: int | None = getattr(attention, "sliding_window", None)
-    return window
-
-
-def _configured_window(attention: Any) -> int | None:
-    window: int | None = getattr(attention.config, "sliding_window", None)
-    return window
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """How to read the layers of an architecture."""
-
-    norms: Mapping[str, str]
-    window: Callable[[Any], int | None]  # of an attention module
-    has_softcap: bool = False  # Gemma 3's attention has the number too, but does not use it
-    has_rotations: bool = False  # one for each type of layer
-
-
-_FAMILIES: dict[str, _Family] = {
-    "LlamaDecoderLayer": _Family(_BEFORE, _no_window),
-    "MistralDecoderLayer": _Family(_BEFORE, _configured_window),
-    "Qwen2DecoderLayer": _Family(_BEFORE, _own_window),
-    "Qwen3DecoderLayer": _Family(_BEFORE, _own_window),
-    "SmolLM3DecoderLayer": _Family(_BEFORE, _own_window),
-    "GraniteDecoderLayer": _Family(_BEFORE, _no_window),
-    "Phi3DecoderLayer": _Family(_BEFORE, _configured_window),
-    "GemmaDecoderLayer": _Family(_BEFORE, _no_window),
-    "Gemma2DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_softcap=True),
-    "Gemma3DecoderLayer": _Family(_BEFORE_AND_AFTER, _own_window, has_rotations=True),
-    "MixtralDecoderLayer": _Family(_BEFORE, _configured_window),
-    "Qwen2MoeDecoderLayer": _Family(_BEFORE, _own_window),
-    "Qwen3MoeDecoderLayer": _Family(_BEFORE, _own_window),
-    "OlmoeDecoderLayer": _Family(_BEFORE, _configured_window),
-    "Olmo2DecoderLayer": _Family(_AFTER, _no_window),
-    "Olmo3DecoderLayer": _Family(_AFTER, _own_window, has_rotations=True),
+# How to read the layers of a family: where its norms are.
+_FAMILIES: dict[str, Mapping[str, str]] = {
+    **{
+        f"{family}DecoderLayer": _BEFORE
+        for family in (
+            *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Phi3", "Gemma"),
+            *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"),
+        )
+    },
+    **{f"{family}DecoderLayer": _BEFORE_AND_AFTER for family in ("Gemma2", "Gemma3")},
+    **{f"{family}DecoderLayer": _AFTER for family in ("Olmo2", "Olmo3")},
 }
-
-
+_WITH_ROTATIONS = {"Gemma3DecoderLayer", "Olmo3DecoderLayer"}  # one for each type of layer
 _MIXTURES = {f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")}
 
 
@@ -113,39 +82,38 @@ class LayerForm:
     heads: tuple[AdaptedLinear, ...]  # queries, keys and values, or one module of all
     output: AdaptedLinear
     mlp: GatedMLP | nn.Module  # a module: of a mixture of experts, [1, num_tokens, hidden] -> that shape
-    norms: LayerNorms
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    options: AttentionOptions
-    residual_scale: float
+    settings: LayerSettings
     rotation: str  # which of the model's: "", a type of layer, or NO_ROTATION
 
 
-def layer_form(layer: nn.Module) -> LayerForm | None:
-    """The form of a transformers layer, or None. Its linear modules must be adapted ones by now."""
-    family = _FAMILIES.get(type(layer).__name__)
-    if family is None or not is_of_transformers(layer):
+def layer_form(layer: nn.Module, options: Mapping[nn.Module, AttentionOptions]) -> LayerForm | None:
+    """The form of a transformers layer, or None. Its linear modules must be adapted ones by now.
+
+    `options` are those that the model's attention modules attend with.
+    """
+    name, source = type(layer).__name__, cast(Any, layer)
+    if name not in _FAMILIES or not is_of_transformers(layer):
         return None
-    source: Any = layer
     attention, mlp, config = source.self_attn, _read_mlp(source.mlp), source.self_attn.config
     heads = _modules(attention, "qkv_proj") or _modules(attention, "q_proj", "k_proj", "v_proj")
     clips = getattr(config, "clip_qkv", None) is not None  # OLMoE's, where it is set
     if mlp is None or clips or not _are_adapted(*heads, attention.o_proj):
         return None
-    softcap = attention.attn_logit_softcapping if family.has_softcap else None
+    settings = LayerSettings(
+        norms=_norms(source, _FAMILIES[name]),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        options=options[attention],
+        residual_scale=getattr(source, "residual_multiplier", 1.0),
+    )
     return LayerForm(
         attention=attention,
         heads=heads,
         output=attention.o_proj,
         mlp=mlp,
-        norms=_norms(source, family),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        options=AttentionOptions(attention.scaling, family.window(attention), softcap),
-        residual_scale=getattr(source, "residual_multiplier", 1.0),
-        rotation=_rotation(attention, family),
+        settings=settings,
+        rotation=_rotation(attention, has_several=name in _WITH_ROTATIONS),
     )
 
 
@@ -171,18 +139,17 @@ def _are_adapted(*modules: Any) -> bool:
     return all(isinstance(module, AdaptedLinear) for module in modules)
 
 
-def _norms(layer: Any, family: _Family) -> LayerNorms:
-    places = {place: read_norm(getattr(layer, name)) for place, name in family.norms.items()}
+def _norms(layer: Any, names: Mapping[str, str]) -> LayerNorms:
+    places = {place: read_norm(getattr(layer, name)) for place, name in names.items()}
     attention = layer.self_attn
     own = {"query": getattr(attention, "q_norm", None), "key": getattr(attention, "k_norm", None)}
     return LayerNorms(**places, **{name: read_norm(norm) for name, norm in own.items() if norm is not None})
 
 
-def _rotation(attention: Any, family: _Family) -> str:
+def _rotation(attention: Any, *, has_several: bool) -> str:
     if not getattr(attention, "use_rope", True):
         return NO_ROTATION
-    config = attention.config
-    return config.layer_types[attention.layer_idx] if family.has_rotations else ""
+    return attention.config.layer_types[attention.layer_idx] if has_several else ""
 
 
 def _modules(owner: Any, *names: str) -> tuple[Any, ...]:

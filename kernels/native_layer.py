@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
@@ -18,7 +17,7 @@ from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import NativeAttention
-from fusionserve.kernels.pointwise import Activation, Angles, NativeNorm, RMSNorm
+from fusionserve.kernels.pointwise import Activation, NativeNorm, RMSNorm, Rotation
 from fusionserve.kernels.projections import NativeProjections
 from fusionserve.kernels.segments import Additions, NativeSegment, Segments
 
@@ -39,16 +38,14 @@ class LayerNorms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSettings:
-    """What a layer computes beside its products."""
+    """What a layer computes beside its MLP and its products."""
 
     norms: LayerNorms
     num_heads: int
     num_kv_heads: int
     head_dim: int
     options: AttentionOptions
-    activation: Activation
-    residual_scale: float = 1.0  # of what attention and MLP add, if no norm follows them
-    angles: int = 0  # which of the model's
+    residual_scale: float  # of what attention and MLP add, if no norm follows them
 
     @property
     def head_widths(self) -> tuple[int, int, int]:
@@ -91,19 +88,17 @@ class _Step(ctypes.Structure):
 class NativeStep:
     """What all layers of a step share: its tokens' places, what they attend to, and the segments of its adapters.
 
-    `angles` are those that layers choose from, `slots` [num_tokens] where the tokens' keys and values go.
+    Layers choose from the rotations, which have the same slots.
     """
 
     def __init__(
         self,
-        angles: Sequence[Angles],
-        slots: Tensor,
+        rotations: Sequence[Rotation],
         attentions: Sequence[NativeAttention],
         segments: Segments | None,
     ) -> None:
-        for tensor in (tensor for pair in angles for tensor in pair):
-            assert tensor.dtype == torch.float32 and tensor.is_contiguous() and len(tensor) == len(slots)
-        self._kept = angles, slots, attentions, segments  # the kernel has their addresses
+        self._kept = rotations, attentions, segments  # the kernel has their addresses
+        angles, slots = [rotation.angles for rotation in rotations], rotations[0].slots
         self.angle_dims = tuple(cos.shape[1] for cos, _ in angles)
         segment_array = (NativeSegment * 0)() if segments is None else segments.array
         self.arguments = _Step(
@@ -120,9 +115,16 @@ class NativeStep:
 
 
 class NativeLayer:
-    """One layer over its cache."""
+    """One layer over its cache; `angles` says which of the step's it takes."""
 
-    def __init__(self, products: LayerProducts, settings: LayerSettings, cache: LayerCache) -> None:
+    def __init__(
+        self,
+        products: LayerProducts,
+        settings: LayerSettings,
+        activation: Activation,
+        angles: int,
+        cache: LayerCache,
+    ) -> None:
         keys, values, options, norms = cache.keys, cache.values, settings.options, settings.norms
         for tensor in (keys, values):
             assert tensor.dtype == keys.dtype and tensor.is_contiguous()
@@ -144,8 +146,8 @@ class NativeLayer:
             settings.head_dim,
             cache.is_tiled,
             options.sliding_window or 0,
-            settings.angles,
-            settings.activation,
+            angles,
+            activation,
             options.softmax_scale,
             options.softcap or 0.0,
             settings.residual_scale,

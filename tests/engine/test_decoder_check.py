@@ -45,11 +45,13 @@ def another_activation(form: layer_form.LayerForm) -> layer_form.LayerForm:
 
 
 def no_norm(form: layer_form.LayerForm) -> layer_form.LayerForm:
-    return replace(form, norms=replace(form.norms, before_mlp=None))
+    settings = form.settings
+    return replace(form, settings=replace(settings, norms=replace(settings.norms, before_mlp=None)))
 
 
 def another_scale(form: layer_form.LayerForm) -> layer_form.LayerForm:
-    return replace(form, options=replace(form.options, softmax_scale=0.1))
+    settings = form.settings
+    return replace(form, settings=replace(settings, options=replace(settings.options, softmax_scale=0.1)))
 
 
 @pytest.mark.parametrize("changed", [another_activation, no_norm, another_scale])
@@ -63,8 +65,8 @@ def test_transformers_serves_where_it_is_not(
 ) -> None:
     read = layer_form.layer_form
 
-    def misread(layer: torch.nn.Module) -> layer_form.LayerForm | None:
-        form = read(layer)
+    def misread(layer: torch.nn.Module, options: Any) -> layer_form.LayerForm | None:
+        form = read(layer, options)
         return None if form is None else changed(form)
 
     monkeypatch.setattr(decoder_model, "layer_form", misread)

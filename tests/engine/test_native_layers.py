@@ -51,7 +51,7 @@ def test_model_with_another_activation_has_none(tmp_path: Path) -> None:
 
 def test_model_without_adapted_modules_has_none(tmp_path: Path) -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(save_tiny_model("llama", tmp_path))
-    assert DecoderModel.of(model, 64, torch.float32) is None
+    assert DecoderModel.of(model, {}, 64, torch.float32) is None
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
