@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fusionserve import heap
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.fit_check import ModelFit, in_one_row, make_prompts, max_error, relative_errors
@@ -38,6 +39,7 @@ def make_decoder(
         # Inputs in 8 bits turn a last digit into a step.
         limit = max_error(torch.bfloat16 if is_quantized else dtype)
         error = _error(model, decoder, fit, dtype)
+        heap.trim()  # of logits of every position, several times
     except Exception as failure:  # what is missing depends on the release of transformers
         logger.warning("no decoder of our own for %s: %r", type(model).__name__, failure)
         return None

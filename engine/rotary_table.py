@@ -13,7 +13,7 @@ class RotaryTable:
     """Stands in for a model's rotary embedding, whose angles must not change with the length of the context.
 
     `rotation` is which of its rotations, as `LayerForm` has it. Angles are what the model computes for activations of
-    `dtype`, held in float32.
+    `dtype`, held as it has them and widened when they are looked up.
     """
 
     def __init__(
@@ -26,8 +26,9 @@ class RotaryTable:
         positions = torch.arange(max_positions, device=device)[None]
         options = {"layer_type": rotation} if rotation else {}
         cos, sin = embedding(torch.empty(0, dtype=dtype, device=device), position_ids=positions, **options)
-        self._cos, self._sin = (table[0].float().contiguous() for table in (cos, sin))  # [max_positions, dim]
+        self._cos, self._sin = (table[0].contiguous() for table in (cos, sin))  # [max_positions, dim]
 
     def angles(self, positions: Tensor) -> Angles:
         """Those of positions [num_tokens]."""
-        return Angles(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+        cos, sin = (table.index_select(0, positions).float() for table in (self._cos, self._sin))
+        return Angles(cos, sin)

@@ -41,7 +41,12 @@ struct PlainKeys : PlainTiles<Number> {
     void score(const Number* const* queries, Index num_tiles, float (*scores)[STRETCH_TILES * TILE]) const {
         constexpr int SLOTS = TOGETHER / (QUERIES == 3 ? 4 : QUERIES);
         for (Index k = 0; k < num_tiles; ++k)
-            for (Index slot = 0; slot < num_rows[k]; slot += SLOTS) score_slots<QUERIES, SLOTS>(queries, k, slot, scores);
+            if constexpr (HAS_MANY_REGISTERS)
+                for (Index slot = 0; slot < num_rows[k]; slot += SLOTS) score_slots<QUERIES, SLOTS>(queries, k, slot, scores);
+            else
+                for (int q = 0; q < QUERIES; ++q)
+                    for (Index slot = 0; slot < num_rows[k]; ++slot)
+                        dot_rows<1>(queries[q], rows[k] + slot * stride, stride, dim, &scores[q][k * TILE + slot]);
     }
 
 private:
@@ -82,6 +87,16 @@ struct PlainValues : PlainTiles<Number> {
     // sums[q] = sums[q] * shrinks[q] + sum over slots of weights[q][slot] v
     template <int QUERIES>
     void add(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums) const {
+        constexpr int TOGETHER = HAS_MANY_REGISTERS ? QUERIES : 1;
+        for (int q = 0; q < QUERIES; q += TOGETHER) add_some<TOGETHER>(weights + q, shrinks + q, num_tiles, sums + q);
+    }
+
+private:
+    static constexpr int MOST_LANES = 4;
+
+    template <int QUERIES>
+    void add_some(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles,
+                  float* const* sums) const {
         Index i = 0;
         for (; i + MOST_LANES * LANES <= dim; i += MOST_LANES * LANES)
             add_lanes<QUERIES, MOST_LANES>(weights, shrinks, num_tiles, sums, i);
@@ -94,9 +109,6 @@ struct PlainValues : PlainTiles<Number> {
                         sums[q][i] += weights[q][k * TILE + slot] * to_float(rows[k][slot * stride + i]);
             }
     }
-
-private:
-    static constexpr int MOST_LANES = 4;
 
     template <int QUERIES, int NUM_LANES>
     void add_lanes(const float (*weights)[STRETCH_TILES * TILE], const float* shrinks, Index num_tiles, float* const* sums,

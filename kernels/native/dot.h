@@ -3,12 +3,9 @@
 
 #include "lanes.h"
 
-#include <algorithm>
-
-// sums[r] = x . rows[r], the rows `stride` apart.
+// sums[r] = x . rows[r], the rows `stride` apart, ROWS of them together.
 template <int ROWS, typename Number>
-static inline void dot_rows(const Number* x, const Number* rows, Index stride, Index length, float* sums) {
-#ifdef __AVX512F__  // with fewer registers the rows' sums would go to memory and back
+static inline void dot_lanes(const Number* x, const Number* rows, Index stride, Index length, float* sums) {
     Lanes totals[ROWS] = {};
     Index i = 0;
     for (; i + LANES <= length; i += LANES) {
@@ -22,7 +19,13 @@ static inline void dot_rows(const Number* x, const Number* rows, Index stride, I
         for (int r = 0; r < ROWS; ++r) sums[r] = sum_of(totals[r]);
     for (; i < length; ++i)
         for (int r = 0; r < ROWS; ++r) sums[r] += to_float(x[i]) * to_float(rows[r * stride + i]);
-#else
+}
+
+// The same. With few registers the sums of several rows would go to memory and back: row by row, and in a loop that the
+// compiler turns to its own vectors.
+template <int ROWS, typename Number>
+static inline void dot_rows(const Number* x, const Number* rows, Index stride, Index length, float* sums) {
+    if constexpr (HAS_MANY_REGISTERS) return dot_lanes<ROWS>(x, rows, stride, length, sums);
     for (int r = 0; r < ROWS; ++r) {
         const Number* row = rows + r * stride;
         float sum = 0;
@@ -30,7 +33,6 @@ static inline void dot_rows(const Number* x, const Number* rows, Index stride, I
         for (Index i = 0; i < length; ++i) sum += to_float(x[i]) * to_float(row[i]);
         sums[r] = sum;
     }
-#endif
 }
 
 #ifdef __AVX512BF16__

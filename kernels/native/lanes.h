@@ -11,6 +11,13 @@
 
 constexpr Index LANES = 16;
 
+// 32 of 16 numbers each; else 16 of 8.
+#ifdef __AVX512F__
+constexpr bool HAS_MANY_REGISTERS = true;
+#else
+constexpr bool HAS_MANY_REGISTERS = false;
+#endif
+
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 
 static inline Lanes load_lanes(const float* numbers) {

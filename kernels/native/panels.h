@@ -20,13 +20,6 @@ constexpr Index SHARE_STEP = 32;    // and what their number is a multiple of
 constexpr Index MOST_OUTPUTS_PER_TOKEN = 4;  // of which threads have tokens of their own; all of them read all weights
 constexpr Index MOST_PAIR_BYTES = 256 * 1024;  // of columns that one thread takes at once and does not keep
 
-// With 16 registers of 8 numbers, a tile of several tokens has one panel.
-#ifdef __AVX512F__
-constexpr bool HAS_MANY_REGISTERS = true;
-#else
-constexpr bool HAS_MANY_REGISTERS = false;
-#endif
-
 // One of the modules that share an input. y: [num_tokens, d_out], rows y_stride apart; add: y += instead of y =.
 struct LinearPart {
     const void* weights;  // in panels
@@ -38,8 +31,9 @@ struct LinearPart {
     const AddedRows* rows;  // what adapters add, or null
 };
 
-// True if a product's tiles are single panels. With many registers they are for few tokens, which take less long to multiply
-// than weights to read: in one run they are read fastest, and stay in the nearest cache for the next tokens.
+// True if a product's tiles are single panels. With few registers those of several tokens are. With many they are for few
+// tokens, which take less long to multiply than weights to read: in one run they are read fastest, and stay in the nearest
+// cache for the next tokens.
 template <typename Product>
 static bool takes_single_panels(const Product& product) {
     return HAS_MANY_REGISTERS ? product.num_tokens <= FEW_TOKENS : product.num_tokens > 1;
