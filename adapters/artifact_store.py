@@ -34,6 +34,7 @@ from fusionserve.kernels.torch_errors import is_out_of_memory
 from fusionserve.metrics import HostMetrics
 
 DEFAULT_LOAD_TIMEOUT_S = 120.0
+CORE_BORROWED_S = 0.05  # at most, by each read: storage may be slow, and then the core lies idle
 _MAX_CONCURRENT_LOADS = 2
 _MAX_LEASE_ATTEMPTS = 8
 _MEMORY_RETRY_S = 5.0

@@ -12,10 +12,11 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -38,6 +39,7 @@ _LENGTH_BYTES = 8
 _BLOCK_BYTES = 1 << 20  # what is read at once of small tensors; a second cache holds it while it is copied
 _GIT_LFS_POINTER = b"version "  # what a clone without Git LFS leaves in place of a large file
 _HEADER_DEPTH = 3  # file, entry, shape
+_KEPT_HEADERS = 4  # fine-tunes of one base by one script have the same, and parsing it is a tenth of a load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ class SafetensorsFile:
         assert self._is_hashed, "the digest needs the whole file"
         return self._hash.hexdigest()
 
-    def _read_header(self, file_bytes: int) -> list[TensorSpec]:
+    def _read_header(self, file_bytes: int) -> Sequence[TensorSpec]:
         if file_bytes < _LENGTH_BYTES:
             raise _truncated()
         prefix = self._read_hashed(_LENGTH_BYTES)
@@ -136,7 +138,8 @@ def _read_ahead(file: io.FileIO) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _parse_header(data: bytes) -> list[TensorSpec]:
+@lru_cache(_KEPT_HEADERS)
+def _parse_header(data: bytes) -> tuple[TensorSpec, ...]:
     if not data.startswith(b"{"):
         raise _malformed("its header is not a JSON object")
     try:
@@ -147,7 +150,7 @@ def _parse_header(data: bytes) -> list[TensorSpec]:
     if len(header) > MAX_TENSORS:
         raise ArtifactError(f"the weights file has over {MAX_TENSORS} tensors", reason="HEADER_TOO_LARGE")
     specs = [_parse_entry(name, entry) for name, entry in header.items()]
-    return sorted(specs, key=lambda spec: (spec.start, spec.end))
+    return tuple(sorted(specs, key=lambda spec: (spec.start, spec.end)))
 
 
 def _check_metadata(metadata: object) -> None:
@@ -179,7 +182,7 @@ def _to_sizes(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _check_layout(specs: list[TensorSpec], data_bytes: int) -> None:
+def _check_layout(specs: Sequence[TensorSpec], data_bytes: int) -> None:
     position = 0
     for spec in specs:
         if spec.start != position:

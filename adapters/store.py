@@ -12,6 +12,7 @@ from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_store import (
+    CORE_BORROWED_S,
     DEFAULT_LOAD_TIMEOUT_S,
     ArtifactSource,
     ArtifactStore,
@@ -21,6 +22,7 @@ from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import PreconditionError
+from fusionserve.kernels.threads import borrowed_core
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         return await asyncio.to_thread(self._read_now, source)
 
     def _read_now(self, source: ArtifactSource) -> AdapterContent:
-        with open_source(source) as directory:
+        with open_source(source) as directory, borrowed_core(CORE_BORROWED_S):
             return self._load_content(directory)
 
     def _digest_of(self, content: AdapterContent) -> str:

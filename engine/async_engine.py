@@ -106,7 +106,7 @@ class AsyncEngine:
             default_max_new_tokens=config.default_max_new_tokens,
             pool_ranks=config.adapter_pool_ranks,
         )
-        self.engine = build_engine(
+        self.engine, self._cache_memory = build_engine(
             config, base, self._release, adapter_labels, FusionMetrics(self._fusion_labels)
         )
         self._thread = EngineThread(self.engine, self._deliver_soon, self._die_soon)
@@ -133,6 +133,7 @@ class AsyncEngine:
             with self._failing_start("fusion", name):
                 await self._fusions.load_from(name, directory)
         await self._warm_up()
+        self._cache_memory.get_soon()
         self._watching = asyncio.create_task(self._watch())
 
     async def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
@@ -244,6 +245,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """Stops the engine thread; requests still open end with UnavailableError."""
         self._is_draining = True
+        self._cache_memory.stop()
         if self._watching is not None:
             self._watching.cancel()
         await asyncio.to_thread(self._thread.stop, _LAST_WORDS_S if self._failed.is_set() else None)

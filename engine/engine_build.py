@@ -9,6 +9,7 @@ from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.block_pool import BlockPool
+from fusionserve.engine.cache_memory import CacheMemory
 from fusionserve.engine.engine import Engine
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
@@ -23,8 +24,11 @@ def build_engine(
     release_leases: Callable[[LeasedAdaptation], None],
     adapter_labels: AdapterLabels,
     fusion_metrics: FusionMetrics,
-) -> Engine:
-    """The engine of a loaded base. Raises StartupError if its KV cache does not fit the budget."""
+) -> tuple[Engine, CacheMemory]:
+    """The engine of a loaded base, and the memory of its KV cache.
+
+    Raises StartupError if a cache does not fit the budget.
+    """
     num_blocks = num_cache_blocks(
         base,
         block_size=config.block_size,
@@ -49,7 +53,7 @@ def build_engine(
     )
     runner = ModelRunner(base, block_size=config.block_size, num_blocks=num_blocks)
     runner.warm_up(config.max_batch_requests)
-    return Engine(
+    engine = Engine(
         scheduler,
         runner,
         eos_token_ids=base.eos_token_ids,
@@ -58,3 +62,4 @@ def build_engine(
         adapter_labels=adapter_labels,
         fusion_metrics=fusion_metrics,
     )
+    return engine, runner.cache_memory

@@ -14,6 +14,7 @@ from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.adapters.row_plan import RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.cache_memory import CacheMemory
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fit_check import CacheShape
 from fusionserve.engine.fused_chunks import (
@@ -59,6 +60,7 @@ class ModelRunner:
             module: LayerCache.zeros(self._like, num_slots, block_size, shape.sizes, pages)
             for module, shape in base.cache_shapes.items()
         }
+        self.cache_memory = CacheMemory(self._caches.values())
         if on_device:
             self._prepare_device(num_blocks)
 

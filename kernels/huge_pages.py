@@ -7,18 +7,23 @@ that hardly counts (madvise(2), MADV_HUGEPAGE).
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+import sys
 import threading
 from contextlib import suppress
+from ctypes import c_int, c_size_t, c_void_p
+from functools import cache
 
 import torch
 from torch import Tensor
 
-_PAGE = 2 << 20  # bytes of a huge page
+HUGE_PAGE_BYTES = 2 << 20
 _LEAST = 64 << 20  # bytes of a mapping; it takes memory where it has been written to
 _LINE = 64
 _SMALL_PAGE = 4096
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python's mmap does not name; from Linux 5.14 on
 
 
 class HugePages:
@@ -61,14 +66,32 @@ def touch_zeros(tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8)[::_SMALL_PAGE] = 0
 
 
+def populate(tensor: Tensor) -> bool:
+    """Like `touch_zeros` for part of a tensor of `HugePages` that others may be writing to: what is there stays.
+
+    False if the system cannot do that, or has no memory left.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    num_bytes = tensor.data_ptr() + tensor.nbytes - begin
+    advised: int = _libc().madvise(c_void_p(begin), c_size_t(num_bytes), c_int(_POPULATE_WRITE))
+    return advised == 0
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _map(num_bytes: int) -> Tensor:
     """Zeros [num_bytes] from the beginning of a huge page on."""
     try:
-        mapping = mmap.mmap(-1, num_bytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no room for {num_bytes} bytes") from error
     with suppress(OSError):  # a kernel without them: the same memory in small pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE
+    start = -memory.data_ptr() % HUGE_PAGE_BYTES
     return memory[start : start + num_bytes]

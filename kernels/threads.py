@@ -7,8 +7,12 @@ and give the core to nobody meanwhile, neither to the native kernels' helpers no
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from fusionserve.kernels.native_library import native_library
 
 
 def compute_alone() -> None:
@@ -17,3 +21,21 @@ def compute_alone() -> None:
     set_num_threads = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
     if set_num_threads is not None:
         set_num_threads(1)
+
+
+@contextmanager
+def borrowed_core(at_most_s: float) -> Iterator[None]:
+    """Has the native kernels do without one of their helpers while the block computes, at most so long.
+
+    The engine goes on with the cores that are left. Without this it stops whenever the system gives a helper's core to
+    the block in the middle of a piece of work, and with memory to read one core of two does more than half.
+    """
+    library = native_library()
+    if library is None:
+        yield
+        return
+    library.lend_core(ctypes.c_int64(round(at_most_s * 1e6)))
+    try:
+        yield
+    finally:
+        library.take_core_back()

@@ -4,6 +4,9 @@
 // they sleep, and give the core away as they watch. The caller works too and never waits for a helper that has not begun:
 // every piece is claimed by one atomic step, and only claimed pieces are waited for.
 //
+// It does wait for a piece whose helper has lost its core. So a thread that is about to compute beside the kernels borrows one:
+// a helper then sleeps, and the caller works on alone instead of waiting for it in every second job.
+//
 // Each thread has a queue of neighbouring pieces, and takes from the others' when its own is empty. So from one piece of
 // work to the next a thread meets the tokens, and reads on behind the weights, that are in its cache.
 
@@ -29,6 +32,7 @@ constexpr int PAUSES = 200;
 constexpr auto WATCH = std::chrono::microseconds(500);
 constexpr uint64_t ROUND = uint64_t(1) << 32;  // a ticket is the number of the job, times this, plus the next piece
 constexpr uint64_t PIECE_MASK = ROUND - 1;
+constexpr int LENDER = 0;  // the helper whose core is lent
 constexpr int MOST_QUEUES = 256;  // threads beyond them share
 
 // The pieces up to `end` that a thread takes first.
@@ -66,7 +70,21 @@ public:
         }
     }
 
+    // The lender sleeps until as many returns as loans have come, or the last loan's time is over.
+    void lend(std::chrono::microseconds at_most) {
+        const std::lock_guard<std::mutex> guard(loans_);
+        const int64_t others_end = num_loans_++ > 0 ? loans_end_.load() : 0;
+        loans_end_ = std::max(others_end, now_us() + at_most.count());
+        is_lent_.store(1);
+    }
+
+    void take_back() {
+        const std::lock_guard<std::mutex> guard(loans_);
+        if (--num_loans_ == 0) wake_lender();
+    }
+
     void run(Piece run, const void* work, Index count) {
+        if (is_lent_.load(std::memory_order_relaxed) && now_us() > loans_end_.load(std::memory_order_relaxed)) wake_lender();
         const std::unique_lock<std::mutex> guard(callers_, std::try_to_lock);
         if (!guard.owns_lock() || size() == 1 || count == 1) {
             for (Index piece = 0; piece < count; ++piece) run(work, piece);
@@ -82,6 +100,15 @@ public:
     }
 
 private:
+    static int64_t now_us() {
+        const auto now = std::chrono::steady_clock::now().time_since_epoch();
+        return std::chrono::duration_cast<std::chrono::microseconds>(now).count();
+    }
+
+    void wake_lender() {
+        if (is_lent_.exchange(0)) is_lent_.notify_all();
+    }
+
     // Shares the pieces out; returns to how many queues.
     int open(Piece run, const void* work, Index count) {
         const int num_queues = static_cast<int>(std::min<Index>({size(), MOST_QUEUES, count}));
@@ -127,15 +154,16 @@ private:
     void help(int number) {
         uint64_t seen = job_.round.load(std::memory_order_acquire);
         for (;;) {
-            seen = await_job(seen);
+            seen = await_job(seen, number);
             if (number < size() - 1) take_pieces(seen, number + 1);
         }
     }
 
     // Returns the number of a job other than `seen`: watches for one, then sleeps.
-    uint64_t await_job(uint64_t seen) {
+    uint64_t await_job(uint64_t seen, int number) {
         const auto end = std::chrono::steady_clock::now() + WATCH;
         for (int turn = 0;; ++turn) {
+            if (number == LENDER && is_lent_.load(std::memory_order_relaxed)) is_lent_.wait(1);
             const uint64_t round = job_.round.load(std::memory_order_acquire);
             if (round != seen) return round;
             if (turn % PAUSES != PAUSES - 1) {
@@ -156,6 +184,10 @@ private:
     std::atomic<int> size_{1};
     std::atomic<int> num_sleeping_{0};
     int num_helpers_ = 0;
+    std::mutex loans_;
+    int num_loans_ = 0;
+    std::atomic<int64_t> loans_end_{0};  // microseconds of the steady clock
+    std::atomic<int> is_lent_{0};
 };
 
 }  // namespace
@@ -164,4 +196,8 @@ int num_threads() { return Pool::instance().size(); }
 
 void run_pieces(Piece run, const void* work, Index count) { Pool::instance().run(run, work, count); }
 
-extern "C" void set_num_threads(int count) { Pool::instance().resize(count); }
+extern "C" {
+void set_num_threads(int count) { Pool::instance().resize(count); }
+void lend_core(int64_t at_most_us) { Pool::instance().lend(std::chrono::microseconds(at_most_us)); }
+void take_core_back() { Pool::instance().take_back(); }
+}

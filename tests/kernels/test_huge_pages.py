@@ -1,5 +1,6 @@
 """Memory in huge pages: zeros of its own for every tensor, asked for as such, and given back."""
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fusionserve.kernels import huge_pages
-from fusionserve.kernels.huge_pages import HugePages, touch_zeros
+from fusionserve.kernels.huge_pages import HugePages, populate, touch_zeros
 
 MEBIBYTE = 1 << 20
 LIKE = torch.empty(0, dtype=torch.bfloat16)
@@ -73,6 +74,20 @@ def test_touched_zeros_are_there() -> None:
     touch_zeros(tensor)
     assert resident_bytes() - before > 60 * MEBIBYTE
     assert not tensor.any()
+
+
+def test_populated_memory_keeps_what_was_written() -> None:
+    tensor = HugePages().zeros(LIKE, 8, 4 * MEBIBYTE)
+    tensor[3, 5:9] = 7
+    before = resident_bytes()
+    assert populate(tensor[2:7])
+    assert 34 * MEBIBYTE < resident_bytes() - before < 44 * MEBIBYTE  # one of the pages was there
+    assert (tensor[3, 5:9] == 7).all() and int(tensor.count_nonzero()) == 4
+
+
+def test_memory_that_is_not_there_cannot_be_populated() -> None:
+    nobodys = torch.frombuffer((ctypes.c_char * 4096).from_address(1 << 12), dtype=torch.uint8)
+    assert not populate(nobodys)
 
 
 def test_copy() -> None:

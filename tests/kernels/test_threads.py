@@ -1,8 +1,11 @@
-"""Several threads that call kernels at the same time share one pool of helpers."""
+"""Several threads that call kernels at the same time share one pool of helpers, and may borrow a core of it."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +33,51 @@ def test_callers_do_not_mix_their_pieces() -> None:
     with ThreadPoolExecutor(NUM_CALLERS) as callers:
         for differences in callers.map(call, range(NUM_CALLERS)):
             assert max(float(difference.abs().max()) for difference in differences) < 1e-4
+
+
+# Prints what part of the time the only helper was busy: freely, while its core is lent, and after the loan's end.
+HELPED = """
+import os, time
+from contextlib import nullcontext
+
+import torch
+
+from fusionserve.kernels.native_library import native_library
+from fusionserve.kernels.pointwise import argmax
+from fusionserve.kernels.threads import borrowed_core
+
+torch.set_num_threads(1)
+library = native_library()
+before = set(os.listdir("/proc/self/task"))
+library.set_num_threads(2)
+(helper,) = set(os.listdir("/proc/self/task")) - before
+x = torch.randn(64, 1024)
+expected = x.argmax(-1)
+
+def cpu_s():
+    return int(open(f"/proc/self/task/{helper}/schedstat").read().split()[0]) / 1e9
+
+def helped(loan):
+    with loan:
+        begin_s, begin_cpu_s = time.monotonic(), cpu_s()
+        while time.monotonic() < begin_s + 0.4:
+            assert torch.equal(argmax(x), expected)
+        return (cpu_s() - begin_cpu_s) / 0.4
+
+print(helped(nullcontext()), helped(borrowed_core(60)), helped(borrowed_core(0.1)), helped(nullcontext()))
+with borrowed_core(60):
+    with borrowed_core(60):
+        pass
+    print(helped(nullcontext()))
+"""
+
+
+@pytest.mark.skipif(native_library() is None, reason="there is no native library")
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say who computed")
+def test_a_lent_core_is_left_alone_until_the_loan_ends() -> None:
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", HELPED], capture_output=True, text=True, timeout=60, check=True
+    )
+    free, lent, late, after, lent_twice = map(float, run.stdout.split())
+    assert min(free, late, after) > 0.15, run.stdout  # of a core that others may share
+    assert max(lent, lent_twice) < 0.02, run.stdout
