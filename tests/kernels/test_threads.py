@@ -79,5 +79,5 @@ def test_a_lent_core_is_left_alone_until_the_loan_ends() -> None:
         [sys.executable, "-P", "-c", HELPED], capture_output=True, text=True, timeout=60, check=True
     )
     free, lent, late, after, lent_twice = map(float, run.stdout.split())
-    assert min(free, late, after) > 0.15, run.stdout  # of a core that others may share
-    assert max(lent, lent_twice) < 0.02, run.stdout
+    # A helper gives its core away as it watches, so that it gets little where others are busy.
+    assert max(lent, lent_twice) < 0.2 * min(free, late, after), run.stdout
