@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,16 @@ from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_store import (
-    CORE_BORROWED_S,
     DEFAULT_LOAD_TIMEOUT_S,
     ArtifactSource,
     ArtifactStore,
+    on_borrowed_core,
     open_source,
 )
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import PreconditionError
-from fusionserve.kernels.threads import borrowed_core
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,10 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         self._holds = holds
 
     async def _read(self, name: str, source: ArtifactSource) -> AdapterContent:
-        return await asyncio.to_thread(self._read_now, source)
+        return await on_borrowed_core(self._read_now, source)
 
     def _read_now(self, source: ArtifactSource) -> AdapterContent:
-        with open_source(source) as directory, borrowed_core(CORE_BORROWED_S):
+        with open_source(source) as directory:
             return self._load_content(directory)
 
     def _digest_of(self, content: AdapterContent) -> str:

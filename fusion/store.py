@@ -5,7 +5,6 @@ The members stay leased as long as a version of the fusion is loaded, so they ar
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +12,21 @@ from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, FusionMemberStatus, FusionStatus, Residency
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.artifact_store import (
-    CORE_BORROWED_S,
     DEFAULT_LOAD_TIMEOUT_S,
     ArtifactSource,
     ArtifactStore,
+    on_borrowed_core,
     open_source,
 )
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.host_registry import RegistryEntry
-from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.store import AdapterStore, FusionHold
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, NotFoundError
 from fusionserve.fusion.config import FusionConfig
-from fusionserve.fusion.folded import FoldedFusion
 from fusionserve.fusion.fusion import Fusion, FusionContent
 from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over, read_fusion
 from fusionserve.fusion.registry import FusionRegistry
-from fusionserve.kernels.threads import borrowed_core
 
 
 class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
@@ -65,23 +61,19 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         metrics.FUSION_PINS.dec(len(fusion.members))
 
     async def _read(self, name: str, source: ArtifactSource) -> FusionContent:
-        fusion = await asyncio.to_thread(self._read_now, source)
+        fusion = await on_borrowed_core(self._read_now, source)
         members = await self._lease_members(fusion.config)
         try:
             weights = [member.weights for member in members]
-            folded = await asyncio.to_thread(self._fold_now, fusion, weights)
+            folded = await on_borrowed_core(fold_over, fusion, weights, self._policy)
         except BaseException:
             self._adapters.registry.release(members)
             raise
         return FusionContent(folded, members)
 
     def _read_now(self, source: ArtifactSource) -> ReadFusion:
-        with open_source(source) as directory, borrowed_core(CORE_BORROWED_S):
+        with open_source(source) as directory:
             return read_fusion(directory, self._base, self._policy)
-
-    def _fold_now(self, fusion: ReadFusion, members: Sequence[LoRAWeights]) -> FoldedFusion:
-        with borrowed_core(CORE_BORROWED_S):
-            return fold_over(fusion, members, self._policy)
 
     async def _lease_members(self, config: FusionConfig) -> tuple[Adapter, ...]:
         try:

@@ -74,10 +74,13 @@ def test_a_system_without_memory_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
     assert len(asked) == 1
 
 
-def test_nothing_is_done_for_a_device() -> None:
+def test_nothing_is_done_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(cache_memory, "populate", asked.append)
     on_device = torch.empty(64, 2, 8, dtype=torch.bfloat16, device="meta")
     CacheMemory([LayerCache(on_device, on_device)]).get_soon()
     wait_for_thread()
+    assert not asked
 
 
 def resident_bytes() -> int:
