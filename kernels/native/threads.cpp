@@ -5,7 +5,7 @@
 // every piece is claimed by one atomic step, and only claimed pieces are waited for.
 //
 // It does wait for a piece whose helper has lost its core. So a thread that is about to compute beside the kernels borrows one:
-// a helper then sleeps, and the caller works on alone instead of waiting for it in every second job.
+// a helper then sleeps, and the caller works on without it instead of waiting for it.
 //
 // Each thread has a queue of neighbouring pieces, and takes from the others' when its own is empty. So from one piece of
 // work to the next a thread meets the tokens, and reads on behind the weights, that are in its cache.
