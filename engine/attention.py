@@ -1,14 +1,17 @@
 """The attention function that transformers' models call, and what it needs to know of the batch.
 
 All requests' tokens come packed as one row `[1, num_tokens]`. Each layer's new keys and values are written to its slots
-of the paged cache; then every request attends to its own slots. The batch travels as a keyword argument of the model
-call, the cache of a layer is found by its attention module.
+of the paged cache; then every request attends to its own slots. A model is called in the block of `attending_to` a
+batch, because some do not hand on to their attention what they are called with. A layer's cache is found by its
+attention module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -24,6 +27,28 @@ if TYPE_CHECKING:
     from fusionserve.kernels.device.paged_launch import DeviceBatch
 
 ATTENTION_NAME = "fusionserve_paged"
+
+
+class Attends(Protocol):
+    """What the attention function asks of a batch."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+    ) -> Tensor:
+        """query, key, value [num_tokens, heads, dim] of the new tokens -> [num_tokens, heads, dim]."""
+
+
+_batch: ContextVar[Attends] = ContextVar("_batch")
+
+
+@contextmanager
+def attending_to(batch: Attends) -> Iterator[None]:
+    """Has the attention of models that are called in its block attend to a batch."""
+    token = _batch.set(batch)
+    try:
+        yield
+    finally:
+        _batch.reset(token)
 
 
 class AttentionBatch:
@@ -73,15 +98,16 @@ def paged_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    *,
-    attention_batch: AttentionBatch,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, num_tokens, dim] -> ([1, num_tokens, heads, dim], None)."""
+    """transformers' attention interface: query [1, heads, num_tokens, dim] -> ([1, num_tokens, heads, dim], None).
+
+    Raises LookupError outside of `attending_to`.
+    """
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(softmax_scale, sliding_window, softcap)
     query, key, value = (heads_first[0].transpose(0, 1) for heads_first in (query, key, value))
-    output = attention_batch.attend(module, query, key, value, options)
+    output = _batch.get().attend(module, query, key, value, options)
     return output[None], None
 
 

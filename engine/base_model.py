@@ -25,7 +25,7 @@ from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import EMPTY_PLAN, PlanCell, RowPlan
 from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
-from fusionserve.engine.attention import AttentionBatch
+from fusionserve.engine.attention import AttentionBatch, attending_to
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.decoder_check import make_decoder
 from fusionserve.engine.decoder_model import DecoderModel
@@ -96,13 +96,15 @@ class BaseModel:
         """token_ids and positions [num_tokens] -> [wanted, vocab]: of the tokens `wanted`, or of all (None)."""
         if self.decoder is not None:
             return self.decoder.logits(token_ids, positions, wanted, batch)
-        output = self.model(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=0 if wanted is None else wanted,  # 0 is all, without copying what they are made of
-            attention_batch=batch,
-        )
+        with attending_to(batch):
+            output = self.model(
+                input_ids=token_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=0
+                if wanted is None
+                else wanted,  # 0 is all, without copying what they are made of
+            )
         logits: Tensor = output.logits[0]
         return logits
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fusionserve import heap
-from fusionserve.engine.attention import AttentionBatch
+from fusionserve.engine.attention import AttentionBatch, attending_to
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.fit_check import ModelFit, in_one_row, make_prompts, max_error, relative_errors
+from fusionserve.engine.model_form import model_form
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_batch import PagedBatch
@@ -33,9 +34,10 @@ def make_decoder(
 ) -> DecoderModel | None:
     """For a model whose linear modules are adapted ones; None if it is not known, or not what it was."""
     try:
-        decoder = DecoderModel.of(model, fit.attention_options, max_context_tokens, dtype)
-        if decoder is None:
+        form = model_form(model, fit.attention_options)
+        if form is None:
             return None
+        decoder = DecoderModel(form, max_context_tokens, dtype)
         # Inputs in 8 bits turn a last digit into a step.
         limit = max_error(torch.bfloat16 if is_quantized else dtype)
         error = _error(model, decoder, fit, dtype)
@@ -70,8 +72,8 @@ def _error(model: PreTrainedModel, decoder: DecoderModel, fit: ModelFit, dtype: 
     def batch() -> AttentionBatch:
         return AttentionBatch(caches, PagedBatch(sequences, _BLOCK_SIZE, token_ids.device))
 
-    expected: Tensor = model(
-        input_ids=token_ids[None], position_ids=positions[None], use_cache=False, attention_batch=batch()
-    ).logits[0]
+    with attending_to(batch()):
+        inputs = {"input_ids": token_ids[None], "position_ids": positions[None]}
+        expected: Tensor = model(**inputs, use_cache=False).logits[0]
     found = decoder.logits(token_ids, positions, None, batch())
     return relative_errors(expected.float(), found.float()).median().item()

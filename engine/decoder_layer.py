@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fusionserve.adapters.adapted_linear import Projections
 from fusionserve.engine.attention import AttentionBatch
-from fusionserve.engine.layer_form import GatedMLP, LayerForm
+from fusionserve.engine.layer_form import DenseMLP, LayerForm
+from fusionserve.kernels.activations import activate, gated_product
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeLayer
-from fusionserve.kernels.pointwise import Angles, RMSNorm, gated_product, rms_norm
+from fusionserve.kernels.norms import Norm, normalize
+from fusionserve.kernels.pointwise import Angles
 
 
 class DecoderLayer:
@@ -29,20 +31,22 @@ class DecoderLayer:
     def __init__(self, form: LayerForm, angles: int) -> None:
         self._attention, self._settings, self._angles = form.attention, form.settings, angles
         self._heads, self._output = Projections(form.heads), Projections([form.output])
-        self._mlp = _GatedProducts(form.mlp) if isinstance(form.mlp, GatedMLP) else form.mlp
-        own = self._mlp.groups if isinstance(self._mlp, _GatedProducts) else ()
+        self._mlp = _MLPProducts(form.mlp) if isinstance(form.mlp, DenseMLP) else form.mlp
+        own = self._mlp.groups if isinstance(self._mlp, _MLPProducts) else ()
         self.groups: tuple[Projections, ...] = (self._heads, self._output, *own)
         self.cell = form.output.cell
 
     def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
         """x [num_tokens, hidden] -> that shape, maybe that memory."""
-        norms = self._settings.norms
+        settings, norms = self._settings, self._settings.norms
+        inner = self._inner(x) if settings.is_parallel else None
         attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
         x = self._add_product(self._output, attended, x, norms.after_attention)
-        inner = _normalized(norms.before_mlp, x)
-        if isinstance(self._mlp, _GatedProducts):
-            return self._add_product(self._mlp.down, self._mlp.gated(inner), x, norms.after_mlp)
-        return self._add(self._mlp(inner[None])[0], x, norms.after_mlp)
+        if inner is None:
+            inner = self._inner(x)
+        if isinstance(self._mlp, _MLPProducts):
+            return self._add_product(self._mlp.down, inner, x, norms.after_mlp)
+        return self._add(inner, x, norms.after_mlp)
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
         """The layer's keys and values."""
@@ -50,21 +54,31 @@ class DecoderLayer:
 
     def native_layer(self, cache: LayerCache) -> NativeLayer | None:
         """The layer over a cache in one kernel, or None where there is none for all of it."""
-        if not isinstance(self._mlp, _GatedProducts):
+        if not isinstance(self._mlp, _MLPProducts):
             return None
-        heads, output, gate_and_up, down = (group.product for group in self.groups)
-        if heads is None or output is None or gate_and_up is None or down is None:
+        heads, output, inner, down = (group.product for group in self.groups)
+        if heads is None or output is None or inner is None or down is None:
             return None
-        products, settings = (heads, output, gate_and_up, down), self._settings
+        products, settings = (heads, output, inner, down), self._settings
         if not NativeLayer.can_compute(products, settings, cache.keys):
             return None
-        return NativeLayer(products, settings, self._mlp.activation, self._angles, cache)
+        return NativeLayer(products, settings, self._mlp.settings, self._angles, cache)
+
+    def _inner(self, x: Tensor) -> Tensor:
+        """What the MLP's last product takes of the tokens x, or what a mixture makes of them."""
+        normalized = _normalized(self._settings.norms.before_mlp, x)
+        if isinstance(self._mlp, _MLPProducts):
+            return self._mlp.inner(normalized)
+        mixed: Tensor = self._mlp(normalized[None])[0]
+        return mixed
 
     def _attend(self, x: Tensor, angles: Angles, batch: AttentionBatch) -> Tensor:
         settings, outputs = self._settings, self._heads(x)
         if len(outputs) == 1:
-            parts = torch.split(outputs[0], list(settings.head_widths), dim=-1)
-            outputs = [part.contiguous() for part in parts]
+            groups = settings.head_groups
+            widths = [width // groups for width in settings.head_widths]
+            parts = torch.split(outputs[0].view(len(x), groups, -1), widths, dim=-1)
+            outputs = [part.reshape(len(x), -1).contiguous() for part in parts]
         query, key, value = outputs
         query, key = _normalized(settings.norms.query, query), _normalized(settings.norms.key, key)
         query, key, value = (y.view(len(x), -1, settings.head_dim) for y in (query, key, value))
@@ -72,32 +86,34 @@ class DecoderLayer:
         attended = batch.rotate_and_attend(self._attention, heads, angles, settings.options)
         return attended.view(len(x), -1)
 
-    def _add_product(self, module: Projections, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _add_product(self, module: Projections, y: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
         """x + what the module makes of y, normalized or scaled before if the layer says so."""
         if norm is None and self._settings.residual_scale == 1:
             return module.add_(y, x)
         return self._add(module(y)[0], x, norm)
 
-    def _add(self, y: Tensor, x: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
         scale = self._settings.residual_scale
         if norm is not None:
-            return x + rms_norm(y, norm)
+            return x + normalize(y, norm)
         return x + (y if scale == 1 else y * scale)
 
 
-class _GatedProducts:
-    def __init__(self, form: GatedMLP) -> None:
-        self._gate_and_up, self.down = Projections(form.gate_and_up), Projections([form.down])
-        self.groups = (self._gate_and_up, self.down)
-        self.activation = form.activation
+class _MLPProducts:
+    def __init__(self, form: DenseMLP) -> None:
+        self._inner, self.down = Projections(form.inner), Projections([form.down])
+        self.groups = (self._inner, self.down)
+        self.settings = form.settings
 
-    def gated(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
         """What `down` takes."""
-        outputs: Sequence[Tensor] = self._gate_and_up(x)
+        outputs, settings = self._inner(x), self.settings
+        if not settings.is_gated:
+            return activate(settings.activation, outputs[0])
         gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-        return gated_product(self.activation, gate, up)
+        return gated_product(settings.activation, gate, up)
 
 
-def _normalized(norm: RMSNorm | None, x: Tensor) -> Tensor:
+def _normalized(norm: Norm | None, x: Tensor) -> Tensor:
     """x [num_tokens, width], normalized in rows as wide as the norm, which may be those of heads."""
-    return x if norm is None else rms_norm(x.view(-1, len(norm.weight)), norm).view(x.shape)
+    return x if norm is None else normalize(x.view(-1, len(norm.weight)), norm).view(x.shape)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.module_calls import ModuleCalls
-from fusionserve.engine.attention import ATTENTION_NAME, register_attention
+from fusionserve.engine.attention import ATTENTION_NAME, attending_to, register_attention
 from fusionserve.engine.config_check import num_windowed_layers
 from fusionserve.errors import StartupError
 from fusionserve.kernels.paged_attention import AttentionOptions, causal_mask, chunk_attention
@@ -148,14 +148,14 @@ def in_one_row(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _RecordingBatch) -> Tensor:
     """Logits [tokens, vocab] of the prompts in one row, under ours."""
     token_ids, positions = in_one_row(prompts)
-    return _run(
-        model,
-        "it cannot run packed requests",
-        input_ids=token_ids[None],
-        position_ids=positions[None],
-        logits_to_keep=torch.arange(len(positions), device=positions.device),
-        attention_batch=batch,
-    )
+    with attending_to(batch):
+        return _run(
+            model,
+            "it cannot run packed requests",
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            logits_to_keep=torch.arange(len(positions), device=positions.device),
+        )
 
 
 def _run(model: PreTrainedModel, why_not: str, **inputs: object) -> Tensor:

@@ -12,15 +12,19 @@ from fusionserve.kernels.pointwise import Angles
 class RotaryTable:
     """Stands in for a model's rotary embedding, whose angles must not change with the length of the context.
 
-    `rotation` is which of its rotations, as `LayerForm` has it. Angles are what the model computes for activations of
-    `dtype`, held as it has them and widened when they are looked up.
+    `rotation` is which of its rotations, as `LayerForm` has it; without one nothing is turned. Angles are what the
+    model computes for activations of `dtype`, held as it has them and widened when they are looked up.
     """
 
     def __init__(
-        self, embedding: nn.Module, max_positions: int, dtype: torch.dtype, rotation: str = ""
+        self,
+        embedding: nn.Module | None,
+        max_positions: int,
+        dtype: torch.dtype,
+        rotation: str,
+        device: torch.device,
     ) -> None:
-        device = next(embedding.buffers()).device
-        if rotation == NO_ROTATION:
+        if embedding is None or rotation == NO_ROTATION:
             self._cos = self._sin = torch.empty(max_positions, 0, device=device)
             return
         positions = torch.arange(max_positions, device=device)[None]

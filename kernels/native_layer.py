@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fusionserve.kernels.activations import Activation
 from fusionserve.kernels.layer_cache import MAX_NATIVE_DIM, LayerCache
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.native_call import native_function
+from fusionserve.kernels.norms import NativeNorm, Norm
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import NativeAttention
-from fusionserve.kernels.pointwise import Activation, NativeNorm, RMSNorm, Rotation
+from fusionserve.kernels.pointwise import Rotation
 from fusionserve.kernels.projections import NativeProjections
 from fusionserve.kernels.segments import Additions, NativeSegment, Segments
 
@@ -28,12 +30,12 @@ _NO_ADDITIONS = Additions([])
 class LayerNorms:
     """The norms of a layer; None: it has no such one."""
 
-    before_attention: RMSNorm | None = None
-    after_attention: RMSNorm | None = None
-    before_mlp: RMSNorm | None = None
-    after_mlp: RMSNorm | None = None
-    query: RMSNorm | None = None  # of each head, or of all heads together
-    key: RMSNorm | None = None
+    before_attention: Norm | None = None
+    after_attention: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+    query: Norm | None = None  # of each head, or of all heads together
+    key: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,11 @@ class LayerSettings:
     num_kv_heads: int
     head_dim: int
     options: AttentionOptions
-    residual_scale: float  # of what attention and MLP add, if no norm follows them
+    is_parallel: bool = False  # the MLP sees what attention sees, the layer's input
+    head_groups: int = (
+        1  # of one module of all heads, whose outputs are each group's queries, keys and values
+    )
+    residual_scale: float = 1.0  # of what attention and MLP add, if no norm follows them
 
     @property
     def head_widths(self) -> tuple[int, int, int]:
@@ -54,7 +60,15 @@ class LayerSettings:
         return self.num_heads * self.head_dim, kv_width, kv_width
 
 
-# Queries, keys and values, or one module of all three; output; gate and up, or one module; down.
+@dataclass(frozen=True, slots=True)
+class MLPSettings:
+    """What stands between the products of a layer's MLP."""
+
+    activation: Activation
+    is_gated: bool  # down takes activation(gate x) * up x; else activation(up x)
+
+
+# Queries, keys and values, or one module of all three; output; gate and up, or one module of both, or up alone; down.
 LayerProducts = tuple[LinearProduct, LinearProduct, LinearProduct, LinearProduct]
 
 
@@ -64,7 +78,7 @@ class _Layer(ctypes.Structure):
         ("norms", NativeNorm * 6),
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "is_tiled", "window")),
-        *((name, c_int64) for name in ("angles", "activation")),
+        *((name, c_int64) for name in ("head_groups", "angles", "activation", "is_gated", "is_parallel")),
         *((name, c_float) for name in ("scale", "softcap", "residual_scale")),
     )
 
@@ -121,7 +135,7 @@ class NativeLayer:
         self,
         products: LayerProducts,
         settings: LayerSettings,
-        activation: Activation,
+        mlp: MLPSettings,
         angles: int,
         cache: LayerCache,
     ) -> None:
@@ -132,7 +146,7 @@ class NativeLayer:
         self._kept = products, settings, keys, values  # the kernel has their addresses
         self._additions: tuple[Additions, ...] = ()
         self.dtype, self.hidden = keys.dtype, products[1].parts[0].d_out
-        _check_widths(products, settings)
+        _check_widths(products, settings, mlp)
         places = (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp)
         self.arguments = _Layer(
             (NativeProjections * 4)(*(NativeProjections.of(product, keys) for product in products)),
@@ -146,8 +160,11 @@ class NativeLayer:
             settings.head_dim,
             cache.is_tiled,
             options.sliding_window or 0,
+            settings.head_groups,
             angles,
-            activation,
+            mlp.activation,
+            mlp.is_gated,
+            settings.is_parallel,
             options.softmax_scale,
             options.softcap or 0.0,
             settings.residual_scale,
@@ -168,12 +185,13 @@ class NativeLayer:
             self.arguments.projections[index].set_additions(additions[index] if additions else _NO_ADDITIONS)
 
 
-def _check_widths(products: LayerProducts, settings: LayerSettings) -> None:
+def _check_widths(products: LayerProducts, settings: LayerSettings, mlp: MLPSettings) -> None:
     """The kernel computes addresses from them."""
-    heads, output, gate_and_up, down = ([part.d_out for part in product.parts] for product in products)
+    heads, output, inner, down = ([part.d_out for part in product.parts] for product in products)
     hidden, norms = output[0], settings.norms
     assert sum(heads) == sum(settings.head_widths) and len(heads) in (1, 3) and down == output == [hidden]
-    assert len(gate_and_up) == 1 or gate_and_up[0] == gate_and_up[1]
+    assert settings.num_kv_heads % settings.head_groups == 0
+    assert len(inner) == 1 or (mlp.is_gated and inner[0] == inner[1])
     for norm in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
         assert norm is None or norm.weight.shape == (hidden,)
     for norm, width in zip((norms.query, norms.key), settings.head_widths, strict=False):

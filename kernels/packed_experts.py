@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fusionserve.kernels.activations import Activation, reference_gated_product
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PANEL
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.packed_linear import can_pack, pack, unpack
-from fusionserve.kernels.pointwise import Activation, reference_gated_product
 
 
 class _Experts(ctypes.Structure):

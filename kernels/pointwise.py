@@ -1,9 +1,7 @@
-"""What stands between the products of a model: norms, rotary positions, gated activations, the best token.
+"""Rotary positions, and the best token.
 
-    rms_norm       y = x / sqrt(mean(x^2) + eps) * w
-    gated_product  y = f(g) * u     f: SiLU, or GELU by its tanh formula
-    rotate         (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of what is turned of a head, as in Llama
-    argmax         the first place of max_i x_i
+    rotate  (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of what is turned of a head, as in Llama
+    argmax  the first place of max_i x_i
 
 In Triton on a GPU; natively where there is a library and the type is float32 or bfloat16; else with torch's operations.
 """
@@ -12,15 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
-from enum import IntEnum
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.layer_cache import LayerCache
@@ -28,93 +24,11 @@ from fusionserve.kernels.native_call import native_function
 
 
 @functools.cache
-def _in_triton() -> ModuleType:
-    """Imported only where it is used: a server on a CPU needs no Triton."""
+def in_triton() -> ModuleType:
+    """The launches of pointwise kernels, imported only where they are used: a server on a CPU needs no Triton."""
     from fusionserve.kernels.device import pointwise_launch
 
     return pointwise_launch
-
-
-@dataclass(frozen=True, slots=True)
-class RMSNorm:
-    """The weight [width] and epsilon of an RMSNorm.
-
-    A weight of x's type multiplies what is rounded to that type already, as in Llama; one in float32 multiplies before
-    anything is rounded, as in Gemma and OLMo 2.
-    """
-
-    weight: Tensor
-    epsilon: float
-
-
-class NativeNorm(ctypes.Structure):
-    """A norm as the kernels take it; its weight must outlive it."""
-
-    _fields_ = (("weight", c_void_p), ("width", c_int64), ("is_wide", c_int64), ("epsilon", c_float))
-
-    @classmethod
-    def of(cls, norm: RMSNorm | None, dtype: torch.dtype) -> NativeNorm:
-        """For numbers of `dtype`; None: there is no norm."""
-        if norm is None:
-            return cls(None, 0, False, 0.0)
-        weight = norm.weight
-        assert weight.dim() == 1 and weight.is_contiguous() and weight.dtype in (dtype, torch.float32)
-        return cls(weight.data_ptr(), len(weight), weight.dtype != dtype, norm.epsilon)
-
-
-def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    """x [..., width] -> like x."""
-    if uses_triton(x.device):
-        normalized: Tensor = _in_triton().rms_norm(x.contiguous(), norm.weight, norm.epsilon)
-        return normalized
-    native = native_function("rms_norm", x)
-    if native is None:
-        return reference_rms_norm(x, norm)
-    x = x.contiguous()
-    assert norm.weight.shape == x.shape[-1:]
-    y = torch.empty_like(x)
-    parameters = NativeNorm.of(norm, x.dtype)
-    native(c_void_p(x.data_ptr()), ctypes.byref(parameters), c_void_p(y.data_ptr()), c_int64(x.numel()))
-    return y
-
-
-def reference_rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
-    """The definition, normalized in float32."""
-    wide = x.float()
-    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.epsilon)
-    return (norm.weight * normalized.to(norm.weight.dtype)).to(x.dtype)
-
-
-class Activation(IntEnum):
-    """What a gate goes through, by the number that the kernels know it by."""
-
-    SILU = 0
-    GELU_TANH = 1
-
-
-def gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> activation(gate) * up."""
-    if uses_triton(gate.device):
-        product: Tensor = _in_triton().gated_product(
-            activation is Activation.GELU_TANH, gate.contiguous(), up.contiguous()
-        )
-        return product
-    native = native_function("gated_product", gate)
-    if native is None:
-        return reference_gated_product(activation, gate, up)
-    assert up.shape == gate.shape and up.dtype == gate.dtype
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    pointers = (c_void_p(tensor.data_ptr()) for tensor in (gate, up, y))
-    native(c_int64(activation), *pointers, c_int64(gate.numel()))
-    return y
-
-
-def reference_gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """The definition."""
-    if activation is Activation.SILU:
-        return functional.silu(gate) * up
-    return functional.gelu(gate, approximate="tanh") * up
 
 
 class _Heads(ctypes.Structure):
@@ -156,7 +70,7 @@ def rotate_and_store(
     """
     keys, values, (cos, sin) = cache.keys, cache.values, rotation.angles
     if uses_triton(query.device):
-        _in_triton().rotate_and_store(query, key, value, keys, values, cos, sin, rotation.slots)
+        in_triton().rotate_and_store(query, key, value, keys, values, cos, sin, rotation.slots)
         return query
     native = native_function("rotate_and_store", query)
     if native is None:

@@ -7,39 +7,62 @@ import triton.language as tl
 
 
 @triton.jit
-def rms_norm_kernel(
+def normalize_kernel(
     x: tl.tensor,
     weight: tl.tensor,
+    bias: tl.tensor,
     y: tl.tensor,
     width: int,
     epsilon: float,
+    CENTERS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """y = x / sqrt(mean(x^2) + epsilon), rounded to weight's type, * weight for rows of `width`; programs (row,)."""
+    """y = x / sqrt(mean(x^2) + epsilon), rounded to weight's type, * weight for rows of `width`; programs (row,).
+
+    A LayerNorm centers x before, and adds a bias.
+    """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     inside = lanes < width
     own = tl.load(x + row * width + lanes, mask=inside, other=0.0)
     wide = own.to(tl.float32)
+    if CENTERS:
+        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / width, 0.0)
     normalized = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + epsilon)
     scale = tl.load(weight + lanes, mask=inside, other=0.0)
     result = scale.to(tl.float32) * normalized.to(scale.dtype).to(tl.float32)
+    if CENTERS:
+        result += tl.load(bias + lanes, mask=inside, other=0.0)
     tl.store(y + row * width + lanes, result.to(own.dtype), mask=inside)
 
 
 @triton.jit
+def _activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """activation(x), float32."""
+    if ACTIVATION == 0:  # SiLU
+        return x * _logistic(x)
+    if ACTIVATION == 1:  # GELU by its tanh formula, with 2 sqrt(2 / pi)
+        return x * _logistic(1.5957691216 * (x + 0.044715 * x * x * x))
+    if ACTIVATION == 2:  # GELU
+        return 0.5 * x * (1.0 + tl.erf(0.70710678 * x))
+    root = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return root if ACTIVATION == 3 else root * root  # ReLU, or its square
+
+
+@triton.jit
+def _logistic(x: tl.tensor) -> tl.tensor:
+    return 1.0 / (1.0 + tl.exp(tl.minimum(-x, 80.0)))
+
+
+@triton.jit
 def gated_product_kernel(
-    gate: tl.tensor, up: tl.tensor, y: tl.tensor, size: int, IS_GELU: tl.constexpr, BLOCK: tl.constexpr
+    gate: tl.tensor, up: tl.tensor, y: tl.tensor, size: int, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """y = activation(gate) * up, of SiLU or GELU by its tanh formula; programs (block,)."""
+    """y = activation(gate) * up, by the activation's number; programs (block,)."""
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < size
     own = tl.load(gate + cells, mask=inside, other=0.0)
-    wide = own.to(tl.float32)
-    inner = wide
-    if IS_GELU:  # tanh by the logistic function, with 2 sqrt(2 / pi)
-        inner = 1.5957691216 * (wide + 0.044715 * wide * wide * wide)
-    activated = (wide / (1.0 + tl.exp(tl.minimum(-inner, 80.0)))).to(own.dtype)
+    activated = _activated(own.to(tl.float32), ACTIVATION).to(own.dtype)
     other = tl.load(up + cells, mask=inside, other=0.0)
     tl.store(y + cells, (activated.to(tl.float32) * other.to(tl.float32)).to(own.dtype), mask=inside)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fusionserve.kernels.device.pointwise_kernels import (
     gated_product_kernel,
-    rms_norm_kernel,
+    normalize_kernel,
     rotate_and_store_kernel,
 )
 from fusionserve.kernels.device.triton_use import num_lanes, num_programs
@@ -15,22 +15,31 @@ from fusionserve.kernels.device.triton_use import num_lanes, num_programs
 _BLOCK = 1024
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., width], weight [width] -> like x."""
-    assert x.is_contiguous() and weight.is_contiguous()
-    width = x.shape[-1]
-    y = torch.empty_like(x)
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """x [..., width], weight and bias [width] -> like x; with a bias it is a LayerNorm."""
+    assert x.is_contiguous() and weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    width, y, centers = x.shape[-1], torch.empty_like(x), bias is not None
     if x.numel():
-        rms_norm_kernel[(x.numel() // width,)](x, weight, y, width, epsilon, LANES=num_lanes(width))
+        normalize_kernel[(x.numel() // width,)](
+            x,
+            weight,
+            weight if bias is None else bias,
+            y,
+            width,
+            epsilon,
+            CENTERS=centers,
+            LANES=num_lanes(width),
+        )
     return y
 
 
-def gated_product(is_gelu: bool, gate: Tensor, up: Tensor) -> Tensor:
-    """gate and up of one shape -> silu(gate) * up, or gelu(gate) * up."""
+def gated_product(activation: int, gate: Tensor, up: Tensor) -> Tensor:
+    """gate and up of one shape -> activation(gate) * up, by the activation's number."""
     assert gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
     y = torch.empty_like(gate)
     if size := gate.numel():
-        gated_product_kernel[(num_programs(size, _BLOCK),)](gate, up, y, size, IS_GELU=is_gelu, BLOCK=_BLOCK)
+        grid = (num_programs(size, _BLOCK),)
+        gated_product_kernel[grid](gate, up, y, size, ACTIVATION=int(activation), BLOCK=_BLOCK)
     return y
 
 

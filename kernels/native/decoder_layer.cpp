@@ -1,27 +1,31 @@
 // Decoder layers in one call: what their kernels compute one by one, without anything in between.
 //
 //     h = x + norm(O attention(rotate(Q n), rotate(K n), V n))      n = norm(x)
-//     y = h + norm(down(activation(gate m) * up m))                 m = norm(h)
+//     y = h + norm(down(activation(gate m) * up m))                 m = norm(h), or norm(x) of a parallel layer
 //
 // Of the norms a layer has those of its family: the Llama family has those of n and m, OLMo 2 the others, Gemma 2 all four.
+// Without a gate it is down(activation(up m)).
 
 #include "attention.h"
 #include "gating.h"
 #include "lines.h"
+#include "norms.h"
 #include "pointwise.h"
 #include "projections.h"
 
 struct DecoderLayer {
     Projections queries_keys_values;  // three modules, or one of all outputs
     Projections output;
-    Projections gate_and_up;  // two, or one
+    Projections gate_and_up;  // two, or one of both, or up alone
     Projections down;
     Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
     void* keys;  // of the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
     Index num_heads, num_kv_heads, dim, is_tiled, window;
+    Index head_groups;  // of one module of all heads, whose outputs are each group's queries, keys and values
     Index angles;  // which of the step's
     Activation activation;
+    Index is_gated, is_parallel;
     float scale, softcap;    // of attention; no softcap: 0
     float residual_scale;  // of what is added to x
 };
@@ -71,7 +75,7 @@ public:
     Pass(const DecoderLayer& layer, const Step& step, Number* x) : layer(layer), step(step), x(x) {
         static thread_local Lines<Number> workspace;
         const Index heads = is_fused(layer.queries_keys_values) ? query_width + 2 * kv_width : 0;
-        const Index pair = is_fused(layer.gate_and_up) ? 2 * inner : 0;
+        const Index pair = is_pair_fused() ? 2 * inner : 0;
         normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(heads, pair)));
         query = normalized + n * hidden;
         key = query + n * query_width;
@@ -82,29 +86,28 @@ public:
     }
 
     void run() const {
-        project_heads(normalize(layer.before_attention));
-        if (layer.query_norm.weight) rms_norm(query, layer.query_norm, query, n * query_width, false);
-        if (layer.key_norm.weight) rms_norm(key, layer.key_norm, key, n * kv_width, false);
+        if (layer.is_parallel) project_gated(normalized_by(layer.before_mlp));
+        project_heads(normalized_by(layer.before_attention));
+        if (layer.query_norm.weight) normalize(query, layer.query_norm, query, n * query_width, false);
+        if (layer.key_norm.weight) normalize(key, layer.key_norm, key, n * kv_width, false);
         const Angles& angles = step.angles[layer.angles];
         rotate_and_store<Number>({query, key, value, angles.cos, angles.sin, layer.keys, layer.values, step.slots, n,
                                   layer.num_heads, layer.num_kv_heads, layer.dim, angles.dim, layer.is_tiled});
         attend_all();
         add_projected(layer.output, attended, query_width, layer.after_attention);
 
-        project_gated(normalize(layer.before_mlp));
+        if (!layer.is_parallel) project_gated(normalized_by(layer.before_mlp));
         add_projected(layer.down, gated, inner, layer.after_mlp);
     }
 
 private:
     static bool is_fused(const Projections& modules) { return modules.num_parts == 1; }
 
-    static Index width_of_inner(const Projections& gate_and_up) {
-        return gate_and_up.parts[0].d_out / (is_fused(gate_and_up) ? 2 : 1);
-    }
+    bool is_pair_fused() const { return layer.is_gated && is_fused(layer.gate_and_up); }
 
-    const Number* normalize(const Norm& norm) const {
+    const Number* normalized_by(const Norm& norm) const {
         if (!norm.weight) return x;
-        rms_norm(x, norm, normalized, n * hidden, false);
+        normalize(x, norm, normalized, n * hidden, false);
         return normalized;
     }
 
@@ -113,10 +116,11 @@ private:
         if (!is_fused(layer.queries_keys_values))
             return project(layer.queries_keys_values, step, input, hidden, three, false);
         project(layer.queries_keys_values, step, input, hidden, &fused, false);
-        const Index stride = query_width + 2 * kv_width;
-        copy_columns(fused, stride, 0, query_width, query, n);
-        copy_columns(fused, stride, query_width, kv_width, key, n);
-        copy_columns(fused, stride, query_width + kv_width, kv_width, value, n);
+        const Index queries = query_width / layer.head_groups, keys = kv_width / layer.head_groups;
+        const Index stride = queries + 2 * keys, num_rows = n * layer.head_groups;
+        copy_columns(fused, stride, 0, queries, query, num_rows);
+        copy_columns(fused, stride, queries, keys, key, num_rows);
+        copy_columns(fused, stride, queries + keys, keys, value, num_rows);
     }
 
     // Queries and the cache, which has the tokens' keys and values by now -> attended.
@@ -138,7 +142,9 @@ private:
         }
     }
 
+    // What `down` takes.
     void project_gated(const Number* input) const {
+        if (!layer.is_gated) return project_activated(input);
         if (!is_fused(layer.gate_and_up)) {
             const Gating gating{gated, inner, layer.activation};
             const AfterPair after{Gating::run<Number>, &gating, sizeof(Number)};
@@ -153,18 +159,26 @@ private:
         });
     }
 
+    void project_activated(const Number* input) const {
+        project(layer.gate_and_up, step, input, hidden, &gated, false);
+        parallel_ranges(n, n * inner, [&](Index begin, Index end) {
+            activate_numbers(layer.activation, gated + begin * inner, gated + begin * inner, (end - begin) * inner);
+        });
+    }
+
     // x += what a module makes of y [num_tokens, d_in], normalized or scaled before if the layer says so.
     void add_projected(const Projections& module, const Number* y, Index d_in, const Norm& norm) const {
         if (!norm.weight && layer.residual_scale == 1) return project(module, step, y, d_in, &x, true);
         project(module, step, y, d_in, &normalized, false);
-        if (norm.weight) return rms_norm(normalized, norm, x, n * hidden, true);
+        if (norm.weight) return normalize(normalized, norm, x, n * hidden, true);
         add_scaled(normalized, layer.residual_scale, x, n * hidden);
     }
 
     const DecoderLayer& layer;
     const Step& step;
     Number* const x;
-    const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out, inner = width_of_inner(layer.gate_and_up);
+    const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out;
+    const Index inner = layer.gate_and_up.parts[0].d_out / (is_pair_fused() ? 2 : 1);
     const Index query_width = layer.num_heads * layer.dim, kv_width = layer.num_kv_heads * layer.dim;
     Number *normalized, *query, *key, *value, *attended, *gated, *fused;
 };

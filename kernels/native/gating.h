@@ -1,8 +1,8 @@
 // activation(gate) up of a block of both parts, where the caller keeps it: what follows a pair of modules (`AfterPair`).
 #pragma once
 
+#include "activations.h"
 #include "panels.h"
-#include "pointwise.h"
 
 struct Gating {
     void* gated;  // [num_tokens, width]

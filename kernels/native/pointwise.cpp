@@ -1,4 +1,4 @@
-// What stands between the products of a decoder layer: norms, rotary positions, gated activations.
+// Rotary positions, scaled sums, the best token.
 
 #include "pointwise.h"
 
@@ -9,49 +9,6 @@
 #include <type_traits>
 #include <vector>
 
-template <bool ADD, typename Number, typename Weight>
-static inline void norm_row(const Number* x, const Weight* weight, Number* y, Index width, float epsilon) {
-    constexpr bool ROUNDS_FIRST = std::is_same_v<Number, Weight>;
-    const Index whole = width / LANES * LANES;
-    Lanes squares = {};
-    for (Index i = 0; i < whole; i += LANES) squares += load_lanes(x + i) * load_lanes(x + i);
-    float total = sum_of(squares);
-    for (Index i = whole; i < width; ++i) total += to_float(x[i]) * to_float(x[i]);
-    const float scale = 1.0f / std::sqrt(total / width + epsilon);
-    for (Index i = 0; i < whole; i += LANES) {
-        Lanes row = load_lanes(x + i) * scale;
-        if (ROUNDS_FIRST) row = round_lanes<Number>(row);
-        row *= load_lanes(weight + i);
-        if (ADD) row = round_lanes<Number>(row) + load_lanes(y + i);
-        store_lanes(row, y + i);
-    }
-    for (Index i = whole; i < width; ++i) {
-        float number = to_float(x[i]) * scale;
-        if (ROUNDS_FIRST) number = to_float(from_float<Number>(number));
-        number *= to_float(weight[i]);
-        if (ADD) number = to_float(from_float<Number>(number)) + to_float(y[i]);
-        y[i] = from_float<Number>(number);
-    }
-}
-
-template <bool ADD, typename Number, typename Weight>
-static void norm_rows(const Number* x, const Norm& norm, Number* y, Index count) {
-    parallel_ranges(count / norm.width, count, [&](Index begin, Index end) {
-        for (Index row = begin; row < end; ++row) {
-            const Index first = row * norm.width;
-            norm_row<ADD>(x + first, static_cast<const Weight*>(norm.weight), y + first, norm.width, norm.epsilon);
-        }
-    });
-}
-
-template <typename Number>
-void rms_norm(const Number* x, const Norm& norm, Number* y, Index count, bool add) {
-    if (norm.is_wide)
-        add ? norm_rows<true, Number, float>(x, norm, y, count) : norm_rows<false, Number, float>(x, norm, y, count);
-    else
-        add ? norm_rows<true, Number, Number>(x, norm, y, count) : norm_rows<false, Number, Number>(x, norm, y, count);
-}
-
 template <typename Number>
 void add_scaled(const Number* x, float scale, Number* y, Index count) {
     parallel_ranges(count, count, [&](Index begin, Index end) {
@@ -60,14 +17,6 @@ void add_scaled(const Number* x, float scale, Number* y, Index count) {
             store_lanes(round_lanes<Number>(load_lanes(x + i) * scale) + load_lanes(y + i), y + i);
         for (Index i = whole; i < end; ++i)
             y[i] = from_float<Number>(to_float(from_float<Number>(to_float(x[i]) * scale)) + to_float(y[i]));
-    });
-}
-
-// y = activation(gate) * up, elementwise.
-template <typename Number>
-static void gated_product(Activation activation, const Number* gate, const Number* up, Number* y, Index count) {
-    parallel_ranges(count, count, [&](Index begin, Index end) {
-        gate_numbers(activation, gate + begin, up + begin, y + begin, end - begin);
     });
 }
 
@@ -156,9 +105,6 @@ static void argmax(const Number* x, Index num_rows, Index width, Index* places) 
     });
 }
 
-template void rms_norm<float>(const float*, const Norm&, float*, Index, bool);
-template void rms_norm<BFloat16>(const BFloat16*, const Norm&, BFloat16*, Index, bool);
-template void rms_norm<Float16>(const Float16*, const Norm&, Float16*, Index, bool);
 template void add_scaled<float>(const float*, float, float*, Index);
 template void add_scaled<BFloat16>(const BFloat16*, float, BFloat16*, Index);
 template void add_scaled<Float16>(const Float16*, float, Float16*, Index);
@@ -170,18 +116,6 @@ extern "C" {
 void argmax_f32(const float* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void argmax_bf16(const BFloat16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
 void argmax_f16(const Float16* x, Index rows, Index width, Index* places) { argmax(x, rows, width, places); }
-void rms_norm_f32(const float* x, const Norm* norm, float* y, Index count) { rms_norm(x, *norm, y, count, false); }
-void rms_norm_bf16(const BFloat16* x, const Norm* norm, BFloat16* y, Index count) { rms_norm(x, *norm, y, count, false); }
-void rms_norm_f16(const Float16* x, const Norm* norm, Float16* y, Index count) { rms_norm(x, *norm, y, count, false); }
-void gated_product_f32(Activation activation, const float* gate, const float* up, float* y, Index count) {
-    gated_product(activation, gate, up, y, count);
-}
-void gated_product_bf16(Activation activation, const BFloat16* gate, const BFloat16* up, BFloat16* y, Index count) {
-    gated_product(activation, gate, up, y, count);
-}
-void gated_product_f16(Activation activation, const Float16* gate, const Float16* up, Float16* y, Index count) {
-    gated_product(activation, gate, up, y, count);
-}
 void rotate_and_store_f32(const Heads* heads) { rotate_and_store<float>(*heads); }
 void rotate_and_store_bf16(const Heads* heads) { rotate_and_store<BFloat16>(*heads); }
 void rotate_and_store_f16(const Heads* heads) { rotate_and_store<Float16>(*heads); }

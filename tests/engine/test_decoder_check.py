@@ -12,9 +12,11 @@ import torch
 from tiny_models import FAMILIES, MIXTURES, save_tiny_model
 
 from fusionserve.config import EngineConfig
-from fusionserve.engine import decoder_model, layer_form
+from fusionserve.engine import layer_form, model_form
 from fusionserve.engine.base_model import BaseModel, load_base_model
-from fusionserve.kernels.pointwise import Activation, RMSNorm
+from fusionserve.kernels.activations import Activation
+from fusionserve.kernels.native_layer import MLPSettings
+from fusionserve.kernels.norms import RMSNorm
 
 
 def load(directory: Path, **options: Any) -> BaseModel:
@@ -40,8 +42,8 @@ def test_own_decoder_serves_where_it_is_right(
 
 
 def another_activation(form: layer_form.LayerForm) -> layer_form.LayerForm:
-    assert isinstance(form.mlp, layer_form.GatedMLP)
-    return replace(form, mlp=replace(form.mlp, activation=Activation.GELU_TANH))
+    assert isinstance(form.mlp, layer_form.DenseMLP)
+    return replace(form, mlp=replace(form.mlp, settings=MLPSettings(Activation.GELU_TANH, is_gated=True)))
 
 
 def no_norm(form: layer_form.LayerForm) -> layer_form.LayerForm:
@@ -69,7 +71,7 @@ def test_transformers_serves_where_it_is_not(
         form = read(layer, options)
         return None if form is None else changed(form)
 
-    monkeypatch.setattr(decoder_model, "layer_form", misread)
+    monkeypatch.setattr(model_form, "layer_form", misread)
     assert load(save_tiny_model("llama", tmp_path), dtype=dtype).decoder is None
     assert "the decoder of our own for LlamaForCausalLM is off by" in caplog.text
 
@@ -77,9 +79,9 @@ def test_transformers_serves_where_it_is_not(
 def test_transformers_serves_where_ours_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def unknown(_: object) -> RMSNorm:
+    def unknown(*_: object) -> RMSNorm:
         raise AttributeError("variance_epsilon")
 
-    monkeypatch.setattr(decoder_model, "read_norm", unknown)
+    monkeypatch.setattr(model_form, "read_norm", unknown)
     assert load(save_tiny_model("llama", tmp_path)).decoder is None
     assert "no decoder of our own for LlamaForCausalLM: AttributeError" in caplog.text

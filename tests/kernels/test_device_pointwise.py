@@ -7,15 +7,10 @@ import torch
 from device_kernels import DEVICE
 from torch import Tensor
 
-from fusionserve.kernels.device.pointwise_launch import gated_product, rms_norm, rotate_and_store
-from fusionserve.kernels.pointwise import (
-    Activation,
-    Angles,
-    RMSNorm,
-    reference_gated_product,
-    reference_rms_norm,
-    rotated,
-)
+from fusionserve.kernels.activations import Activation, reference_gated_product
+from fusionserve.kernels.device.pointwise_launch import gated_product, normalize, rotate_and_store
+from fusionserve.kernels.norms import LayerNorm, RMSNorm, reference_normalize
+from fusionserve.kernels.pointwise import Angles, rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -32,8 +27,17 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm(shape: tuple[int, ...], is_wide: bool, dtype: torch.dtype) -> None:
     x, weight = make(shape, dtype) * 3, make(shape[-1:], torch.float32 if is_wide else dtype, 1)
-    expected = reference_rms_norm(x, RMSNorm(weight, 1e-3))
-    torch.testing.assert_close(rms_norm(x, weight, 1e-3), expected)
+    expected = reference_normalize(x, RMSNorm(weight, 1e-3))
+    torch.testing.assert_close(normalize(x, weight, None, 1e-3), expected)
+
+
+@with_dtype
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layer_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = make(shape, dtype) * 3 + 2
+    weight, bias = (make(shape[-1:], torch.float32, seed) for seed in (1, 2))
+    expected = reference_normalize(x, LayerNorm(weight, bias, 1e-3))
+    torch.testing.assert_close(normalize(x, weight, bias, 1e-3), expected)
 
 
 @with_dtype
@@ -41,7 +45,7 @@ def test_rms_norm(shape: tuple[int, ...], is_wide: bool, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gated_product(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
     gate, up = make(shape, dtype) * 8, make(shape, dtype, 1)
-    found = gated_product(activation is Activation.GELU_TANH, gate, up)
+    found = gated_product(activation, gate, up)
     torch.testing.assert_close(found, reference_gated_product(activation, gate, up))
 
 

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fusionserve.kernels.activations import Activation
 from fusionserve.kernels.device import paged_launch, pointwise_launch
 from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
@@ -64,10 +65,11 @@ def number(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
 def launch_pointwise() -> None:
     """Norm, gate and rotation."""
     num_tokens = 3
-    for weight in (number(_HIDDEN), number(_HIDDEN, dtype=torch.float32)):
-        pointwise_launch.rms_norm(number(num_tokens, _HIDDEN), weight, 1e-5)
-    for is_gelu in (False, True):
-        pointwise_launch.gated_product(is_gelu, number(num_tokens, _INNER), number(num_tokens, _INNER))
+    x, wide = number(num_tokens, _HIDDEN), number(_HIDDEN, dtype=torch.float32)
+    for weight, bias in ((number(_HIDDEN), None), (wide, None), (wide, wide)):
+        pointwise_launch.normalize(x, weight, bias, 1e-5)
+    for activation in Activation:
+        pointwise_launch.gated_product(activation, number(num_tokens, _INNER), number(num_tokens, _INNER))
     heads, cache = number(num_tokens, _KV_HEADS, _DIM), number(64, _KV_HEADS, _DIM)
     query, slots = number(num_tokens, _HEADS, _DIM), number(num_tokens, dtype=torch.long)
     for turned in (_DIM, _DIM // 2, 0):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma2Config,
@@ -22,8 +23,10 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoConfig,
     OlmoeConfig,
     OPTConfig,
     Phi3Config,
@@ -34,7 +37,10 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -113,10 +119,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2": lambda: Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=30.0),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
     "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
+    "gpt_neox_serial": lambda: GPTNeoXConfig(**_SIZES, use_parallel_residual=False, attention_bias=False),
     "gpt2": _gpt2,
     "phi": lambda: PhiConfig(**_SIZES),
     "phi3": _phi3,
     "opt": _opt,
+    "stablelm": lambda: StableLmConfig(**_GROUPED, use_qkv_bias=True),
+    "stablelm_parallel": lambda: StableLmConfig(**_GROUPED, use_parallel_residual=True),
+    "starcoder2": lambda: Starcoder2Config(**_GROUPED, sliding_window=WINDOW),
+    "nemotron": lambda: NemotronConfig(**_GROUPED, head_dim=16),
+    "arcee": lambda: ArceeConfig(**_GROUPED, head_dim=16),
+    "seed_oss": lambda: SeedOssConfig(**_GROUPED, head_dim=16),
+    "olmo": lambda: OlmoConfig(**_GROUPED),
     "olmo2": lambda: Olmo2Config(**_GROUPED),
     "olmo3": lambda: Olmo3Config(**_GROUPED, sliding_window=WINDOW, layer_types=_GEMMA["layer_types"]),
     "smollm3": lambda: SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1]),
@@ -130,12 +144,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 # Those that the engine computes by a decoder of its own, natively in one call.
 FAMILIES = {
-    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3"),
-    *("gemma", "gemma2", "gemma3", "olmo2", "olmo3"),
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "arcee", "seed_oss"),
+    *("gemma", "gemma2", "gemma3", "olmo", "olmo2", "olmo3", "nemotron", "starcoder2", "phi", "gpt2", "opt"),
+    *("gpt_neox", "gpt_neox_serial", "stablelm", "stablelm_parallel"),
 }
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # so are these, but not in one native call
 _SEED = 2
-_SEEDS = {"phi": 3}  # the model of the usual one comes near a tie
+_SEEDS = {"phi": 3, "gpt_neox_serial": 3}  # the usual one's comes near a tie, or repeats itself
 
 
 def make_tiny_model(config: PreTrainedConfig, *, seed: int = _SEED) -> PreTrainedModel:

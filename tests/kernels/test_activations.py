@@ -1,0 +1,100 @@
+"""The native activations against their definitions in torch's operations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusionserve.kernels.activations import (
+    Activation,
+    activate,
+    gated_product,
+    reference_activate,
+    reference_gated_product,
+)
+from fusionserve.kernels.native_call import native_function
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHAPES = [(1, 8), (5, 64), (3, 4, 24), (64, 576)]  # the last is spread over threads
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_kernels_are_native_here() -> None:
+    """Else this file compares torch with itself: the machine that tests must have a compiler."""
+    for dtype in DTYPES:
+        assert native_function("gated_product", torch.zeros(1, dtype=dtype)) is not None
+    assert native_function("gated_product", torch.zeros(1, dtype=torch.float64)) is None
+
+
+@with_dtype
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gated_product(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
+    gate, up = make(shape, dtype) * 8, make(shape, dtype, 1)
+    expected = reference_gated_product(activation, gate, up)
+    torch.testing.assert_close(gated_product(activation, gate, up), expected)
+
+
+@with_dtype
+@pytest.mark.parametrize("activation", Activation)
+def test_gated_product_of_extremes(activation: Activation, dtype: torch.dtype) -> None:
+    most = min(1e30, torch.finfo(dtype).max)
+    gate = torch.tensor([-most, -300.0, -88.5, -87.0, 0.0, 87.0, 88.5, 300.0, most], dtype=dtype)
+    up = torch.ones_like(gate)
+    expected = reference_gated_product(activation, gate, up)
+    torch.testing.assert_close(gated_product(activation, gate, up), expected, rtol=1e-5, atol=1e-30)
+    bad = torch.tensor([float("inf"), float("nan")], dtype=dtype)
+    assert gated_product(activation, bad, torch.ones_like(bad)).isfinite().tolist() == [False, False]
+
+
+@with_dtype
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activate(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype) -> None:
+    x = make(shape, dtype) * 8
+    expected = reference_activate(activation, x)
+    found = activate(activation, x)
+    torch.testing.assert_close(found, expected)
+    assert found.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_numbers_in_a_rows_end_are_activated_as_in_its_middle(activation: Activation) -> None:
+    x = make((37,), torch.bfloat16) * 8
+    alone = torch.cat([activate(activation, number.clone()) for number in x[:, None]])
+    assert torch.equal(activate(activation, x.clone()), alone)
+
+
+def exact(activation: Activation, x: Tensor) -> Tensor:
+    """In float64, without a difference of numbers near one."""
+    match activation:
+        case Activation.SILU:
+            return x * torch.sigmoid(x)
+        case Activation.GELU_TANH:
+            return x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+        case Activation.GELU:
+            return x * torch.special.erfc(-x / 2**0.5) / 2
+        case Activation.RELU:
+            return x.clamp(min=0)
+        case Activation.RELU_SQUARED:
+            return x.clamp(min=0) ** 2
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_activation_of_every_bfloat16(activation: Activation) -> None:
+    """Rounded once: seldom another number than the nearest, and then its neighbour."""
+    gate = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gate[gate.isfinite() & (gate.float().abs() > 1e-30)]
+    found = gated_product(activation, gate, torch.ones_like(gate))
+    expected = exact(activation, gate.double()).bfloat16()
+    normal = expected.float().abs() > 1e-30  # smaller ones are taken for zero
+    steps = (found.view(torch.int16).int() - expected.view(torch.int16).int())[normal].abs()
+    assert steps.max() <= 1 and (steps > 0).float().mean() < 1e-3
+    assert found[~normal].float().abs().max() < 1e-29
