@@ -15,7 +15,7 @@ from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
-from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
+from fusionserve.kernels.packed_linear import PackedLinear, can_pack
 from fusionserve.kernels.quantized_linear import can_quantize, quantize
 from fusionserve.kernels.tiled_linear import quantize_on
 
@@ -74,7 +74,7 @@ def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugeP
         return None
     weight = module.weight.T if type(module) is Conv1D else module.weight
     if bits is None:
-        return PackedLinear(pack(weight, pages), module.bias) if can_pack(weight) else None
+        return PackedLinear(weight, module.bias, pages) if can_pack(weight) else None
     if not can_quantize(weight):
         return None
     if uses_triton(device):

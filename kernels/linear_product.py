@@ -20,6 +20,11 @@ from fusionserve.kernels.native_call import NativeFunction, Tokens, native_funct
 PANEL = 16  # outputs that lie together
 
 
+def num_panels(d_out: int) -> int:
+    """Those of so many outputs; the last one may be filled up with zeros."""
+    return -(-d_out // PANEL)
+
+
 class PanelLinear(nn.Module, ABC):
     """Stands in for an nn.Linear [d_out, d_in]; holds its weight in panels, and no other copy."""
 

@@ -79,8 +79,16 @@ class PackedExperts(nn.Module):
 
     def reference(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The definition, every expert for every token, in x's type."""
-        gate_up = unpack(self.gate_up).view(self.num_experts, 2 * self._inner, self._hidden).to(x.dtype)
-        down = unpack(self.down).view(self.num_experts, self._hidden, self._inner).to(x.dtype)
+        gate_up = (
+            unpack(self.gate_up, 2 * self._inner * self.num_experts)
+            .view(self.num_experts, 2 * self._inner, self._hidden)
+            .to(x.dtype)
+        )
+        down = (
+            unpack(self.down, self._hidden * self.num_experts)
+            .view(self.num_experts, self._hidden, self._inner)
+            .to(x.dtype)
+        )
         y = torch.zeros_like(x)
         for expert in range(self.num_experts):
             gate, up = functional.linear(x, gate_up[expert]).chunk(2, dim=-1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusionserve.kernels.huge_pages import HugePages
-from fusionserve.kernels.linear_product import PANEL, PanelLinear
+from fusionserve.kernels.linear_product import PANEL, PanelLinear, num_panels
 from fusionserve.kernels.native_library import native_library
 
 # Inputs whose weights lie together: what the processor's product of bfloat16 pairs takes.
@@ -23,7 +23,6 @@ def can_pack(weight: Tensor) -> bool:
         library is not None
         and weight.device.type == "cpu"
         and weight.dtype in _RUNS
-        and weight.shape[0] % PANEL == 0
         and weight.shape[1] % _RUNS[weight.dtype] == 0
         and bool(library.has_packed_linear())
     )
@@ -32,34 +31,43 @@ def can_pack(weight: Tensor) -> bool:
 def pack(weight: Tensor, pages: HugePages | None = None) -> Tensor:
     """[d_out, d_in] -> panels of 16 outputs, each run of inputs together: [d_out / 16, d_in / run, 16, run].
 
-    In these pages, or in some of its own.
+    The last panel is filled up with zeros. In these pages, or in some of its own.
     """
     (d_out, d_in), run = weight.shape, _RUNS[weight.dtype]
-    return (pages or HugePages()).copy(
-        weight.reshape(d_out // PANEL, PANEL, d_in // run, run).transpose(1, 2)
-    )
+    whole = d_out // PANEL * PANEL
+    packed = (pages or HugePages()).zeros(weight, num_panels(d_out), d_in // run, PANEL, run)
+    packed[: whole // PANEL] = _by_runs(weight[:whole], run)
+    if whole < d_out:
+        packed[-1] = _by_runs(functional.pad(weight[whole:], (0, 0, 0, whole + PANEL - d_out)), run)[0]
+    return packed
 
 
-def unpack(packed: Tensor) -> Tensor:
+def _by_runs(weight: Tensor, run: int) -> Tensor:
+    d_out, d_in = weight.shape
+    return weight.reshape(d_out // PANEL, PANEL, d_in // run, run).transpose(1, 2)
+
+
+def unpack(packed: Tensor, d_out: int) -> Tensor:
     """The weight [d_out, d_in] again."""
     num_panels, num_runs, _, run = packed.shape
-    return packed.transpose(1, 2).reshape(num_panels * PANEL, num_runs * run)
+    return packed.transpose(1, 2).reshape(num_panels * PANEL, num_runs * run)[:d_out]
 
 
 class PackedLinear(PanelLinear):
-    """Stands in for an nn.Linear."""
+    """Stands in for an nn.Linear of this weight [d_out, d_in], packed in these pages or in some of its own."""
 
     kernel = "packed_linear"
 
-    def __init__(self, packed: Tensor, bias: Tensor | None) -> None:
-        num_panels, num_runs, _, run = packed.shape
-        super().__init__(num_runs * run, num_panels * PANEL, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, pages: HugePages | None = None) -> None:
+        d_out, d_in = weight.shape
+        super().__init__(d_in, d_out, bias)
+        packed = pack(weight, pages)
         self.packed = nn.Parameter(packed, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """A copy of the weight [d_out, d_in]."""
-        return unpack(self.packed)
+        return unpack(self.packed, self.out_features)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The weights [n, d_in] of the outputs ids [n]."""

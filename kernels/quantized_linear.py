@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fusionserve.kernels.huge_pages import HugePages
-from fusionserve.kernels.linear_product import PANEL, PanelLinear
+from fusionserve.kernels.linear_product import PANEL, PanelLinear, num_panels
 from fusionserve.kernels.native_library import native_library
 
 GROUP = 32  # inputs that share a scale
@@ -28,9 +28,8 @@ ROWS_AT_ONCE = 1024  # outputs, so that quantizing a large head takes little mem
 
 
 def can_quantize(weight: Tensor) -> bool:
-    """True for a weight [d_out, d_in] that divides into panels and groups."""
-    d_out, d_in = weight.shape
-    return d_out % PANEL == 0 and d_in % GROUP == 0
+    """True for a weight [d_out, d_in] whose inputs divide into groups."""
+    return weight.shape[1] % GROUP == 0
 
 
 def has_quantized_product() -> bool:
@@ -43,14 +42,21 @@ class QuantizedLinear(PanelLinear):
     """Stands in for an nn.Linear; its weight in 8 or 4 bits. Make it with `quantize`."""
 
     def __init__(
-        self, levels: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int, dtype: torch.dtype
+        self,
+        levels: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        *,
+        out_features: int,
+        bits: int,
+        dtype: torch.dtype,
     ) -> None:
         """levels uint8 [d_out / 16, d_in / 32, bits, 16, 4], scales bfloat16 [d_out / 16, d_in / 32, 16].
 
-        `dtype` is that of the weight that was quantized.
+        The last panel may be filled up with zeros. `dtype` is that of the weight that was quantized.
         """
-        num_panels, num_groups = scales.shape[:2]
-        super().__init__(num_groups * GROUP, num_panels * PANEL, bias)
+        assert len(scales) == num_panels(out_features)
+        super().__init__(scales.shape[1] * GROUP, out_features, bias)
         self.bits = bits
         self.kernel = f"int{bits}_linear" if has_quantized_product() else None
         self.levels = nn.Parameter(levels, requires_grad=False)
@@ -105,8 +111,8 @@ def quantize(
 ) -> QuantizedLinear:
     """weight [d_out, d_in] in 8 or 4 bits, in these pages or in some of its own; `can_quantize` must hold."""
     parts = (_to_panels(*levels_and_scales(rows, bits), bits) for rows in torch.split(weight, ROWS_AT_ONCE))
-    levels, scales = join_panels(parts, len(weight) // PANEL, pages or HugePages())
-    return QuantizedLinear(levels, scales, bias, bits=bits, dtype=weight.dtype)
+    levels, scales = join_panels(parts, num_panels(len(weight)), pages or HugePages())
+    return QuantizedLinear(levels, scales, bias, out_features=len(weight), bits=bits, dtype=weight.dtype)
 
 
 def join_panels(
@@ -160,5 +166,11 @@ def _to_panels(levels: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tenso
 
 
 def side_by_side(rows: Tensor) -> Tensor:
-    """[n, groups, ...] -> [n / 16, groups, ..., 16, the last of ...]: the 16 outputs of a panel side by side."""
+    """[n, groups, ...] -> [n / 16, groups, ..., 16, the last of ...]: the 16 outputs of a panel side by side.
+
+    Zeros fill up the last panel.
+    """
+    missing = num_panels(len(rows)) * PANEL - len(rows)
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
     return rows.view(-1, PANEL, *rows.shape[1:]).movedim(1, -2).contiguous()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fusionserve.kernels.huge_pages import HugePages
-from fusionserve.kernels.linear_product import PANEL, LinearProduct, PanelLinear
+from fusionserve.kernels.linear_product import LinearProduct, PanelLinear, num_panels
 from fusionserve.kernels.native_call import NativeFunction
 from fusionserve.kernels.quantized_linear import (
     GROUP,
@@ -43,9 +43,16 @@ class TiledLinear(QuantizedLinear):
     """
 
     def __init__(
-        self, levels: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int, dtype: torch.dtype
+        self,
+        levels: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        *,
+        out_features: int,
+        bits: int,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(levels, scales, bias, bits=bits, dtype=dtype)
+        super().__init__(levels, scales, bias, out_features=out_features, bits=bits, dtype=dtype)
         self.kernel = f"tiled_int{bits}"
 
     def levels_of(self, panels: Tensor, outputs: Tensor) -> Tensor:
@@ -89,9 +96,9 @@ def quantize_on(device: torch.device, weight: Tensor, bias: Tensor | None, bits:
         _to_lines(*levels_and_scales(rows.to(device), bits), bits)
         for rows in torch.split(weight, ROWS_AT_ONCE)
     )
-    levels, scales = join_panels(parts, len(weight) // PANEL, HugePages())
+    levels, scales = join_panels(parts, num_panels(len(weight)), HugePages())
     own_bias = None if bias is None else bias.to(device)
-    return TiledLinear(levels, scales, own_bias, bits=bits, dtype=weight.dtype)
+    return TiledLinear(levels, scales, own_bias, out_features=len(weight), bits=bits, dtype=weight.dtype)
 
 
 def _to_lines(levels: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import LinearProduct
-from fusionserve.kernels.packed_linear import PackedLinear, pack
+from fusionserve.kernels.packed_linear import PackedLinear
 from fusionserve.kernels.quantized_linear import quantize
 
 _SIZES = ((576, 960), (576, 576), (576, 3072), (1536, 576), (896, 9728), (4864, 896), (576, 49152))
@@ -57,7 +57,7 @@ def _products(kind: str, d_in: int, d_out: int) -> list[Product]:
 
 def _product(kind: str, weight: Tensor, pages: HugePages) -> Product:
     if kind == "packed here":
-        return LinearProduct([PackedLinear(pack(weight, pages), None)])
+        return LinearProduct([PackedLinear(weight, None, pages)])
     if kind in ("int8 here", "int4 here"):
         return LinearProduct([quantize(weight, None, 8 if kind == "int8 here" else 4, pages)])
     if kind == "oneDNN packed":

@@ -104,13 +104,37 @@ static inline void add_rank_rows(const LinearPart& part, const Block& block) {
 // Outputs are shared out in units of so many panels: of single ones where that is no slower, so that threads get as many.
 template <typename Product>
 static Index num_units(const Product& product, const LinearPart& part) {
-    return (part.d_out / PANEL + product.unit() - 1) / product.unit();
+    return (part.d_out + product.unit() * PANEL - 1) / (product.unit() * PANEL);
+}
+
+// A panel that is filled up with zeros, of which there are fewer outputs than it has: by way of rows that have room for it.
+template <typename Product>
+static void cut_panel(const Product& product, const LinearPart& part, Index panel) {
+    using Number = typename Product::Number;
+    static thread_local Lines<Number> room;
+    const Index output = panel * PANEL, count = part.d_out - output;
+    Number* y = static_cast<Number*>(part.y) + output;
+    Number *bias = room.make_room((product.num_tokens + 1) * PANEL), *rows = bias + PANEL;
+    LinearPart whole = part;
+    whole.y = rows - output;
+    whole.y_stride = PANEL;
+    if (part.bias) {
+        std::copy_n(static_cast<const Number*>(part.bias) + output, count, bias);
+        whole.bias = bias - output;
+    }
+    for (Index token = 0; part.add && token < product.num_tokens; ++token)
+        std::copy_n(y + token * part.y_stride, count, rows + token * PANEL);
+    product.panels(whole, panel, 1);
+    for (Index token = 0; token < product.num_tokens; ++token)
+        std::copy_n(rows + token * PANEL, count, y + token * part.y_stride);
 }
 
 // Units [begin, end) of a part, in tiles of as many panels each, if it has its choice.
 template <typename Product>
 static void some_units(const Product& product, const LinearPart& part, Index begin, Index end) {
     const Index last = std::min(part.d_out / PANEL, end * product.unit()), count = last - begin * product.unit();
+    if (last < end * product.unit() && part.d_out % PANEL > 0) cut_panel(product, part, last);
+    if (count == 0) return;
     const Index num_tiles = (count + Product::TILE_PANELS - 1) / Product::TILE_PANELS;
     const Index width = product.unit() == 1 ? (count + num_tiles - 1) / num_tiles : Product::TILE_PANELS;
     for (Index first = last - count; first < last; first += width)

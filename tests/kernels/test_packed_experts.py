@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusionserve.kernels.activations import Activation
 from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.packed_experts import PackedExperts, can_pack_experts
-from fusionserve.kernels.pointwise import Activation
 
 library = native_library()
 pytestmark = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def make_input(num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
 
 
 @with_dtype
-@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("activation", [Activation.SILU, Activation.GELU_TANH, Activation.GELU])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 40, 130])
 def test_output_equals_the_definition(num_tokens: int, activation: Activation, dtype: torch.dtype) -> None:
     experts = make_experts(dtype, activation)

@@ -8,12 +8,12 @@ from kernel_rows import as_kernels_take
 from torch import Tensor
 
 from fusionserve.kernels.linear_product import LinearProduct, PanelLinear
-from fusionserve.kernels.packed_linear import PackedLinear, can_pack, pack
+from fusionserve.kernels.packed_linear import PackedLinear, can_pack
 from fusionserve.kernels.projections import project
 from fusionserve.kernels.quantized_linear import quantize
 from fusionserve.kernels.segments import Addition, Additions, PartRows, Segment, Segments
 
-CAPACITY, D_IN, D_OUTS = 120, 608, (96, 144)
+CAPACITY, D_IN, D_OUTS = 120, 608, (96, 139)
 RESIDENTS = ((0, 16), (16, 6), (22, 40), (62, 52))  # first rows and numbers
 DTYPE = torch.bfloat16
 
@@ -33,7 +33,7 @@ def make(*shape: int, seed: int) -> Tensor:
 
 def make_group(bits: int | None) -> list[PanelLinear]:
     weights = [make(d_out, D_IN, seed=d_out).to(DTYPE) * D_IN**-0.5 for d_out in D_OUTS]
-    return [PackedLinear(pack(w), None) if bits is None else quantize(w, None, bits) for w in weights]
+    return [PackedLinear(w, None) if bits is None else quantize(w, None, bits) for w in weights]
 
 
 def make_rows() -> list[PartRows]:

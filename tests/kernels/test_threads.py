@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusionserve.kernels.native_library import native_library
-from fusionserve.kernels.pointwise import RMSNorm, argmax, reference_rms_norm, rms_norm
+from fusionserve.kernels.norms import RMSNorm, normalize, reference_normalize
+from fusionserve.kernels.pointwise import argmax
 
 NUM_CALLERS, NUM_CALLS = 6, 200
 NUM_ROWS, WIDTH = 64, 1024  # enough to be shared among threads
@@ -23,10 +24,10 @@ def test_callers_do_not_mix_their_pieces() -> None:
     def call(caller: int) -> list[Tensor]:
         x = torch.randn(NUM_ROWS, WIDTH, generator=torch.Generator().manual_seed(caller))
         weight = torch.full((WIDTH,), float(caller + 1))
-        expected = reference_rms_norm(x, RMSNorm(weight, 1e-6))
+        expected = reference_normalize(x, RMSNorm(weight, 1e-6))
         found = []
         for _ in range(NUM_CALLS):
-            found.append(rms_norm(x, RMSNorm(weight, 1e-6)) - expected)
+            found.append(normalize(x, RMSNorm(weight, 1e-6)) - expected)
             found.append(argmax(x) - x.argmax(-1))
         return found
 

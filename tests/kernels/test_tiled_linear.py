@@ -19,7 +19,7 @@ from fusionserve.kernels.tiled_linear import TiledLinear, quantize_on
 pytestmark = pytest.mark.gpu
 
 # (d_in, d_out): groups that fill no line of 4 bits, outputs that fill no block, sums in two and four ranges.
-SIZES = [(32, 16), (96, 48), (576, 80), (160, 144), (544, 272), (1056, 16)]
+SIZES = [(32, 16), (96, 48), (576, 80), (160, 144), (544, 272), (1056, 16), (96, 45)]
 NUM_TOKENS = [1, 3, 16, 17, 70]  # tiles of 16, of 32 and of 64, full or not; the last are two
 BITS = [8, 4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,12 +141,13 @@ def test_token_gets_the_same_bits_in_any_company(bits: int, monkeypatch: pytest.
 
 def test_sums_are_shared_by_what_the_weights_are() -> None:
     def splits(d_in: int, *d_outs: int) -> int:
-        parts = [TiledLinear(*storage(d_in, d_out), None, bits=8, dtype=torch.bfloat16) for d_out in d_outs]
+        parts = [empty(d_in, d_out) for d_out in d_outs]
         return few_bits_launch.FewBitsWeights.of(parts).splits
 
-    def storage(d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+    def empty(d_in: int, d_out: int) -> TiledLinear:
         panels, groups = d_out // 16, d_in // GROUP
-        return torch.empty(panels, groups, 16, 32, dtype=torch.int8), torch.empty(panels, groups, 16)
+        storage = torch.empty(panels, groups, 16, 32, dtype=torch.int8), torch.empty(panels, groups, 16)
+        return TiledLinear(*storage, None, out_features=d_out, bits=8, dtype=torch.bfloat16)
 
     assert splits(4096, 4096, 1024, 1024) == splits(4096, 4096) == splits(14336, 4096) == 8
     assert splits(4096, 14336, 14336) == 2

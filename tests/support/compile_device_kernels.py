@@ -126,7 +126,9 @@ def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLi
     levels = number(d_out // 16, d_in // (32 if bits == 8 else 64), 16, 32, dtype=torch.int8)
     scales = number(d_out // 16, d_in // 32, 16, dtype=torch.bfloat16)
     bias = number(d_out) if has_bias else None
-    return TiledLinear(levels, scales, bias, bits=bits, dtype=torch.get_default_dtype())
+    return TiledLinear(
+        levels, scales, bias, out_features=16 * len(levels), bits=bits, dtype=torch.get_default_dtype()
+    )
 
 
 if __name__ == "__main__":

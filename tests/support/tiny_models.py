@@ -72,9 +72,10 @@ _GEMMA = {
 
 
 def _gpt2() -> PreTrainedConfig:
+    """Its vocabulary does not divide into panels, as the real one's."""
     names = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": CONTEXT}
     return GPT2Config(
-        vocab_size=VOCAB_SIZE, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **names
+        vocab_size=VOCAB_SIZE + 1, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, **names
     )
 
 
@@ -112,7 +113,7 @@ def _qwen2_moe() -> PreTrainedConfig:
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
     "qwen2": lambda: Qwen2Config(**_GROUPED),
-    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**{**_GROUPED, "intermediate_size": 58}, head_dim=16),
     "mistral": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW),
     "deepseek_v3": _deepseek_v3,
     "gemma": lambda: GemmaConfig(**_GROUPED, head_dim=16),
