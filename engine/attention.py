@@ -20,7 +20,7 @@ from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeStep
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch
-from fusionserve.kernels.pointwise import Angles, Rotation, rotate_and_store
+from fusionserve.kernels.rotation import Angles, Rotation, rotate_and_store
 from fusionserve.kernels.segments import Segments
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from fusionserve.kernels.activations import activate, gated_product
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeLayer
 from fusionserve.kernels.norms import Norm, normalize
-from fusionserve.kernels.pointwise import Angles
+from fusionserve.kernels.rotation import Angles
 
 
 class DecoderLayer:

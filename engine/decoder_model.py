@@ -24,7 +24,7 @@ class DecoderModel:
 
     def __init__(self, form: ModelForm, max_context_tokens: int, dtype: torch.dtype) -> None:
         self._form = form
-        rotations = sorted({layer.rotation for layer in form.layers})
+        rotations = list(dict.fromkeys(layer.rotation for layer in form.layers))
         device = form.norm.weight.device
         self._rotary = [
             RotaryTable(form.rotary, max_context_tokens, dtype, rotation, device) for rotation in rotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -32,8 +33,6 @@ from fusionserve.kernels.native_layer import LayerNorms, LayerSettings, MLPSetti
 from fusionserve.kernels.norms import LayerNorm, Norm, RMSNorm
 from fusionserve.kernels.paged_attention import AttentionOptions
 
-NO_ROTATION = "none"
-
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.SiLU: Activation.SILU,
     SiLUActivation: Activation.SILU,
@@ -50,9 +49,13 @@ _WIDE_NORMS = {
     "Gemma3RMSNorm": 1.0,
     "Olmo2RMSNorm": 0.0,
     "Olmo3RMSNorm": 0.0,
+    "HeliumRMSNorm": 0.0,
 }
 # LayerNorms, by what is added to their weight first.
-_LAYER_NORMS = {"LayerNorm": 0.0, "OlmoLayerNorm": 0.0, "NemotronLayerNorm1P": 1.0}
+_LAYER_NORMS = {
+    **dict.fromkeys(("LayerNorm", "OlmoLayerNorm", "CohereLayerNorm", "Cohere2LayerNorm"), 0.0),
+    "NemotronLayerNorm1P": 1.0,
+}
 _OLMO_EPSILON = 1e-5  # its module does not say
 
 # Where the norms of a layer are, by the names of its modules.
@@ -63,7 +66,20 @@ _BEFORE_AND_AFTER = {
     "before_attention": "input_layernorm",
     "before_mlp": "pre_feedforward_layernorm",
 }
+_GLM4 = {
+    **_BEFORE,
+    "after_attention": "post_self_attn_layernorm",
+    "after_mlp": "post_mlp_layernorm",
+}
 _BEFORE_BOTH = {"before_attention": "input_layernorm", "before_mlp": "input_layernorm"}
+
+
+class Rotates(Enum):
+    """Which layers of a family turn queries and keys."""
+
+    ALL = "all that do not say otherwise"
+    WINDOWED = "those with a sliding window"
+    NONE = "none: positions are learned"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,28 +87,36 @@ class _Family:
     """How to read the layers of a family."""
 
     norms: Mapping[str, str]
-    has_rotation: bool = True
+    rotates: Rotates = Rotates.ALL
     has_rotations: bool = False  # one for each type of layer
+    by_neighbours: bool = False
+    has_neighbours: bool = False
     is_parallel: bool = False  # in every configuration
     has_heads_in_turn: bool = False  # one module's outputs are query, key and value of each head
     scales_queries: bool = False  # before they attend, with a scale of one
 
 
 _LLAMA = _Family(norms=_BEFORE)
+_COHERE = _Family(norms=_BEFORE_BOTH, is_parallel=True, by_neighbours=True, has_neighbours=True)
 _FAMILIES: dict[str, _Family] = {
     **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Phi3", "Gemma"), _LLAMA),
     **dict.fromkeys(("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "SeedOss", "Arcee"), _LLAMA),
-    **dict.fromkeys(("Olmo", "StableLm", "Starcoder2", "Nemotron"), _LLAMA),  # with other norms
+    **dict.fromkeys(("Ministral", "Cwm"), _LLAMA),
+    **dict.fromkeys(("Olmo", "StableLm", "Starcoder2", "Nemotron", "Jais2"), _LLAMA),  # with other norms
+    **dict.fromkeys(("Glm", "Ernie4_5", "Helium"), _Family(norms=_BEFORE, by_neighbours=True)),
+    "Glm4": _Family(norms=_GLM4, by_neighbours=True),
+    "Cohere": _COHERE,
+    "Cohere2": replace(_COHERE, rotates=Rotates.WINDOWED),
     "Gemma2": _Family(norms=_BEFORE_AND_AFTER),
     "Gemma3": _Family(norms=_BEFORE_AND_AFTER, has_rotations=True),
     "Olmo2": _Family(norms=_AFTER),
     "Olmo3": _Family(norms=_AFTER, has_rotations=True),
     "Phi": _Family(norms=_BEFORE_BOTH, is_parallel=True),
     "GPTNeoX": _Family(norms=_BEFORE, has_heads_in_turn=True),
-    "GPT2": _Family(norms={"before_attention": "ln_1", "before_mlp": "ln_2"}, has_rotation=False),
+    "GPT2": _Family(norms={"before_attention": "ln_1", "before_mlp": "ln_2"}, rotates=Rotates.NONE),
     "OPT": _Family(
         norms={"before_attention": "self_attn_layer_norm", "before_mlp": "final_layer_norm"},
-        has_rotation=False,
+        rotates=Rotates.NONE,
         scales_queries=True,
     ),
 }
@@ -109,6 +133,15 @@ _UP = (("up_proj",), ("fc1",), ("c_fc",), ("dense_h_to_4h",))
 _DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 _ACTIVATION = ("act_fn", "activation_fn", "act")
 _EPSILON = ("variance_epsilon", "eps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryForm:
+    """Which of a model's rotations it is, and what it turns."""
+
+    layer_type: str  # of a model with one for each; else ""
+    by_neighbours: bool  # pairs of a head's numbers are neighbours; else counterparts in halves
+    has_neighbours: bool  # so are the angles that the model computes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +162,7 @@ class LayerForm:
     output: AdaptedLinear
     mlp: DenseMLP | nn.Module  # a module: of a mixture of experts, [1, num_tokens, hidden] -> that shape
     settings: LayerSettings
-    rotation: str  # which of the model's: "", a type of layer, or NO_ROTATION
+    rotation: RotaryForm | None  # None: it turns nothing
 
 
 def layer_form(layer: nn.Module, options: Mapping[nn.Module, AttentionOptions]) -> LayerForm | None:
@@ -181,15 +214,12 @@ def read_norm(module: Any, device: torch.device) -> Norm:
 
 def _read_layer_norm(module: Any, added: float, device: torch.device) -> LayerNorm:
     """With a weight and a bias where it has none, as OLMo's."""
-    weight, bias = (
-        torch.ones(module.normalized_shape, device=device),
-        torch.zeros(module.normalized_shape, device=device),
-    )
-    if getattr(module, "weight", None) is not None:
-        weight = module.weight.detach().float() + added
-    if getattr(module, "bias", None) is not None:
-        bias = module.bias.detach().float()
-    return LayerNorm(weight, bias, getattr(module, "eps", _OLMO_EPSILON))
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    width = module.normalized_shape if weight is None else weight.shape
+    wide_weight = torch.ones(width, device=device) if weight is None else weight.detach().float() + added
+    wide_bias = torch.zeros(width, device=device) if bias is None else bias.detach().float()
+    epsilon = next((getattr(module, name) for name in _EPSILON if hasattr(module, name)), _OLMO_EPSILON)
+    return LayerNorm(wide_weight, wide_bias, epsilon)
 
 
 def _family_of(layer: nn.Module) -> _Family | None:
@@ -202,7 +232,10 @@ def _is_unusual(layer: Any, attention: Any) -> bool:
     """True if it is configured to what none of the forms has."""
     clips = getattr(attention.config, "clip_qkv", None) is not None  # OLMo's
     norms_sums = not getattr(layer, "do_layer_norm_before", True)  # OPT's
-    return clips or norms_sums or getattr(attention, "qk_layernorm", False)  # StableLM's and Phi's
+    norms_heads = any(
+        getattr(attention, name, False) for name in ("qk_layernorm", "use_qk_norm")
+    )  # each its own way
+    return clips or norms_sums or norms_heads
 
 
 def _has_one_norm(layer: Any) -> bool:
@@ -235,10 +268,15 @@ def _norms(layer: Any, attention: Any, names: Mapping[str, str]) -> LayerNorms:
     )
 
 
-def _rotation(family: _Family, attention: Any) -> str:
-    if not family.has_rotation or not getattr(attention, "use_rope", True):
-        return NO_ROTATION
-    return attention.config.layer_types[attention.layer_idx] if family.has_rotations else ""
+def _rotation(family: _Family, attention: Any) -> RotaryForm | None:
+    is_left_out = family.rotates is Rotates.WINDOWED and attention.sliding_window is None
+    if family.rotates is Rotates.NONE or is_left_out or not getattr(attention, "use_rope", True):
+        return None
+    return RotaryForm(
+        layer_type=attention.config.layer_types[attention.layer_idx] if family.has_rotations else "",
+        by_neighbours=family.by_neighbours,
+        has_neighbours=family.has_neighbours,
+    )
 
 
 def _modules(owner: Any, choices: Sequence[tuple[str, ...]]) -> tuple[Any, ...]:

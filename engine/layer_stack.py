@@ -17,7 +17,7 @@ from fusionserve.adapters.row_plan import PlanCell, RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_layer import NativeLayer, NativeLayers
-from fusionserve.kernels.pointwise import Angles
+from fusionserve.kernels.rotation import Angles
 
 
 class StackedLayer(Protocol):

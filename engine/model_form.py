@@ -24,16 +24,18 @@ _PLAIN = {
     for name in (
         *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Arcee", "SeedOss"),
         *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"),
-        *("Olmo", "Olmo2", "Olmo3", "StableLm", "Starcoder2", "Nemotron", "Phi", "GPTNeoX"),
+        *("Olmo", "Olmo2", "Olmo3", "StableLm", "Starcoder2", "Nemotron", "Jais2", "Phi", "GPTNeoX"),
+        *("Ministral", "Cwm", "Glm", "Glm4", "Ernie4_5", "Helium"),
     )
 }
 _GRANITE = "GraniteForCausalLM"
+_COHERE = {"CohereForCausalLM", "Cohere2ForCausalLM"}
 _CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
 _POSITIONED = {
     "GPT2LMHeadModel": "wpe",
     "OPTForCausalLM": "embed_positions",
 }  # the module of learned positions
-_ARCHITECTURES = _PLAIN | _CAPPED | {_GRANITE, *_POSITIONED}
+_ARCHITECTURES = _PLAIN | _CAPPED | _COHERE | {_GRANITE, *_POSITIONED}
 
 _LAYERS = ("layers", "h")
 _NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -70,18 +72,23 @@ def model_form(model: PreTrainedModel, options: Mapping[nn.Module, AttentionOpti
     norm = first_of(base, _NORM)
     if not layers or len(layers) < len(forms) or norm is None:
         return None
-    is_granite = name == _GRANITE
     return ModelForm(
         layers=layers,
         embedding=source.get_input_embeddings(),
-        embedding_scale=base.embedding_multiplier if is_granite else 1.0,
+        embedding_scale=base.embedding_multiplier if name == _GRANITE else 1.0,
         positions=_positions(getattr(base, _POSITIONED[name])) if name in _POSITIONED else None,
         rotary=getattr(base, "rotary_emb", None),
         norm=read_norm(norm, model.device),
         head=source.get_output_embeddings(),
-        divisor=source.config.logits_scaling if is_granite else 1.0,
+        divisor=_divisor(source.config, name),
         cap=source.config.final_logit_softcapping if name in _CAPPED else None,
     )
+
+
+def _divisor(config: Any, name: str) -> float:
+    if name == _GRANITE:
+        return float(config.logits_scaling)
+    return 1 / float(config.logit_scale) if name in _COHERE else 1.0
 
 
 def _positions(embedding: Any) -> Tensor:

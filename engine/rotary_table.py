@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fusionserve.engine.layer_form import NO_ROTATION
-from fusionserve.kernels.pointwise import Angles
+from fusionserve.engine.layer_form import RotaryForm
+from fusionserve.kernels.rotation import Angles
 
 
 class RotaryTable:
@@ -21,18 +21,22 @@ class RotaryTable:
         embedding: nn.Module | None,
         max_positions: int,
         dtype: torch.dtype,
-        rotation: str,
+        rotation: RotaryForm | None,
         device: torch.device,
     ) -> None:
-        if embedding is None or rotation == NO_ROTATION:
+        self._by_neighbours = rotation is not None and rotation.by_neighbours
+        if embedding is None or rotation is None:
             self._cos = self._sin = torch.empty(max_positions, 0, device=device)
             return
         positions = torch.arange(max_positions, device=device)[None]
-        options = {"layer_type": rotation} if rotation else {}
+        options = {"layer_type": rotation.layer_type} if rotation.layer_type else {}
         cos, sin = embedding(torch.empty(0, dtype=dtype, device=device), position_ids=positions, **options)
-        self._cos, self._sin = (table[0].contiguous() for table in (cos, sin))  # [max_positions, dim]
+        tables = (table[0] for table in (cos, sin))  # [max_positions, dim]
+        if rotation.has_neighbours:
+            tables = (table[:, ::2].repeat(1, 2) for table in tables)
+        self._cos, self._sin = (table.contiguous() for table in tables)
 
     def angles(self, positions: Tensor) -> Angles:
         """Those of positions [num_tokens]."""
         cos, sin = (table.index_select(0, positions).float() for table in (self._cos, self._sin))
-        return Angles(cos, sin)
+        return Angles(cos, sin, self._by_neighbours)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fusionserve.generation import SamplingParams
+from fusionserve.kernels.argmax import argmax
 from fusionserve.kernels.host_copy import to_device
 from fusionserve.kernels.index_tensor import index_tensor
-from fusionserve.kernels.pointwise import argmax
 from fusionserve.kernels.token_draw import TokenDraw, draw_tokens
 from fusionserve.kernels.token_logprobs import token_logprobs
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.kernels.device.launches import pointwise_launches
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.native_call import native_function
-from fusionserve.kernels.pointwise import in_triton
 
 
 class Activation(IntEnum):
@@ -40,7 +40,7 @@ _DEFINITIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 def gated_product(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """gate and up of one shape -> activation(gate) * up."""
     if uses_triton(gate.device):
-        product: Tensor = in_triton().gated_product(activation, gate.contiguous(), up.contiguous())
+        product: Tensor = pointwise_launches().gated_product(activation, gate.contiguous(), up.contiguous())
         return product
     native = native_function("gated_product", gate)
     if native is None:

@@ -19,8 +19,8 @@ from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.norms import NativeNorm, Norm
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import NativeAttention
-from fusionserve.kernels.pointwise import Rotation
 from fusionserve.kernels.projections import NativeProjections
+from fusionserve.kernels.rotation import Rotation
 from fusionserve.kernels.segments import Additions, NativeSegment, Segments
 
 _NO_ADDITIONS = Additions([])
@@ -84,7 +84,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Angles(ctypes.Structure):
-    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("dim", c_int64))
+    _fields_ = (("cos", c_void_p), ("sin", c_void_p), ("dim", c_int64), ("by_neighbours", c_int64))
 
 
 class _Step(ctypes.Structure):
@@ -113,12 +113,15 @@ class NativeStep:
     ) -> None:
         self._kept = rotations, attentions, segments  # the kernel has their addresses
         angles, slots = [rotation.angles for rotation in rotations], rotations[0].slots
-        self.angle_dims = tuple(cos.shape[1] for cos, _ in angles)
+        self.angle_dims = tuple(own.cos.shape[1] for own in angles)
         segment_array = (NativeSegment * 0)() if segments is None else segments.array
         self.arguments = _Step(
             len(slots),
             (_Angles * len(angles))(
-                *(_Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in angles)
+                *(
+                    _Angles(cos.data_ptr(), sin.data_ptr(), cos.shape[1], by_neighbours)
+                    for cos, sin, by_neighbours in angles
+                )
             ),
             slots.data_ptr(),
             (NativeAttention * len(attentions))(*attentions),

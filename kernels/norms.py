@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusionserve.kernels.device.launches import pointwise_launches
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.native_call import native_function
-from fusionserve.kernels.pointwise import in_triton
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def normalize(x: Tensor, norm: Norm) -> Tensor:
     """x [..., width] -> like x."""
     if uses_triton(x.device):
         bias = norm.bias if isinstance(norm, LayerNorm) else None
-        normalized: Tensor = in_triton().normalize(x.contiguous(), norm.weight, bias, norm.epsilon)
+        normalized: Tensor = pointwise_launches().normalize(x.contiguous(), norm.weight, bias, norm.epsilon)
         return normalized
     native = native_function("normalize", x)
     if native is None:

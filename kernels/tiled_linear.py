@@ -7,14 +7,13 @@ read in runs of 512 bytes, and the scales of a group do, too.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fusionserve.kernels.device.launches import few_bits_launches
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import LinearProduct, PanelLinear, num_panels
 from fusionserve.kernels.native_call import NativeFunction
@@ -26,14 +25,6 @@ from fusionserve.kernels.quantized_linear import (
     levels_and_scales,
     side_by_side,
 )
-
-
-@functools.cache
-def _in_triton() -> ModuleType:
-    """Imported only where it is used: a server on a CPU needs no Triton."""
-    from fusionserve.kernels.device import few_bits_launch
-
-    return few_bits_launch
 
 
 class TiledLinear(QuantizedLinear):
@@ -74,7 +65,7 @@ class TiledProduct(LinearProduct):
 
     def __init__(self, modules: Sequence[PanelLinear]) -> None:
         super().__init__(modules)
-        self._weights = _in_triton().FewBitsWeights.of(modules)
+        self._weights = few_bits_launches().FewBitsWeights.of(modules)
 
     def native(self, like: Tensor) -> NativeFunction | None:
         """None: it is none."""
@@ -83,7 +74,7 @@ class TiledProduct(LinearProduct):
     def compute(self, x: Tensor, outputs: Sequence[Tensor], *, add: bool) -> None:
         """Writes each module's W x + b to its output [..., d_out], or adds it."""
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
-        _in_triton().multiply(x.reshape(-1, x.shape[-1]).contiguous(), self._weights, flat, add=add)
+        few_bits_launches().multiply(x.reshape(-1, x.shape[-1]).contiguous(), self._weights, flat, add=add)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fusionserve.kernels.pointwise import argmax
+from fusionserve.kernels.argmax import argmax
 from fusionserve.kernels.token_draw import NUM_UNIFORMS, TokenDraw, draw_tokens, reference_draw_tokens
 from fusionserve.kernels.token_logprobs import reference_token_logprobs, token_logprobs
 

@@ -68,10 +68,12 @@ def gated_product_kernel(
 
 
 @triton.jit
-def _halves(start: tl.tensor, lanes: tl.tensor, inside: tl.tensor, TURNED: tl.constexpr) -> tl.tensor:
-    """Both halves of TURNED numbers, float32."""
-    low = tl.load(start + lanes, mask=inside, other=0.0)
-    high = tl.load(start + TURNED // 2 + lanes, mask=inside, other=0.0)
+def _load_two(start: tl.tensor, first: tl.tensor, second: tl.tensor, inside: tl.tensor) -> tl.tensor:
+    """The numbers at two places each, float32."""
+    low, high = (
+        tl.load(start + first, mask=inside, other=0.0),
+        tl.load(start + second, mask=inside, other=0.0),
+    )
     return low.to(tl.float32), high.to(tl.float32)
 
 
@@ -82,16 +84,21 @@ def _turn(
     cos: tl.tensor,
     sin: tl.tensor,
     TURNED: tl.constexpr,
+    BY_NEIGHBOURS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
+    """Pairs of the first TURNED numbers of a head, which are counterparts in their halves, or neighbours."""
     lanes = tl.arange(0, LANES)
-    inside = lanes < TURNED // 2
-    low, high = _halves(heads, lanes, inside, TURNED)
-    cos_low, cos_high = _halves(cos, lanes, inside, TURNED)
-    sin_low, sin_high = _halves(sin, lanes, inside, TURNED)
+    inside, upper = lanes < TURNED // 2, TURNED // 2 + lanes
+    first, second = lanes, upper
+    if BY_NEIGHBOURS:
+        first, second = 2 * lanes, 2 * lanes + 1
+    low, high = _load_two(heads, first, second, inside)
+    cos_low, cos_high = _load_two(cos, lanes, upper, inside)
+    sin_low, sin_high = _load_two(sin, lanes, upper, inside)
     dtype = target.dtype.element_ty
-    tl.store(target + lanes, (low * cos_low - high * sin_low).to(dtype), mask=inside)
-    tl.store(target + TURNED // 2 + lanes, (high * cos_high + low * sin_high).to(dtype), mask=inside)
+    tl.store(target + first, (low * cos_low - high * sin_low).to(dtype), mask=inside)
+    tl.store(target + second, (high * cos_high + low * sin_high).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -118,6 +125,7 @@ def rotate_and_store_kernel(
     num_kv_heads: int,
     DIM: tl.constexpr,
     TURNED: tl.constexpr,
+    BY_NEIGHBOURS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
     """Queries turned in place, keys turned into their slots, values into theirs; programs (token, head of any kind).
@@ -130,11 +138,11 @@ def rotate_and_store_kernel(
     sin += token * TURNED
     if head < num_heads:
         own = query + (token * num_heads + head) * DIM
-        _turn(own, own, cos, sin, TURNED, LANES)
+        _turn(own, own, cos, sin, TURNED, BY_NEIGHBOURS, LANES)
     elif head < num_heads + num_kv_heads:
         head -= num_heads
         start, target = key + (token * num_kv_heads + head) * DIM, keys + (slot * num_kv_heads + head) * DIM
-        _turn(start, target, cos, sin, TURNED, LANES)
+        _turn(start, target, cos, sin, TURNED, BY_NEIGHBOURS, LANES)
         if TURNED < DIM:
             _copy(start, target, TURNED, DIM, 2 * LANES)
     else:

@@ -52,6 +52,7 @@ def rotate_and_store(
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
+    by_neighbours: bool = False,
 ) -> None:
     """query turned in place; keys[slots] = turned key, values[slots] = value, by cos and sin [num_tokens, turned]."""
     num_tokens, num_heads, dim = query.shape
@@ -75,5 +76,6 @@ def rotate_and_store(
             num_kv_heads,
             DIM=dim,
             TURNED=cos.shape[1],
+            BY_NEIGHBOURS=by_neighbours,
             LANES=num_lanes(dim // 2),
         )

@@ -10,8 +10,8 @@
 #include "gating.h"
 #include "lines.h"
 #include "norms.h"
-#include "pointwise.h"
 #include "projections.h"
+#include "rotation.h"
 
 struct DecoderLayer {
     Projections queries_keys_values;  // three modules, or one of all outputs
@@ -34,6 +34,7 @@ struct Angles {
     const float* cos;  // [num_tokens, dim]
     const float* sin;
     Index dim;  // 0: nothing is turned
+    Index by_neighbours;
 };
 
 // What all layers of a step share. `attentions` tell which tokens attend to which slots; the rest of them is set here.
@@ -68,6 +69,18 @@ static void copy_columns(const Number* rows, Index stride, Index first, Index wi
     });
 }
 
+// y += x * scale, elementwise; both are rounded.
+template <typename Number>
+static void add_scaled(const Number* x, float scale, Number* y, Index count) {
+    parallel_ranges(count, count, [&](Index begin, Index end) {
+        const Index whole = begin + (end - begin) / LANES * LANES;
+        for (Index i = begin; i < whole; i += LANES)
+            store_lanes(round_lanes<Number>(load_lanes(x + i) * scale) + load_lanes(y + i), y + i);
+        for (Index i = whole; i < end; ++i)
+            y[i] = from_float<Number>(to_float(from_float<Number>(to_float(x[i]) * scale)) + to_float(y[i]));
+    });
+}
+
 // A layer on the tokens of a step. Its members are memory for what lies between the products.
 template <typename Number>
 class Pass {
@@ -92,7 +105,8 @@ public:
         if (layer.key_norm.weight) normalize(key, layer.key_norm, key, n * kv_width, false);
         const Angles& angles = step.angles[layer.angles];
         rotate_and_store<Number>({query, key, value, angles.cos, angles.sin, layer.keys, layer.values, step.slots, n,
-                                  layer.num_heads, layer.num_kv_heads, layer.dim, angles.dim, layer.is_tiled});
+                                  layer.num_heads, layer.num_kv_heads, layer.dim, angles.dim, layer.is_tiled,
+                                  angles.by_neighbours});
         attend_all();
         add_projected(layer.output, attended, query_width, layer.after_attention);
 

@@ -18,6 +18,7 @@ from fusionserve.adapters.adapted_linear import AdaptedLinear
 from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS, EMBEDDED_MODEL, EngineConfig
 from fusionserve.engine.base_model import BaseModel, load_base_model
 from fusionserve.engine.decoder_layer import DecoderLayer
+from fusionserve.engine.layer_form import RotaryForm
 from fusionserve.engine.model_form import model_form
 from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.generation import Adaptation, OutputOptions
@@ -48,6 +49,7 @@ def test_known_families_have_a_forward_of_our_own(name: str, tmp_path: Path) -> 
         ("olmo", {"clip_qkv": 1.0}),
         ("stablelm", {"qk_layernorm": True}),
         ("phi", {"qk_layernorm": True}),
+        ("cohere", {"use_qk_norm": True}),
         ("opt", {"do_layer_norm_before": False}),
         ("opt", {"_remove_final_layer_norm": True}),
         ("opt", {"word_embed_proj_dim": 32}),
@@ -75,12 +77,16 @@ def test_angles_are_those_that_the_model_computes(name: str, tmp_path: Path) -> 
     config = AutoConfig.from_pretrained(save_tiny_model(name, tmp_path))
     embedding = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).base_model.rotary_emb
     like, positions = torch.empty(0, dtype=torch.bfloat16), torch.tensor([7, 0, 63, 3])
-    for rotation in sorted(set(config.layer_types)) if name in {"gemma3", "olmo3"} else [""]:
-        table = RotaryTable(embedding, 64, torch.bfloat16, rotation, torch.device("cpu"))
-        options = {"layer_type": rotation} if rotation else {}
+    for layer_type in sorted(set(config.layer_types)) if name in {"gemma3", "olmo3"} else [""]:
+        form = RotaryForm(
+            layer_type=layer_type, by_neighbours=False, has_neighbours=name.startswith("cohere")
+        )
+        table = RotaryTable(embedding, 64, torch.bfloat16, form, torch.device("cpu"))
+        options = {"layer_type": layer_type} if layer_type else {}
         expected = embedding(like, position_ids=positions[None], **options)
-        for mine, theirs in zip(table.angles(positions), expected, strict=True):
-            assert torch.equal(mine, theirs[0].float())
+        for mine, theirs in zip(table.angles(positions)[:2], expected, strict=True):
+            halves = torch.cat([theirs[..., ::2]] * 2, dim=-1) if form.has_neighbours else theirs
+            assert torch.equal(mine, halves[0].float())
 
 
 @needs_packing

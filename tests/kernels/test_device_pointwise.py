@@ -10,7 +10,7 @@ from torch import Tensor
 from fusionserve.kernels.activations import Activation, reference_gated_product
 from fusionserve.kernels.device.pointwise_launch import gated_product, normalize, rotate_and_store
 from fusionserve.kernels.norms import LayerNorm, RMSNorm, reference_normalize
-from fusionserve.kernels.pointwise import Angles, rotated
+from fusionserve.kernels.rotation import Angles, rotated
 
 pytestmark = pytest.mark.gpu
 
@@ -51,15 +51,16 @@ def test_gated_product(shape: tuple[int, ...], activation: Activation, dtype: to
 
 @with_dtype
 @pytest.mark.parametrize(("dim", "turned"), [(32, 32), (24, 24), (24, 16), (24, 0)])
-def test_rotate_and_store(dim: int, turned: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_neighbours", [False, True])
+def test_rotate_and_store(by_neighbours: bool, dim: int, turned: int, dtype: torch.dtype) -> None:
     query, key, value = (make((9, heads, dim), dtype, heads) for heads in (6, 2, 3))
     value = value[:, :2].contiguous()
     angles = make((9, turned), torch.float32, 9)
     slots = torch.randperm(20, generator=torch.Generator().manual_seed(0))[:9].to(DEVICE)
     cos, sin = angles.cos(), angles.sin()
     keys, values = (torch.zeros(20, 2, dim, dtype=dtype, device=DEVICE) for _ in range(2))
-    expected_query, expected_key = (rotated(heads, Angles(cos, sin)) for heads in (query, key))
-    rotate_and_store(query, key, value, keys, values, cos, sin, slots)
+    expected_query, expected_key = (rotated(heads, Angles(cos, sin, by_neighbours)) for heads in (query, key))
+    rotate_and_store(query, key, value, keys, values, cos, sin, slots, by_neighbours)
     torch.testing.assert_close(query, expected_query)
     torch.testing.assert_close(keys[slots], expected_key)
     assert torch.equal(values[slots], value)

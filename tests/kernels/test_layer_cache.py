@@ -11,7 +11,7 @@ from fusionserve.kernels.layer_cache import LayerCache, can_tile
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_batch import PagedBatch, slots_of_blocks
 from fusionserve.kernels.paged_sequence import PackedSequence
-from fusionserve.kernels.pointwise import Angles, Rotation, rotate_and_store
+from fusionserve.kernels.rotation import Angles, Rotation, rotate_and_store
 
 CPU = torch.device("cpu")
 LIKE = torch.empty(0, dtype=torch.bfloat16)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusionserve.kernels.argmax import argmax
 from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.norms import RMSNorm, normalize, reference_normalize
-from fusionserve.kernels.pointwise import argmax
 
 NUM_CALLERS, NUM_CALLS = 6, 200
 NUM_ROWS, WIDTH = 64, 1024  # enough to be shared among threads
@@ -44,7 +44,7 @@ from contextlib import nullcontext
 import torch
 
 from fusionserve.kernels.native_library import native_library
-from fusionserve.kernels.pointwise import argmax
+from fusionserve.kernels.argmax import argmax
 from fusionserve.kernels.threads import borrowed_core
 
 torch.set_num_threads(1)

@@ -74,7 +74,9 @@ def launch_pointwise() -> None:
     query, slots = number(num_tokens, _HEADS, _DIM), number(num_tokens, dtype=torch.long)
     for turned in (_DIM, _DIM // 2, 0):
         angles = number(num_tokens, turned, dtype=torch.float32)
-        pointwise_launch.rotate_and_store(query, heads, heads, cache, cache, angles, angles, slots)
+        for by_neighbours in (False, True):
+            arguments = query, heads, heads, cache, cache, angles, angles, slots
+            pointwise_launch.rotate_and_store(*arguments, by_neighbours=by_neighbours)
 
 
 def launch_attention() -> None:

@@ -13,14 +13,23 @@ from torch import nn
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    CwmConfig,
     DeepseekV3Config,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    HeliumConfig,
+    Jais2Config,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
@@ -62,12 +71,13 @@ _SIZES = {
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _EXPERTS = {**_GROUPED, "num_hidden_layers": 2, "moe_intermediate_size": 32}
+_WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 _GEMMA = {
     **_GROUPED,
     "head_dim": 16,
     "query_pre_attn_scalar": 16,
     "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "layer_types": _WINDOWED,
 }
 
 
@@ -131,9 +141,22 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "nemotron": lambda: NemotronConfig(**_GROUPED, head_dim=16),
     "arcee": lambda: ArceeConfig(**_GROUPED, head_dim=16),
     "seed_oss": lambda: SeedOssConfig(**_GROUPED, head_dim=16),
+    "ministral": lambda: MinistralConfig(
+        **_GROUPED, head_dim=16, sliding_window=WINDOW, layer_types=_WINDOWED
+    ),
+    "cwm": lambda: CwmConfig(**_GROUPED, head_dim=16, sliding_window=WINDOW, layer_types=_WINDOWED),
+    "jais2": lambda: Jais2Config(**_GROUPED, head_dim=16),
+    "glm": lambda: GlmConfig(**_GROUPED, head_dim=16, attention_bias=True),
+    "glm4": lambda: Glm4Config(**_GROUPED, head_dim=16),
+    "ernie4_5": lambda: Ernie4_5Config(**_GROUPED, head_dim=16),
+    "helium": lambda: HeliumConfig(**_GROUPED, head_dim=16),
+    "cohere": lambda: CohereConfig(**_GROUPED, logit_scale=0.4),
+    "cohere2": lambda: Cohere2Config(
+        **_GROUPED, sliding_window=WINDOW, layer_types=_WINDOWED, logit_scale=0.4
+    ),
     "olmo": lambda: OlmoConfig(**_GROUPED),
     "olmo2": lambda: Olmo2Config(**_GROUPED),
-    "olmo3": lambda: Olmo3Config(**_GROUPED, sliding_window=WINDOW, layer_types=_GEMMA["layer_types"]),
+    "olmo3": lambda: Olmo3Config(**_GROUPED, sliding_window=WINDOW, layer_types=_WINDOWED),
     "smollm3": lambda: SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0, 1]),
     "granite": _granite,
     "qwen3_moe": lambda: Qwen3MoeConfig(**_EXPERTS, head_dim=12, num_experts=4, num_experts_per_tok=2),
@@ -147,11 +170,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 FAMILIES = {
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "arcee", "seed_oss"),
     *("gemma", "gemma2", "gemma3", "olmo", "olmo2", "olmo3", "nemotron", "starcoder2", "phi", "gpt2", "opt"),
-    *("gpt_neox", "gpt_neox_serial", "stablelm", "stablelm_parallel"),
+    *("gpt_neox", "gpt_neox_serial", "stablelm", "stablelm_parallel", "jais2", "ministral", "cwm"),
+    *("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2"),
 }
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # so are these, but not in one native call
 _SEED = 2
-_SEEDS = {"phi": 3, "gpt_neox_serial": 3}  # the usual one's comes near a tie, or repeats itself
+# The models of the usual one come near a tie, or repeat themselves.
+_SEEDS = {"phi": 3, "gpt_neox_serial": 3, "qwen3": 3, "cohere": 4}
 
 
 def make_tiny_model(config: PreTrainedConfig, *, seed: int = _SEED) -> PreTrainedModel:

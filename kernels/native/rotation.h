@@ -1,9 +1,7 @@
-// Rotary positions, and sums of what stands between the products of a decoder layer.
+// Queries and keys turned to their positions.
 #pragma once
 
-#include "lanes.h"
-
-#include <algorithm>
+#include "number.h"
 
 struct Heads {
     void* query;        // [num_tokens, num_heads * dim], turned in place
@@ -15,13 +13,11 @@ struct Heads {
     void* values;
     const Index* slots;  // [num_tokens]
     Index num_tokens, num_heads, num_kv_heads, dim;
-    Index turned;    // numbers of a head that are turned, the first ones
-    Index is_tiled;  // the cache, see cache_tiles.h
+    Index turned;         // numbers of a head that are turned, the first ones
+    Index is_tiled;       // the cache, see cache_tiles.h
+    Index by_neighbours;  // pairs are neighbours, not counterparts in the halves of what is turned
 };
 
-// y += x * scale, elementwise; both are rounded.
-template <typename Number>
-void add_scaled(const Number* x, float scale, Number* y, Index count);
-
+// Turns queries in place; turned keys, and values, go to their slots.
 template <typename Number>
 void rotate_and_store(const Heads& heads);

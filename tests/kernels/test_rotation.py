@@ -1,4 +1,4 @@
-"""The native pointwise kernels against their definitions in torch's operations."""
+"""The native rotation against its definition in torch's operations, and that against complex numbers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.native_call import native_function
-from fusionserve.kernels.pointwise import (
-    Angles,
-    Rotation,
-    argmax,
-    rotate_and_store,
-    rotated,
-)
+from fusionserve.kernels.rotation import Angles, Rotation, rotate_and_store, rotated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,11 +28,12 @@ def test_kernels_are_native_here() -> None:
 @with_dtype
 @pytest.mark.parametrize("turned", [32, 20, 0])
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_rotate_and_store(num_tokens: int, turned: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_neighbours", [False, True])
+def test_rotate_and_store(by_neighbours: bool, num_tokens: int, turned: int, dtype: torch.dtype) -> None:
     query, key, value = (make((num_tokens, heads, 32), dtype, heads) for heads in (6, 2, 2))
     angles = make((num_tokens, turned), torch.float32, 9)
     slots = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:num_tokens]
-    rotation = Rotation(Angles(angles.cos(), angles.sin()), slots)
+    rotation = Rotation(Angles(angles.cos(), angles.sin(), by_neighbours), slots)
     keys, values = torch.zeros(64, 2, 32, dtype=dtype), torch.zeros(64, 2, 32, dtype=dtype)
     expected_query, expected_key = (rotated(heads, rotation.angles) for heads in (query, key))
     turned = rotate_and_store(query.clone(), key, value, LayerCache(keys, values), rotation)
@@ -49,15 +44,16 @@ def test_rotate_and_store(num_tokens: int, turned: int, dtype: torch.dtype) -> N
     assert not keys[others].any() and not values[others].any()
 
 
-@with_dtype
-@pytest.mark.parametrize("width", [1, 7, 64, 5000])
-def test_argmax_is_the_first_of_the_largest(width: int, dtype: torch.dtype) -> None:
-    x = (make((9, width), torch.float32) * 4).round().to(dtype)
-    assert argmax(x).tolist() == [row.index(max(row)) for row in x.tolist()]
-
-
-@with_dtype
-def test_argmax_of_rows_that_are_not_finite(dtype: torch.dtype) -> None:
-    x = torch.zeros(5, 40, dtype=dtype)
-    x[0, 3], x[1, 39], x[2], x[3, 0] = float("nan"), float("inf"), float("-inf"), float("-inf")
-    assert argmax(x).tolist() == [-1, -1, -1, 1, 0]
+@pytest.mark.parametrize("by_neighbours", [False, True])
+def test_pairs_are_turned_as_complex_numbers(by_neighbours: bool) -> None:
+    heads, angles = make((5, 3, 12), torch.float32), make((5, 4), torch.float32, 1)
+    own = heads[..., :8]
+    pairs = (
+        torch.complex(own[..., 0::2], own[..., 1::2]) if by_neighbours else torch.complex(*own.chunk(2, -1))
+    )
+    turned = pairs * torch.polar(torch.ones(5, 1, 4), angles[:, None])
+    parts = turned.real, turned.imag
+    joined = torch.stack(parts, -1).flatten(-2) if by_neighbours else torch.cat(parts, -1)
+    twice = torch.cat((angles, angles), -1)
+    found = rotated(heads, Angles(twice.cos(), twice.sin(), by_neighbours))
+    torch.testing.assert_close(found, torch.cat((joined, heads[..., 8:]), -1))
