@@ -1,4 +1,4 @@
-"""Brings the weights of routed experts into panels, where the CPU has the product for them."""
+"""Brings the weights of routed experts into panels, where the CPU has the product for them, packed or in few bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusionserve.engine.layer_form import ACTIVATIONS, is_of_transformers
 from fusionserve.kernels.huge_pages import HugePages
-from fusionserve.kernels.packed_experts import PackedExperts, can_pack_experts
+from fusionserve.kernels.panel_experts import PanelExperts, can_be_in_panels
 
 # Models of transformers whose experts all have the code of Mixtral's; tests/engine/test_experts.py looks.
 PLAIN_EXPERTS = {
@@ -24,27 +24,31 @@ PLAIN_EXPERTS = {
 
 
 @torch.no_grad()
-def bring_experts_into_panels(model: nn.Module, device: torch.device, pages: HugePages) -> list[Tensor]:
-    """Puts PackedExperts in place of all that they can stand in for; returns their weights.
+def bring_experts_into_panels(
+    model: nn.Module, bits: int | None, device: torch.device, pages: HugePages
+) -> list[Tensor]:
+    """Puts PanelExperts in place of all that they can stand in for; returns what holds their weights.
 
-    Of a model that is to compute on a GPU none, also while it is still on the host.
+    With `bits`, 8 or 4, weights are quantized, else packed as they are. Those of a model that is to compute on a GPU
+    stay as they are, also while it is still on the host.
     """
-    packed: list[Tensor] = []
+    storage: list[Tensor] = []
     if device.type != "cpu":
-        return packed
+        return storage
     for module in list(model.modules()):
         for name, child in module.named_children():
-            experts = _to_panels(child, pages)
+            experts = _to_panels(child, bits, pages)
             if experts is not None:
                 setattr(module, name, experts)
-                packed += [experts.gate_up, experts.down]
-    return packed
+                tensors = (*experts.gate_up.storage(), *experts.down.storage())
+                storage += [tensor for tensor in tensors if tensor is not None]
+    return storage
 
 
-def _to_panels(module: Any, pages: HugePages) -> PackedExperts | None:
+def _to_panels(module: Any, bits: int | None, pages: HugePages) -> PanelExperts | None:
     if type(module).__name__ not in PLAIN_EXPERTS or not is_of_transformers(module):
         return None
-    activation = ACTIVATIONS.get(type(module.act_fn))
-    if activation is None or not can_pack_experts(module.gate_up_proj, module.down_proj):
+    activation, weights = ACTIVATIONS.get(type(module.act_fn)), (module.gate_up_proj, module.down_proj)
+    if activation is None or not can_be_in_panels(*weights, bits):
         return None
-    return PackedExperts(module.gate_up_proj, module.down_proj, activation, pages)
+    return PanelExperts(*weights, activation, bits, pages)

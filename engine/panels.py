@@ -29,7 +29,7 @@ def bring_into_panels(
 ) -> int:
     """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
 
-    With `bits`, 8 or 4, weights are quantized, else packed as they are; routed experts are packed in any case. An
+    With `bits`, 8 or 4, weights are quantized, else packed as they are; on the CPU those of routed experts, too. An
     embedding tied to the LM head reads the head's panels; if it is of an unknown kind, the head stays as it is, because
     the embedding would keep the weight.
     The panels are on `device`, to which the rest of the model follows: full weights on the host never are.
@@ -52,7 +52,7 @@ def bring_into_panels(
             converted += [tensor for tensor in panels.storage() if tensor is not None]
             if shares and scale is not None:
                 model.set_input_embeddings(PanelEmbedding(panels, scale))
-    converted += bring_experts_into_panels(model, device, pages)
+    converted += bring_experts_into_panels(model, bits, device, pages)
     if bits is not None:
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:

@@ -1,6 +1,7 @@
 """Model families and types beside transformers: generated tokens/s of one shape, in process, on the same prompts.
 
-    python -P tools/family_speed.py [--families llama gemma3 ...] [--dtypes bfloat16 float32 float16] [--repeats 3]
+    python -P tools/family_speed.py [--families llama gemma3 ...] [--dtypes bfloat16 float32 float16]
+                                    [--quantize none int8 int4] [--repeats 3]
 
 Random weights of W1's sizes (docs/benchmarks.md): 576 wide, 30 layers, 16 streams of 128 tokens in and 32 out, greedy.
 Both take turns; medians over the repeats, as Markdown.
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported:
 
 import argparse
 import asyncio
+import itertools
 import random
 import statistics
 import tempfile
@@ -80,17 +82,19 @@ def main() -> None:
     )
     parser.add_argument("--families", nargs="+", choices=list(_FAMILIES), default=list(_FAMILIES))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--quantize", nargs="+", default=["none"])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    print("| family | type | fusionserve, tokens/s | transformers | ratio |")
-    print("| --- | --- | ---: | ---: | ---: |")
+    print("| family | type | quantized | fusionserve, tokens/s | transformers | ratio |")
+    print("| --- | --- | --- | ---: | ---: | ---: |")
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
             _save(family, Path(folder))
-            for dtype in arguments.dtypes:
-                ours, theirs = asyncio.run(_race(Path(folder), dtype, arguments.repeats))
-                print(f"| {family} | {dtype} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
+            for dtype, quantize in itertools.product(arguments.dtypes, arguments.quantize):
+                ours, theirs = asyncio.run(_race(Path(folder), dtype, quantize, arguments.repeats))
+                print(f"| {family} | {dtype} | {quantize} |", end=" ")
+                print(f"{ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
 
 
 def _save(family: str, folder: Path) -> None:
@@ -99,10 +103,11 @@ def _save(family: str, folder: Path) -> None:
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)  # type: ignore[no-untyped-call]
 
 
-async def _race(folder: Path, dtype: str, repeats: int) -> tuple[float, float]:
-    """Tokens/s of both; the first round warms them up."""
+async def _race(folder: Path, dtype: str, quantize: str, repeats: int) -> tuple[float, float]:
+    """Tokens/s of both, ours quantized; the first round warms them up."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    engine = AsyncEngine.load(EngineConfig(model=str(folder), model_name="m", dtype=dtype), AdapterLabels(1))
+    config = EngineConfig(model=str(folder), model_name="m", dtype=dtype, quantize=quantize)
+    engine = AsyncEngine.load(config, AdapterLabels(1))
     await engine.start()
     spare_from_collection()
     times: list[tuple[float, float]] = []

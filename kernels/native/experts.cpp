@@ -14,9 +14,12 @@
 
 struct Experts {
     Product product;
-    const void* gate_up;  // packed, [num_experts, 2 inner / 16 panels]: of each expert gate, then up
-    const void* down;     // packed, [num_experts, hidden / 16 panels]
+    const void* gate_up;  // panels [num_experts, 2 inner / 16]: of each expert gate, then up
+    const void* gate_up_scales;  // of quantized weights, or null
+    const void* down;  // panels [num_experts, hidden / 16]
+    const void* down_scales;
     Index num_experts, hidden, inner;
+    Index bits;  // of a weight
     Activation activation;
 };
 
@@ -72,9 +75,15 @@ private:
 
     bool is_one(Index expert) const { return expert >= 0 && expert < experts.num_experts; }
 
-    // The panels of an expert's module.
-    static LinearPart part(const void* weights, Index output, Index d_in, Index d_out, Number* y) {
-        return {static_cast<const Number*>(weights) + output * d_in, nullptr, nullptr, y, d_out, d_out, false, nullptr};
+    // The panels of an expert's module, the first of which is that of an output.
+    LinearPart part(const void* weights, const void* scales, Index output, Index d_in, Index d_out, Number* y) const {
+        const void* own = static_cast<const char*>(weights) + output * d_in * experts.bits / 8;
+        const void* own_scales = scales ? static_cast<const BFloat16*>(scales) + output * d_in / GROUP : nullptr;
+        return {own, own_scales, nullptr, y, d_out, d_out, false, nullptr};
+    }
+
+    LinearPart gate_or_up(Index place) const {
+        return part(experts.gate_up, experts.gate_up_scales, place * inner, hidden, inner, nullptr);
     }
 
     // Adds what an expert makes of its tokens.
@@ -83,13 +92,12 @@ private:
             for (Index i = begin; i < end; ++i)
                 std::copy_n(x + own[i] / choices.per_token * hidden, hidden, rows + i * hidden);
         });
-        const LinearPart pair[] = {part(experts.gate_up, 2 * expert * inner, hidden, inner, nullptr),
-                                   part(experts.gate_up, (2 * expert + 1) * inner, hidden, inner, nullptr)};
+        const LinearPart pair[] = {gate_or_up(2 * expert), gate_or_up(2 * expert + 1)};
         const Gating gating{gated, inner, experts.activation};
         const AfterPair after{Gating::run<Number>, &gating, sizeof(Number)};
         const Tokens inputs{rows, count, hidden, hidden}, inside{gated, count, inner, inner};
         experts.product(&inputs, pair, 2, &after);
-        const LinearPart down = part(experts.down, expert * hidden, inner, hidden, outputs);
+        const LinearPart down = part(experts.down, experts.down_scales, expert * hidden, inner, hidden, outputs);
         experts.product(&inside, &down, 1, nullptr);
         parallel_ranges(count, count * hidden, [&](Index begin, Index end) {
             for (Index i = begin; i < end; ++i) add(outputs + i * hidden, own[i]);

@@ -12,6 +12,7 @@
 #include <algorithm>
 
 constexpr Index PANEL = 16;         // outputs
+constexpr Index GROUP = 32;         // inputs that share a scale of quantized weights
 constexpr Index MOST_IN_A_ROW = 8;  // tiles that one thread takes at once
 constexpr Index PREFETCH_BYTES = 4096, ONCE_PREFETCH_BYTES = 8192;
 constexpr Index FEW_TOKENS = 16;

@@ -18,7 +18,6 @@
 
 #ifdef HAS_BYTE_PRODUCTS
 
-constexpr Index GROUP = 32;       // inputs that share a scale
 constexpr float LEAST = 1e-30f;  // a group with nothing as large is zeros: 127 / largest would overflow
 
 // The tokens in 8 bits.

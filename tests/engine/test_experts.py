@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from tiny_models import CONFIGS, make_tiny_model, save_tiny_model
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import load_base_model
 from fusionserve.engine.expert_panels import PLAIN_EXPERTS, bring_experts_into_panels
+from fusionserve.engine.quantized_base import BITS
 from fusionserve.kernels.huge_pages import HugePages
-from fusionserve.kernels.packed_experts import PackedExperts
 from fusionserve.kernels.packed_linear import can_pack
+from fusionserve.kernels.panel_experts import PanelExperts
+from fusionserve.kernels.quantized_linear import QuantizedLinear, has_quantized_product
 
 needs_packing = pytest.mark.skipif(
     not can_pack(torch.zeros(16, 2)), reason="the processor has no packed product"
@@ -46,7 +49,22 @@ def test_code_of_all_listed_experts_is_that_of_mixtral() -> None:
 def test_experts_are_packed(architecture: str, tmp_path: Path) -> None:
     config = EngineConfig(model=str(save_tiny_model(architecture, tmp_path)), model_name="m", num_threads=1)
     model = load_base_model(config).model
-    assert any(isinstance(module, PackedExperts) for module in model.modules())
+    assert any(isinstance(module, PanelExperts) for module in model.modules())
+
+
+@pytest.mark.skipif(not has_quantized_product(), reason="the processor has no product of bytes")
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_quantized_base_are_quantized(architecture: str, quantize: str, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(save_tiny_model(architecture, tmp_path)), model_name="m", num_threads=1)
+    full, few = load_base_model(config), load_base_model(replace(config, quantize=quantize))
+    experts = [module for module in few.model.modules() if isinstance(module, PanelExperts)]
+    assert len(experts) == few.model.config.num_hidden_layers
+    for module in experts:
+        for panels in (module.gate_up, module.down):
+            assert isinstance(panels, QuantizedLinear) and panels.bits == BITS[quantize]
+    numbers = sum(parameter.numel() for parameter in full.model.parameters())
+    assert few.weight_bytes < full.weight_bytes - 2 * numbers  # of float32, more than half is gone
 
 
 @needs_packing
@@ -54,5 +72,5 @@ def test_experts_are_packed(architecture: str, tmp_path: Path) -> None:
 def test_experts_of_a_model_that_goes_to_a_gpu_stay(device: str) -> None:
     """Its weights are on the host while they are quantized one after the other."""
     model = make_tiny_model(CONFIGS["mixtral"]())
-    packed = bring_experts_into_panels(model, torch.device(device), HugePages())
-    assert bool(packed) == any(isinstance(m, PackedExperts) for m in model.modules()) == (device == "cpu")
+    packed = bring_experts_into_panels(model, None, torch.device(device), HugePages())
+    assert bool(packed) == any(isinstance(m, PanelExperts) for m in model.modules()) == (device == "cpu")
