@@ -98,14 +98,16 @@ def paged_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, num_tokens, dim] -> ([1, num_tokens, heads, dim], None).
 
-    Raises LookupError outside of `attending_to`.
+    `s_aux` [heads] are sinks. Raises LookupError outside of `attending_to`.
     """
     softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = AttentionOptions(softmax_scale, sliding_window, softcap)
+    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    options = AttentionOptions(softmax_scale, sliding_window, softcap, sinks)
     query, key, value = (heads_first[0].transpose(0, 1) for heads_first in (query, key, value))
     output = _batch.get().attend(module, query, key, value, options)
     return output[None], None

@@ -18,7 +18,7 @@ from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.norms import NativeNorm, Norm
 from fusionserve.kernels.paged_attention import AttentionOptions
-from fusionserve.kernels.paged_batch import NativeAttention
+from fusionserve.kernels.paged_batch import NativeAttention, native_sinks
 from fusionserve.kernels.projections import NativeProjections
 from fusionserve.kernels.rotation import Rotation
 from fusionserve.kernels.segments import Additions, NativeSegment, Segments
@@ -76,7 +76,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("projections", NativeProjections * 4),
         ("norms", NativeNorm * 6),
-        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_void_p) for name in ("keys", "values", "sinks")),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "is_tiled", "window")),
         *((name, c_int64) for name in ("head_groups", "angles", "activation", "is_gated", "is_parallel")),
         *((name, c_float) for name in ("scale", "softcap", "residual_scale")),
@@ -158,6 +158,7 @@ class NativeLayer:
             ),
             keys.data_ptr(),
             values.data_ptr(),
+            native_sinks(options, settings.num_heads),
             settings.num_heads,
             settings.num_kv_heads,
             settings.head_dim,

@@ -104,12 +104,21 @@ class NativeAttention(ctypes.Structure):
 
     _fields_ = (
         *((n, c_void_p) for n in ("query", "keys", "values", "output")),
-        *((n, c_void_p) for n in ("tokens", "blocks", "block_starts", "lengths")),
+        *((n, c_void_p) for n in ("tokens", "blocks", "block_starts", "lengths", "sinks")),
         *((n, c_int64) for n in ("num_tokens", "num_heads", "num_kv_heads", "dim", "value_dim")),
         *((n, c_int64) for n in ("block_size", "are_single", "is_tiled", "window")),
         ("scale", c_float),
         ("softcap", c_float),
     )
+
+
+def native_sinks(options: AttentionOptions, num_heads: int) -> int | None:
+    """Where the sinks of so many heads lie, if there are any."""
+    sinks = options.sinks
+    if sinks is None:
+        return None
+    assert sinks.shape == (num_heads,) and sinks.dtype == torch.float32 and sinks.is_contiguous()
+    return sinks.data_ptr()
 
 
 class _NativeTokens:
@@ -154,6 +163,7 @@ class _NativeTokens:
         arguments.is_tiled = cache.is_tiled
         arguments.window, arguments.scale = options.sliding_window or 0, options.softmax_scale
         arguments.softcap = options.softcap or 0.0
+        arguments.sinks = native_sinks(options, query.shape[1])
         native(ctypes.byref(arguments))
 
 

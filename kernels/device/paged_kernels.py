@@ -60,6 +60,7 @@ def attend_kernel(
     statistics: tl.tensor,
     tiles: tl.tensor,
     tables: tl.tensor,
+    sinks: tl.tensor,
     table_width: int,
     num_tokens: int,
     num_kv_heads: int,
@@ -77,13 +78,15 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     WIDE_DOT: tl.constexpr,
 ) -> None:
     """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tokens, heads, VALUE_DIM] and their statistics.
 
-    `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the sum of the powers, with which a part is to
-    be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
-    [requests, table_width] with the request's blocks. `window` is 0 for none. Programs (tile, kv head, split).
+    `sinks` [heads] are read if it has some. `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the
+    sum of the powers, with which a part is to be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS),
+    position of the first, row of `tables` [requests, table_width] with the request's blocks. `window` is 0 for none.
+    Programs (tile, kv head, split).
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_own, position = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
@@ -99,6 +102,10 @@ def attend_kernel(
         best = tl.full((TOKENS * GROUP,), float("-inf"), tl.float32)
         total = tl.zeros((TOKENS * GROUP,), tl.float32)
         output = tl.zeros((TOKENS * GROUP, VALUE_LANES), tl.float32)
+        if HAS_SINKS:  # a score of nothing, in one of the parts
+            sink = tl.load(sinks + kv_head * HEADS_PER_KV + head, mask=here, other=0.0)
+            best = tl.where(split == 0, sink, best)
+            total = tl.where(split == 0, total + 1.0, total)
         begin = tl.where(window > 0, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N, 0)
         for start in range(begin + split * BLOCK_N, position + num_own, SPLITS * BLOCK_N):
             positions = start + tl.arange(0, BLOCK_N)

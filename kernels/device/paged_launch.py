@@ -136,6 +136,7 @@ def attend_(
         statistics,
         tables.tiles,
         tables.blocks,
+        statistics if options.sinks is None else options.sinks,
         tables.blocks.shape[1],
         num_tokens,
         num_kv_heads,
@@ -153,6 +154,7 @@ def attend_(
         BLOCK_N=_BLOCK_N,
         SPLITS=splits,
         HAS_SOFTCAP=options.softcap is not None,
+        HAS_SINKS=options.sinks is not None,
         WIDE_DOT=dot_in_float32(query),
     )
     combine_kernel[(len(tables.tiles), tables.tokens_per_tile)](

@@ -195,6 +195,15 @@ static inline Stretch first_stretch(const Attention& a, const Item& item, Index*
     return make_stretch(a, newest, *tile, a.lengths[newest]);
 }
 
+// What head h of an item begins with: nothing, or its sink, of which a cache of tiles has powers of two.
+template <typename Cache>
+static Head first_head(const Attention& a, const Item& item, Index h, float* sums) {
+    if (!a.sinks) return {-INFINITY, 0.0f, sums};
+    const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
+    const float sink = a.sinks[item.first_head * group + h % heads_per_token];
+    return {Cache::IS_TILED ? sink * 1.44269504f : sink, 1.0f, sums};
+}
+
 // Stretch by stretch, all heads of each: so the cache is read as it lies. `following` is the item behind, or null.
 template <typename Cache>
 static void attend_item(const Attention& a, const Item& item, const Item* following) {
@@ -204,7 +213,7 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
     std::fill_n(sums, num_heads * a.value_dim, 0.0f);
     space.heads.resize(num_heads);
     space.queries.resize(num_heads);
-    for (Index h = 0; h < num_heads; ++h) space.heads[h] = {-INFINITY, 0.0f, sums + h * a.value_dim};
+    for (Index h = 0; h < num_heads; ++h) space.heads[h] = first_head<Cache>(a, item, h, sums + h * a.value_dim);
     copy_queries(a, item, space.numbers);
 
     const Index newest = item.first + item.count - 1;

@@ -12,6 +12,7 @@ struct Attention {
     const Index* blocks;         // the requests' blocks, one request behind the other
     const Index* block_starts;   // [num_tokens], where the blocks of each one's request begin
     const Index* lengths;        // [num_tokens], positions to attend to, the token's own included
+    const float* sinks;          // [num_heads], scores of nothing, which take part in the softmax; or null
     Index num_tokens, num_heads, num_kv_heads, dim, value_dim, block_size;
     Index are_single;              // every token is the only one of its request
     Index is_tiled;              // keys and values lie in tiles, see cache_tiles.h

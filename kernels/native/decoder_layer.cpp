@@ -21,6 +21,7 @@ struct DecoderLayer {
     Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
     void* keys;  // of the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
+    const float* sinks;  // [num_heads], or null
     Index num_heads, num_kv_heads, dim, is_tiled, window;
     Index head_groups;  // of one module of all heads, whose outputs are each group's queries, keys and values
     Index angles;  // which of the step's
@@ -144,6 +145,7 @@ private:
             attention.query = query;
             attention.keys = layer.keys;
             attention.values = layer.values;
+            attention.sinks = layer.sinks;
             attention.output = attended;
             attention.num_heads = layer.num_heads;
             attention.num_kv_heads = layer.num_kv_heads;

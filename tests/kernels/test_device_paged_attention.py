@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from device_kernels import DEVICE
-from paged_sequences import make_sequences
+from paged_sequences import make_sequences, with_sinks
 from torch import Tensor
 
 from fusionserve.kernels.device.paged_launch import attend_, chunk_tokens, make_query_tables
@@ -50,6 +52,25 @@ def attended(
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("parts", [SINGLES, CHUNKS], ids=["singles", "chunks"])
 def test_attention_equals_reference(
+    parts: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int, int],
+    options: AttentionOptions,
+    dtype: torch.dtype,
+) -> None:
+    check_attention(parts, heads, options, dtype)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("parts", [SINGLES, CHUNKS], ids=["singles", "chunks"])
+def test_attention_with_sinks_equals_reference(
+    parts: tuple[tuple[int, int], ...], heads: tuple[int, int, int, int]
+) -> None:
+    options = with_sinks(OPTIONS["window"], heads[0])
+    assert options.sinks is not None
+    check_attention(parts, heads, replace(options, sinks=options.sinks.to(DEVICE)), torch.float32)
+
+
+def check_attention(
     parts: tuple[tuple[int, int], ...],
     heads: tuple[int, int, int, int],
     options: AttentionOptions,

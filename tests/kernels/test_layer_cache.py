@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences
+from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences, with_sinks
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache, can_tile
@@ -90,12 +90,13 @@ def test_requests_side_by_side_are_stored_at_once() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 45, 400])
-def test_turned_keys_are_those_of_a_plain_cache(num_tokens: int) -> None:
+@pytest.mark.parametrize("by_neighbours", [False, True])
+def test_turned_keys_are_those_of_a_plain_cache(by_neighbours: bool, num_tokens: int) -> None:
     query, key, value = (make(num_tokens, heads, 32, seed=heads) for heads in (6, 2, 3))
     value = value[:, :2].contiguous()
     angles = torch.randn(num_tokens, 32)
     slots = slots_of_blocks(list(range(26)), num_tokens, TILE, CPU)
-    rotation = Rotation(Angles(angles.cos(), angles.sin()), slots)
+    rotation = Rotation(Angles(angles.cos(), angles.sin(), by_neighbours), slots)
     plain = LayerCache(torch.zeros(416, 2, 32, dtype=LIKE.dtype), torch.zeros(416, 2, 32, dtype=LIKE.dtype))
     tiled = used_before(416, 2, 32, 32)
     turned = [rotate_and_store(query.clone(), key, value, cache, rotation) for cache in (plain, tiled)]
@@ -109,6 +110,24 @@ def test_turned_keys_are_those_of_a_plain_cache(num_tokens: int) -> None:
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("parts", [DECODING, DECODING[4:5], MIXED], ids=["many", "one", "chunks"])
 def test_attention_over_tiles_equals_the_definition(
+    parts: tuple[tuple[int, int], ...],
+    block_size: int,
+    heads: tuple[int, int, int, int],
+    options: AttentionOptions,
+) -> None:
+    check_attention(parts, block_size, heads, options)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("parts", [DECODING, MIXED], ids=["many", "chunks"])
+def test_attention_with_sinks_over_tiles_equals_the_definition(
+    parts: tuple[tuple[int, int], ...], name: str, heads: tuple[int, int, int, int]
+) -> None:
+    check_attention(parts, 16, heads, with_sinks(OPTIONS[name], heads[0]))
+
+
+def check_attention(
     parts: tuple[tuple[int, int], ...],
     block_size: int,
     heads: tuple[int, int, int, int],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences
+from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences, with_sinks
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache
@@ -80,6 +80,33 @@ def test_chunk_equals_reference(
     torch.testing.assert_close(output, expected)
 
 
+def test_sink_takes_a_share_of_the_softmax_and_gives_nothing() -> None:
+    keys, values = make_cache(2)
+    query = torch.randn(5, 4, KEY_DIM, dtype=torch.float64)
+    options = with_sinks(OPTIONS["plain"], 4)
+    found = reference_attention(query, keys[:5], values[:5], 0, options)
+    scores = torch.einsum("thd,shd->ths", query, keys[:5].repeat_interleave(2, 1)) * KEY_DIM**-0.5
+    powers = scores.exp().masked_fill(~causal_mask(0, 5, 5, None)[:, None], 0.0)
+    shares = powers / (powers.sum(-1, keepdim=True) + options.sinks.double().exp()[:, None])
+    torch.testing.assert_close(
+        found, torch.einsum("ths,shd->thd", shares, values[:5].repeat_interleave(2, 1))
+    )
+
+
+@with_heads
+@pytest.mark.parametrize("name", ["plain", "window and softcap"])
+def test_sinks_in_torch_equal_reference(num_heads: int, num_kv_heads: int, name: str) -> None:
+    options = with_sinks(OPTIONS[name], num_heads)
+    keys, values = make_cache(num_kv_heads)
+    (slots,) = draw_slots(22)
+    query = torch.randn(9, num_heads, KEY_DIM, dtype=torch.float64)
+    mask = causal_mask(13, 9, 22, options.sliding_window)
+    expected = reference_attention(query, keys[slots], values[slots], 13, options)
+    torch.testing.assert_close(chunk_attention(query, keys, values, slots, mask, options), expected)
+    last = decode_attention(query[-1:], keys, values, slots[None], mask[-1:], options)
+    torch.testing.assert_close(last, expected[-1:])
+
+
 @pytest.mark.parametrize("name", ["plain", "softcap"])
 def test_chunk_without_mask_is_causal(name: str) -> None:
     keys, values = make_cache(2)
@@ -111,6 +138,25 @@ MIXED = ((0, 1), (0, 7), (69, 1), (13, 20), (16, 2))
 @pytest.mark.parametrize("block_size", [4, 16, 32])
 @pytest.mark.parametrize("parts", [DECODING, DECODING[6:7], MIXED], ids=["many", "one", "chunks"])
 def test_batch_equals_reference(
+    parts: tuple[tuple[int, int], ...],
+    heads: tuple[int, int, int, int],
+    options: AttentionOptions,
+    dtype: torch.dtype,
+    block_size: int,
+) -> None:
+    check_batch(parts, heads, options, dtype, block_size)
+
+
+@pytest.mark.parametrize("heads", NATIVE_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [DECODING, MIXED], ids=["many", "chunks"])
+def test_batch_with_sinks_equals_reference(
+    parts: tuple[tuple[int, int], ...], heads: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    check_batch(parts, heads, with_sinks(OPTIONS["window"], heads[0]), dtype, 16)
+
+
+def check_batch(
     parts: tuple[tuple[int, int], ...],
     heads: tuple[int, int, int, int],
     options: AttentionOptions,

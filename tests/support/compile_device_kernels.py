@@ -86,7 +86,9 @@ def launch_attention() -> None:
         tables = paged_launch.QueryTables(
             number(5, 4, dtype=torch.int32), number(5, 9, dtype=torch.int32), tokens
         )
-        for options in (AttentionOptions(0.1), AttentionOptions(0.1, sliding_window=64, softcap=30.0)):
+        sinks = number(_HEADS, dtype=torch.float32)
+        windowed = AttentionOptions(0.1, sliding_window=64, softcap=30.0)
+        for options in (AttentionOptions(0.1), windowed, AttentionOptions(0.1, sinks=sinks)):
             paged_launch.attend_(query, cache, cache, tables, 16, options, number(40, _HEADS, _DIM))
 
 

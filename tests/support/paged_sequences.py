@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,13 @@ def make_sequences(parts: tuple[tuple[int, int], ...], block_size: int) -> list[
         sequences.append(PackedSequence(token, token + count, position, blocks[block : block + size]))
         token, block = token + count, block + size
     return sequences
+
+
+def with_sinks(options: AttentionOptions, num_heads: int) -> AttentionOptions:
+    """Small and large ones; one takes nearly all."""
+    sinks = torch.linspace(-3, 3, num_heads)
+    sinks[0] = 60.0
+    return replace(options, sinks=sinks)
 
 
 def expected_rows(

@@ -25,6 +25,7 @@ from transformers import (
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     Jais2Config,
@@ -120,6 +121,14 @@ def _qwen2_moe() -> PreTrainedConfig:
     )
 
 
+def _gpt_oss() -> PreTrainedConfig:
+    """Attention has sinks."""
+    sizes = {**_GROUPED, "num_hidden_layers": 2, "intermediate_size": 32, "head_dim": 16}
+    types = ["sliding_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GptOssConfig(**sizes, **experts, sliding_window=WINDOW, layer_types=types)
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_GROUPED),
     "qwen2": lambda: Qwen2Config(**_GROUPED),
@@ -162,6 +171,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**_EXPERTS, head_dim=12, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": _qwen2_moe,
     "olmoe": lambda: OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    "gpt_oss": _gpt_oss,
     "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
 }
 
