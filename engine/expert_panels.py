@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusionserve.engine.layer_form import ACTIVATIONS, is_of_transformers
+from fusionserve.engine.layer_families import ACTIVATIONS
+from fusionserve.engine.layer_form import is_of_transformers
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.panel_experts import PanelExperts, can_be_in_panels
 

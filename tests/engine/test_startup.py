@@ -16,7 +16,7 @@ from transformers import (
     BertConfig,
     BloomConfig,
     CLIPConfig,
-    GptOssConfig,
+    DogeConfig,
     JambaConfig,
     Lfm2Config,
     LlamaConfig,
@@ -92,8 +92,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         lambda: BertConfig(**{k: v for k, v in _SIZES.items() if k != "num_key_value_heads"}),
         "BertLMHeadModel cannot be served: its attention is not causal",
     ),
-    "attention sinks": (
-        lambda: GptOssConfig(**_SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1),
+    "attention to few of the tokens": (
+        lambda: DogeConfig(**_SIZES, keep_window_size=2),
         "its output is not that of plain attention over the request's own tokens",
     ),
     "window that attention is not told of": (
