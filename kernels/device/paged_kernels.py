@@ -32,11 +32,36 @@ def _load_slots(
 
 
 @triton.jit
+def _store_slots(
+    rows: tl.tensor,
+    slots: tl.tensor,
+    inside: tl.tensor,
+    numbers: tl.tensor,
+    DIM: tl.constexpr,
+    LANES: tl.constexpr,
+) -> None:
+    """Numbers [slots, LANES] to their rows of DIM, where inside."""
+    dims = tl.arange(0, LANES)
+    mask = inside[:, None] & (dims < DIM)[None, :]
+    tl.store(rows + slots[:, None] * DIM + dims[None, :], numbers, mask=mask)
+
+
+@triton.jit
 def _capped(scores: tl.tensor, softcap: tl.tensor, HAS_SOFTCAP: tl.constexpr) -> tl.tensor:
     """cap * tanh(s / cap), if there is a cap."""
     if HAS_SOFTCAP:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     return scores
+
+
+@triton.jit
+def _begin(sinks: tl.tensor, here: tl.tensor, ROWS: tl.constexpr, HAS_SINKS: tl.constexpr) -> tl.tensor:
+    """The softmax of nothing, or of a sink, which has no value."""
+    best, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    if HAS_SINKS:
+        best = tl.load(sinks, mask=here, other=float("-inf"))
+        total = tl.where(here, 1.0, total)
+    return best, total
 
 
 @triton.jit
@@ -83,31 +108,26 @@ def attend_kernel(
 ) -> None:
     """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tokens, heads, VALUE_DIM] and their statistics.
 
-    `sinks` [heads] are read if it has some. `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the
-    sum of the powers, with which a part is to be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS),
-    position of the first, row of `tables` [requests, table_width] with the request's blocks. `window` is 0 for none.
-    Programs (tile, kv head, split).
+    `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the sum of the powers, with which a part is to
+    be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
+    [requests, table_width] with the request's blocks. sinks [heads], if it HAS_SINKS. `window` is 0 for none. Programs
+    (tile, kv head, split).
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_own, position = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 2)
+    tiles += tile * 4
+    first, num_own, position = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
     if num_own > 0:
-        tables += tl.load(tiles + tile * 4 + 3).to(tl.int64) * table_width
+        tables += tl.load(tiles + 3).to(tl.int64) * table_width
         rows = tl.arange(0, TOKENS * GROUP)
         token, head = rows // GROUP, rows % GROUP
         here = (token < num_own) & (head < HEADS_PER_KV)
-        row = (
-            (tl.load(tiles + tile * 4) + token).to(tl.int64) * num_kv_heads + kv_head
-        ) * HEADS_PER_KV + head
+        row = ((first + token).to(tl.int64) * num_kv_heads + kv_head) * HEADS_PER_KV + head
         q = _load_slots(query, row, here, DIM, DIM_LANES, WIDE_DOT)
-        best = tl.full((TOKENS * GROUP,), float("-inf"), tl.float32)
-        total = tl.zeros((TOKENS * GROUP,), tl.float32)
+        own_sinks = sinks + kv_head * HEADS_PER_KV + head
+        best, total = _begin(own_sinks, here & (split == 0), TOKENS * GROUP, HAS_SINKS)
         output = tl.zeros((TOKENS * GROUP, VALUE_LANES), tl.float32)
-        if HAS_SINKS:  # a score of nothing, in one of the parts
-            sink = tl.load(sinks + kv_head * HEADS_PER_KV + head, mask=here, other=0.0)
-            best = tl.where(split == 0, sink, best)
-            total = tl.where(split == 0, total + 1.0, total)
-        begin = tl.where(window > 0, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N, 0)
-        for start in range(begin + split * BLOCK_N, position + num_own, SPLITS * BLOCK_N):
+        seen = tl.where(window > 0, tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N, 0)
+        for start in range(seen + split * BLOCK_N, position + num_own, SPLITS * BLOCK_N):
             positions = start + tl.arange(0, BLOCK_N)
             inside = positions < position + num_own
             blocks = tl.load(tables + positions // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
@@ -120,9 +140,7 @@ def attend_kernel(
             scores = tl.where(may, _capped(scores, softcap, HAS_SOFTCAP), float("-inf"))
             best, total, output = _join(scores, value, best, total, output)
         row += split.to(tl.int64) * num_tokens * num_kv_heads * HEADS_PER_KV
-        value_dims = tl.arange(0, VALUE_LANES)
-        mask = here[:, None] & (value_dims < VALUE_DIM)[None, :]
-        tl.store(parts + row[:, None] * VALUE_DIM + value_dims[None, :], output, mask=mask)
+        _store_slots(parts, row, here, output, VALUE_DIM, VALUE_LANES)
         tl.store(statistics + row * 2, best, mask=here)
         tl.store(statistics + row * 2 + 1, total, mask=here)
 

@@ -127,7 +127,6 @@ def attend_(
     splits = _SINGLE_SPLITS if tables.tokens_per_tile == 1 else 1
     parts = torch.empty(splits, *output.shape, dtype=torch.float32, device=query.device)
     statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
-    group = num_lanes(num_heads // num_kv_heads)
     attend_kernel[(len(tables.tiles), num_kv_heads, splits)](
         query,
         keys,
@@ -145,7 +144,7 @@ def attend_(
         options.softcap or 0.0,
         HEADS_PER_KV=num_heads // num_kv_heads,
         TOKENS=tables.tokens_per_tile,
-        GROUP=max(group, _LEAST_ROWS // tables.tokens_per_tile),
+        GROUP=max(num_lanes(num_heads // num_kv_heads), _LEAST_ROWS // tables.tokens_per_tile),
         DIM=dim,
         VALUE_DIM=value_dim,
         DIM_LANES=num_lanes(dim, _LEAST_ROWS),
