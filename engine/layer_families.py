@@ -66,7 +66,7 @@ class Rotates(Enum):
     """Which layers of a family turn queries and keys."""
 
     ALL = "all that do not say otherwise"
-    WINDOWED = "those with a sliding window"
+    WINDOWED = "those with a sliding window, or all if none has one"
     NONE = "none: positions are learned"
 
 
@@ -98,6 +98,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2": Family(norms=_BEFORE_AND_AFTER),
     "Gemma3": Family(norms=_BEFORE_AND_AFTER, has_rotations=True),
     "Olmo2": Family(norms=_AFTER),
+    "Exaone4": Family(norms=_AFTER, rotates=Rotates.WINDOWED),
     "Olmo3": Family(norms=_AFTER, has_rotations=True),
     "Phi": Family(norms=BEFORE_BOTH, is_parallel=True),
     "GPTNeoX": Family(norms=_BEFORE, has_heads_in_turn=True),

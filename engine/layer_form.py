@@ -75,7 +75,7 @@ def layer_form(layer: nn.Module, options: Mapping[nn.Module, AttentionOptions]) 
         output=output,
         mlp=mlp,
         settings=_settings(source, attention, family, options[attention]),
-        rotation=_rotation(family, attention),
+        rotation=_rotation(family, attention, options[attention]),
     )
 
 
@@ -161,9 +161,10 @@ def _norms(layer: Any, attention: Any, names: Mapping[str, str]) -> LayerNorms:
     )
 
 
-def _rotation(family: Family, attention: Any) -> RotaryForm | None:
-    is_left_out = family.rotates is Rotates.WINDOWED and attention.sliding_window is None
-    if family.rotates is Rotates.NONE or is_left_out or not getattr(attention, "use_rope", True):
+def _rotation(family: Family, attention: Any, options: AttentionOptions) -> RotaryForm | None:
+    if family.rotates is Rotates.NONE or not getattr(attention, "use_rope", True):
+        return None
+    if family.rotates is Rotates.WINDOWED and attention.config.sliding_window and not options.sliding_window:
         return None
     return RotaryForm(
         layer_type=attention.config.layer_types[attention.layer_idx] if family.has_rotations else "",

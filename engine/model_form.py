@@ -25,7 +25,7 @@ _PLAIN = {
         *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Arcee", "SeedOss"),
         *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"),
         *("Olmo", "Olmo2", "Olmo3", "StableLm", "Starcoder2", "Nemotron", "Jais2", "Phi", "GPTNeoX"),
-        *("Ministral", "Cwm", "Glm", "Glm4", "Ernie4_5", "Helium"),
+        *("Ministral", "Cwm", "Glm", "Glm4", "Ernie4_5", "Helium", "Exaone4"),
     )
 }
 _GRANITE = "GraniteForCausalLM"

@@ -18,6 +18,7 @@ from transformers import (
     CwmConfig,
     DeepseekV3Config,
     Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -163,6 +164,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "cohere2": lambda: Cohere2Config(
         **_GROUPED, sliding_window=WINDOW, layer_types=_WINDOWED, logit_scale=0.4
     ),
+    "exaone4": lambda: Exaone4Config(**_GROUPED, sliding_window=WINDOW, layer_types=_WINDOWED),
+    "exaone4_full": lambda: Exaone4Config(
+        **_GROUPED, sliding_window=None, layer_types=["full_attention"] * 3
+    ),
     "olmo": lambda: OlmoConfig(**_GROUPED),
     "olmo2": lambda: Olmo2Config(**_GROUPED),
     "olmo3": lambda: Olmo3Config(**_GROUPED, sliding_window=WINDOW, layer_types=_WINDOWED),
@@ -181,7 +186,7 @@ FAMILIES = {
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3", "arcee", "seed_oss"),
     *("gemma", "gemma2", "gemma3", "olmo", "olmo2", "olmo3", "nemotron", "starcoder2", "phi", "gpt2", "opt"),
     *("gpt_neox", "gpt_neox_serial", "stablelm", "stablelm_parallel", "jais2", "ministral", "cwm"),
-    *("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2"),
+    *("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2", "exaone4", "exaone4_full"),
 }
 MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # so are these, but not in one native call
 _SEED = 2
