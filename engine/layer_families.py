@@ -88,10 +88,10 @@ _LLAMA = Family(norms=_BEFORE)
 _COHERE = Family(norms=BEFORE_BOTH, is_parallel=True, by_neighbours=True, has_neighbours=True)
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Granite", "Phi3", "Gemma"), _LLAMA),
-    **dict.fromkeys(("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "SeedOss", "Arcee"), _LLAMA),
-    **dict.fromkeys(("Ministral", "Cwm"), _LLAMA),
+    **dict.fromkeys(("Ministral", "Cwm", "SeedOss", "Arcee"), _LLAMA),
+    **dict.fromkeys(("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe"), _LLAMA),
     **dict.fromkeys(("Olmo", "StableLm", "Starcoder2", "Nemotron", "Jais2"), _LLAMA),  # with other norms
-    **dict.fromkeys(("Glm", "Ernie4_5", "Helium"), Family(norms=_BEFORE, by_neighbours=True)),
+    **dict.fromkeys(("Glm", "Ernie4_5", "Ernie4_5_Moe", "Helium"), Family(norms=_BEFORE, by_neighbours=True)),
     "Glm4": Family(norms=_GLM4, by_neighbours=True),
     "Cohere": _COHERE,
     "Cohere2": replace(_COHERE, rotates=Rotates.WINDOWED),
@@ -109,7 +109,10 @@ FAMILIES: dict[str, Family] = {
         scales_queries=True,
     ),
 }
-MIXTURES = {f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe")}
+MIXTURES = {
+    *(f"{family}SparseMoeBlock" for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Ernie4_5_Moe")),
+    *("GraniteMoeMoE", "Glm4MoeMoE"),
+}
 
 # The names that families have for the same modules, which may be one or several.
 LAYER = ("DecoderLayer", "Layer", "Block")
@@ -120,5 +123,6 @@ OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
 GATE_AND_UP = (("gate_up_proj",), ("gate_proj", "up_proj"))
 UP = (("up_proj",), ("fc1",), ("c_fc",), ("dense_h_to_4h",))
 DOWN = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+MLP = ("mlp", "block_sparse_moe")  # or the layer itself has its modules
 ACTIVATION = ("act_fn", "activation_fn", "act")
 EPSILON = ("variance_epsilon", "eps")

@@ -65,7 +65,7 @@ def layer_form(layer: nn.Module, options: Mapping[nn.Module, AttentionOptions]) 
     family, source = _family_of(layer), cast(Any, layer)
     if family is None:
         return None
-    attention, mlp = first_of(source, families.ATTENTION), _read_mlp(getattr(source, "mlp", source))
+    attention, mlp = first_of(source, families.ATTENTION), _read_mlp(_mlp_of(source))
     heads, output = _modules(attention, families.HEADS), first_of(attention, families.OUTPUT)
     if mlp is None or _is_unusual(source, attention) or not _are_adapted(*heads, output):
         return None
@@ -127,13 +127,18 @@ def _is_unusual(layer: Any, attention: Any) -> bool:
     clips = getattr(attention.config, "clip_qkv", None) is not None  # OLMo's
     norms_sums = not getattr(layer, "do_layer_norm_before", True)  # OPT's
     norms_each_head = getattr(attention, "qk_layernorm", False)  # StableLM's and Phi's
-    norms_each_head |= getattr(attention, "use_qk_norm", False)  # Cohere's
-    return clips or norms_sums or norms_each_head
+    query_norm = getattr(attention, "q_norm", None)
+    has_norms_of_heads = query_norm is not None and query_norm.weight.dim() > 1  # Cohere's
+    return clips or norms_sums or norms_each_head or has_norms_of_heads
 
 
 def _has_one_norm(layer: Any) -> bool:
     """True for StableLM's parallel layers, which have no other."""
     return getattr(layer, "post_attention_layernorm", layer) is None
+
+
+def _mlp_of(layer: Any) -> Any:
+    return next((getattr(layer, name) for name in families.MLP if hasattr(layer, name)), layer)
 
 
 def _read_mlp(mlp: Any) -> DenseMLP | nn.Module | None:

@@ -23,19 +23,19 @@ _PLAIN = {
     f"{name}ForCausalLM"
     for name in (
         *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Arcee", "SeedOss"),
-        *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe"),
+        *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Glm4Moe", "Ernie4_5_Moe"),
         *("Olmo", "Olmo2", "Olmo3", "StableLm", "Starcoder2", "Nemotron", "Jais2", "Phi", "GPTNeoX"),
         *("Ministral", "Cwm", "Glm", "Glm4", "Ernie4_5", "Helium", "Exaone4"),
     )
 }
-_GRANITE = "GraniteForCausalLM"
+_GRANITE = {"GraniteForCausalLM", "GraniteMoeForCausalLM"}
 _COHERE = {"CohereForCausalLM", "Cohere2ForCausalLM"}
 _CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
 _POSITIONED = {
     "GPT2LMHeadModel": "wpe",
     "OPTForCausalLM": "embed_positions",
 }  # the module of learned positions
-_ARCHITECTURES = _PLAIN | _CAPPED | _COHERE | {_GRANITE, *_POSITIONED}
+_ARCHITECTURES = _PLAIN | _CAPPED | _COHERE | _GRANITE | _POSITIONED.keys()
 
 _LAYERS = ("layers", "h")
 _NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -75,7 +75,7 @@ def model_form(model: PreTrainedModel, options: Mapping[nn.Module, AttentionOpti
     return ModelForm(
         layers=layers,
         embedding=source.get_input_embeddings(),
-        embedding_scale=base.embedding_multiplier if name == _GRANITE else 1.0,
+        embedding_scale=base.embedding_multiplier if name in _GRANITE else 1.0,
         positions=_positions(getattr(base, _POSITIONED[name])) if name in _POSITIONED else None,
         rotary=getattr(base, "rotary_emb", None),
         norm=read_norm(norm, model.device),
@@ -86,7 +86,7 @@ def model_form(model: PreTrainedModel, options: Mapping[nn.Module, AttentionOpti
 
 
 def _divisor(config: Any, name: str) -> float:
-    if name == _GRANITE:
+    if name in _GRANITE:
         return float(config.logits_scaling)
     return 1 / float(config.logit_scale) if name in _COHERE else 1.0
 

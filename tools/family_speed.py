@@ -71,6 +71,7 @@ _FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "gpt_neox": {**_COMMON, "intermediate_size": 2304},
     "opt": {**_COMMON, "ffn_dim": 2304, "word_embed_proj_dim": 576},
     "mixtral": {**_GROUPED, **_EXPERTS, "num_local_experts": 8},
+    "granitemoe": {**_GROUPED, **_EXPERTS, "num_local_experts": 8},
     "qwen3_moe": {**_GROUPED, **_EXPERTS, "num_experts": 8, "moe_intermediate_size": 768, "head_dim": 64},
 }
 

@@ -17,17 +17,20 @@ from transformers import (
     CohereConfig,
     CwmConfig,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     HeliumConfig,
     Jais2Config,
     LlamaConfig,
@@ -122,6 +125,23 @@ def _qwen2_moe() -> PreTrainedConfig:
     )
 
 
+def _granitemoe() -> PreTrainedConfig:
+    multipliers = {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return GraniteMoeConfig(**_GROUPED, **multipliers, **experts, attention_multiplier=0.4)
+
+
+def _glm4_moe() -> PreTrainedConfig:
+    """The first layer is dense."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    return Glm4MoeConfig(**_EXPERTS, **experts, first_k_dense_replace=1, use_qk_norm=True, head_dim=16)
+
+
+def _ernie4_5_moe() -> PreTrainedConfig:
+    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1}
+    return Ernie4_5_MoeConfig(**_EXPERTS, **experts)
+
+
 def _gpt_oss() -> PreTrainedConfig:
     """Attention has sinks."""
     sizes = {**_GROUPED, "num_hidden_layers": 2, "intermediate_size": 32, "head_dim": 16}
@@ -176,6 +196,9 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(**_EXPERTS, head_dim=12, num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": _qwen2_moe,
     "olmoe": lambda: OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    "granitemoe": _granitemoe,
+    "glm4_moe": _glm4_moe,
+    "ernie4_5_moe": _ernie4_5_moe,
     "gpt_oss": _gpt_oss,
     "mixtral": lambda: MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
 }
@@ -188,10 +211,11 @@ FAMILIES = {
     *("gpt_neox", "gpt_neox_serial", "stablelm", "stablelm_parallel", "jais2", "ministral", "cwm"),
     *("glm", "glm4", "ernie4_5", "helium", "cohere", "cohere2", "exaone4", "exaone4_full"),
 }
-MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # so are these, but not in one native call
+# So are these, but not in one native call.
+MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe"}
 _SEED = 2
 # The models of the usual one come near a tie, or repeat themselves.
-_SEEDS = {"phi": 3, "gpt_neox_serial": 3, "qwen3": 3, "cohere": 4}
+_SEEDS = {"phi": 3, "gpt_neox_serial": 3, "qwen3": 3, "cohere": 4, "granitemoe": 4}
 
 
 def make_tiny_model(config: PreTrainedConfig, *, seed: int = _SEED) -> PreTrainedModel:
