@@ -17,7 +17,7 @@ from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.layer_form import DenseMLP, LayerForm
 from fusionserve.kernels.activations import activate, gated_product
 from fusionserve.kernels.layer_cache import LayerCache
-from fusionserve.kernels.native_layer import NativeLayer
+from fusionserve.kernels.native_layer import MLPSettings, NativeLayer
 from fusionserve.kernels.norms import Norm, normalize
 from fusionserve.kernels.rotation import Angles
 
@@ -34,43 +34,44 @@ class DecoderLayer:
         self._mlp = _MLPProducts(form.mlp) if isinstance(form.mlp, DenseMLP) else form.mlp
         own = self._mlp.groups if isinstance(self._mlp, _MLPProducts) else ()
         self.groups: tuple[Projections, ...] = (self._heads, self._output, *own)
+        self.has_mixture = not own
         self.cell = form.output.cell
 
     def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
         """x [num_tokens, hidden] -> that shape, maybe that memory."""
         settings, norms = self._settings, self._settings.norms
-        inner = self._inner(x) if settings.is_parallel else None
+        inner = None
+        if settings.is_parallel and isinstance(self._mlp, _MLPProducts):
+            inner = self._mlp.inner(_normalized(norms.before_mlp, x))
         attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
         x = self._add_product(self._output, attended, x, norms.after_attention)
+        if not isinstance(self._mlp, _MLPProducts):
+            return self.add_mixture(x)
         if inner is None:
-            inner = self._inner(x)
-        if isinstance(self._mlp, _MLPProducts):
-            return self._add_product(self._mlp.down, inner, x, norms.after_mlp)
-        return self._add(inner, x, norms.after_mlp)
+            inner = self._mlp.inner(_normalized(norms.before_mlp, x))
+        return self._add_product(self._mlp.down, inner, x, norms.after_mlp)
+
+    def add_mixture(self, x: Tensor) -> Tensor:
+        """x with what the mixture of experts makes of it, for a layer that has one."""
+        assert not isinstance(self._mlp, _MLPProducts)
+        norms = self._settings.norms
+        mixed: Tensor = self._mlp(_normalized(norms.before_mlp, x)[None])[0]
+        return self._add(mixed, x, norms.after_mlp)
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
         """The layer's keys and values."""
         return batch.cache_of(self._attention)
 
     def native_layer(self, cache: LayerCache) -> NativeLayer | None:
-        """The layer over a cache in one kernel, or None where there is none for all of it."""
-        if not isinstance(self._mlp, _MLPProducts):
+        """The layer over a cache in one kernel, up to a mixture; or None where there is none for all of it."""
+        products = [group.product for group in self.groups]
+        known = [product for product in products if product is not None]
+        if len(known) < len(products) or not NativeLayer.can_compute(known, self._settings, cache.keys):
             return None
-        heads, output, inner, down = (group.product for group in self.groups)
-        if heads is None or output is None or inner is None or down is None:
-            return None
-        products, settings = (heads, output, inner, down), self._settings
-        if not NativeLayer.can_compute(products, settings, cache.keys):
-            return None
-        return NativeLayer(products, settings, self._mlp.settings, self._angles, cache)
+        return NativeLayer(known, self._settings, self._mlp_settings(), self._angles, cache)
 
-    def _inner(self, x: Tensor) -> Tensor:
-        """What the MLP's last product takes of the tokens x, or what a mixture makes of them."""
-        normalized = _normalized(self._settings.norms.before_mlp, x)
-        if isinstance(self._mlp, _MLPProducts):
-            return self._mlp.inner(normalized)
-        mixed: Tensor = self._mlp(normalized[None])[0]
-        return mixed
+    def _mlp_settings(self) -> MLPSettings | None:
+        return self._mlp.settings if isinstance(self._mlp, _MLPProducts) else None
 
     def _attend(self, x: Tensor, angles: Angles, batch: AttentionBatch) -> Tensor:
         settings, outputs = self._settings, self._heads(x)

@@ -5,6 +5,8 @@ Masks, caches, outputs of every kind and checks of settings are a twentieth of a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from fusionserve.engine.layer_stack import LayerStack
 from fusionserve.engine.model_form import ModelForm
 from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.kernels.norms import normalize
+from fusionserve.kernels.rotation import Angles
 
 
 class DecoderModel:
@@ -38,12 +41,17 @@ class DecoderModel:
         """token_ids and positions [num_tokens] -> [wanted, vocab]: of the tokens `wanted`, or of all."""
         x = self._embedded(token_ids, positions)
         angles = [table.angles(positions) for table in self._rotary]
-        if not self._stack.compute_(x, angles, batch):
-            for layer in self.layers:
-                x = layer.compute(x, angles, batch)
+        computed = self._stack.compute_(x, angles, batch)
+        x = self._compute(x, angles, batch) if computed is None else computed
         if wanted is not None:
             x = x[wanted]
         return self._bounded(self._form.head(normalize(x, self._form.norm)))
+
+    def _compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
+        """The same layer by layer."""
+        for layer in self.layers:
+            x = layer.compute(x, angles, batch)
+        return x
 
     def _embedded(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[num_tokens, hidden], in memory of its own."""

@@ -1,4 +1,4 @@
-"""Decoder layers that follow one another, computed in one native call.
+"""Decoder layers that follow one another, computed in one native call, or in one up to each mixture of experts.
 
 Between two layers there is then no Python, which is a twentieth of a decoding step of a small model.
 """
@@ -6,6 +6,7 @@ Between two layers there is then no Python, which is a twentieth of a decoding s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from torch import Tensor
@@ -25,12 +26,16 @@ class StackedLayer(Protocol):
 
     groups: tuple[Projections, ...]
     cell: PlanCell
+    has_mixture: bool
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
         """The layer's keys and values."""
 
     def native_layer(self, cache: LayerCache) -> NativeLayer | None:
-        """The layer over a cache in one kernel, or None where there is none for all of it."""
+        """The layer over a cache in one kernel, up to a mixture; or None where there is none for all of it."""
+
+    def add_mixture(self, x: Tensor) -> Tensor:
+        """x with what the mixture of experts makes of it, for a layer that has one."""
 
 
 class LayerStack:
@@ -38,22 +43,30 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
+        mixtures = [number + 1 for number, layer in enumerate(layers) if layer.has_mixture]
+        ends = [*mixtures, len(layers)] if not mixtures or mixtures[-1] < len(layers) else mixtures
+        self._calls = [range(start, end) for start, end in pairwise((0, *ends))]
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
         self._rows: tuple[ModuleRows, ...] = ()
         # What the native layers' additions follow from: a number that grows with the pool's tensors, and fused tokens.
         self._source: tuple[int, tuple[FusedSegment, ...]] | None = None
 
-    def compute_(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> bool:
-        """x [num_tokens, hidden] becomes the output of the last layer, if native kernels do all; else False."""
+    def compute_(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor | None:
+        """The output of the last layer for x [num_tokens, hidden], whose memory may be its; None: not natively."""
         plan = self._layers[0].cell.plan
         native = self._native_layers(batch) if plan.is_segments_only else None
         if native is None:
-            return False
+            return None
         self._set_additions(native, plan)
         segments = None if plan.segments is None else plan.segments.together
-        native.compute_(x, batch.native_step(angles, segments))
-        return True
+        step = batch.native_step(angles, segments)
+        for layers in self._calls:
+            native.compute_(x, step, layers)
+            last = self._layers[layers[-1]]
+            if last.has_mixture:
+                x = last.add_mixture(x)
+        return x
 
     def _native_layers(self, batch: AttentionBatch) -> NativeLayers | None:
         first = self._layers[0].cache_in(batch)

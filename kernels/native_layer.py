@@ -68,13 +68,15 @@ class MLPSettings:
     is_gated: bool  # down takes activation(gate x) * up x; else activation(up x)
 
 
-# Queries, keys and values, or one module of all three; output; gate and up, or one module of both, or up alone; down.
-LayerProducts = tuple[LinearProduct, LinearProduct, LinearProduct, LinearProduct]
+# Queries, keys and values, or one module of all three; output; and if the layer has an MLP: gate and up, or one module
+# of both, or up alone; down.
+LayerProducts = Sequence[LinearProduct]
+_MOST_PRODUCTS = 4
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        ("projections", NativeProjections * 4),
+        ("projections", NativeProjections * _MOST_PRODUCTS),
         ("norms", NativeNorm * 6),
         *((name, c_void_p) for name in ("keys", "values", "sinks")),
         *((name, c_int64) for name in ("num_heads", "num_kv_heads", "dim", "is_tiled", "window")),
@@ -132,13 +134,13 @@ class NativeStep:
 
 
 class NativeLayer:
-    """One layer over its cache; `angles` says which of the step's it takes."""
+    """One layer over its cache, without its MLP if that is None; `angles` says which of the step's it takes."""
 
     def __init__(
         self,
         products: LayerProducts,
         settings: LayerSettings,
-        mlp: MLPSettings,
+        mlp: MLPSettings | None,
         angles: int,
         cache: LayerCache,
     ) -> None:
@@ -148,11 +150,14 @@ class NativeLayer:
         assert keys.shape == values.shape and keys.shape[1:] == (settings.num_kv_heads, settings.head_dim)
         self._kept = products, settings, keys, values  # the kernel has their addresses
         self._additions: tuple[Additions, ...] = ()
+        self._num_products = len(products)
         self.dtype, self.hidden = keys.dtype, products[1].parts[0].d_out
         _check_widths(products, settings, mlp)
         places = (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp)
         self.arguments = _Layer(
-            (NativeProjections * 4)(*(NativeProjections.of(product, keys) for product in products)),
+            (NativeProjections * _MOST_PRODUCTS)(
+                *(NativeProjections.of(product, keys) for product in products)
+            ),
             (NativeNorm * 6)(
                 *(NativeNorm.of(norm, keys.dtype) for norm in (*places, norms.query, norms.key))
             ),
@@ -166,8 +171,8 @@ class NativeLayer:
             options.sliding_window or 0,
             settings.head_groups,
             angles,
-            mlp.activation,
-            mlp.is_gated,
+            Activation.SILU if mlp is None else mlp.activation,
+            mlp is not None and mlp.is_gated,
             settings.is_parallel,
             options.softmax_scale,
             options.softcap or 0.0,
@@ -185,17 +190,19 @@ class NativeLayer:
     def set_additions(self, additions: Sequence[Additions]) -> None:
         """What adapters add to the products from now on: one for each, or none at all."""
         self._additions = tuple(additions)  # the kernel has their addresses
-        for index in range(4):
+        for index in range(self._num_products):
             self.arguments.projections[index].set_additions(additions[index] if additions else _NO_ADDITIONS)
 
 
-def _check_widths(products: LayerProducts, settings: LayerSettings, mlp: MLPSettings) -> None:
+def _check_widths(products: LayerProducts, settings: LayerSettings, mlp: MLPSettings | None) -> None:
     """The kernel computes addresses from them."""
-    heads, output, inner, down = ([part.d_out for part in product.parts] for product in products)
+    heads, output, *own = ([part.d_out for part in product.parts] for product in products)
     hidden, norms = output[0], settings.norms
-    assert sum(heads) == sum(settings.head_widths) and len(heads) in (1, 3) and down == output == [hidden]
-    assert settings.num_kv_heads % settings.head_groups == 0
-    assert len(inner) == 1 or (mlp.is_gated and inner[0] == inner[1])
+    assert sum(heads) == sum(settings.head_widths) and len(heads) in (1, 3) and output == [hidden]
+    assert settings.num_kv_heads % settings.head_groups == 0 and bool(own) == (mlp is not None)
+    if mlp is not None:
+        inner, down = own
+        assert down == output and (len(inner) == 1 or (mlp.is_gated and inner[0] == inner[1]))
     for norm in (norms.before_attention, norms.after_attention, norms.before_mlp, norms.after_mlp):
         assert norm is None or norm.weight.shape == (hidden,)
     for norm, width in zip((norms.query, norms.key), settings.head_widths, strict=False):
@@ -218,11 +225,12 @@ class NativeLayers:
             *(ctypes.pointer(layer.arguments) for layer in layers)
         )
 
-    def compute_(self, x: Tensor, step: NativeStep) -> None:
-        """x [num_tokens, hidden] becomes the output of the last layer."""
+    def compute_(self, x: Tensor, step: NativeStep, which: range) -> None:
+        """x [num_tokens, hidden] becomes the output of the last of these layers."""
         assert x.dtype == self._dtype and x.is_contiguous()
         assert x.shape == (step.arguments.num_tokens, self._hidden)
         assert all(dim % 2 == 0 and dim <= self._head_dim for dim in step.angle_dims)
         assert self._num_angles <= len(step.angle_dims)
-        count, arguments = c_int64(len(self.layers)), ctypes.byref(step.arguments)
-        self._native(self._pointers, count, arguments, c_void_p(x.data_ptr()))
+        assert which.step == 1 and 0 <= which.start <= which.stop <= len(self.layers)
+        first = ctypes.byref(self._pointers, which.start * ctypes.sizeof(c_void_p))
+        self._native(first, c_int64(len(which)), ctypes.byref(step.arguments), c_void_p(x.data_ptr()))

@@ -4,7 +4,7 @@
 //     y = h + norm(down(activation(gate m) * up m))                 m = norm(h), or norm(x) of a parallel layer
 //
 // Of the norms a layer has those of its family: the Llama family has those of n and m, OLMo 2 the others, Gemma 2 all four.
-// Without a gate it is down(activation(up m)).
+// Without a gate it is down(activation(up m)); of a layer without an MLP, whose caller has a mixture of experts, there is h alone.
 
 #include "attention.h"
 #include "gating.h"
@@ -17,7 +17,7 @@ struct DecoderLayer {
     Projections queries_keys_values;  // three modules, or one of all outputs
     Projections output;
     Projections gate_and_up;  // two, or one of both, or up alone
-    Projections down;
+    Projections down;  // without parts: there is no MLP
     Norm before_attention, after_attention, before_mlp, after_mlp, query_norm, key_norm;
     void* keys;  // of the cache, [num_slots, num_kv_heads, dim] or tiles
     void* values;
@@ -111,12 +111,15 @@ public:
         attend_all();
         add_projected(layer.output, attended, query_width, layer.after_attention);
 
+        if (!has_mlp()) return;
         if (!layer.is_parallel) project_gated(normalized_by(layer.before_mlp));
         add_projected(layer.down, gated, inner, layer.after_mlp);
     }
 
 private:
     static bool is_fused(const Projections& modules) { return modules.num_parts == 1; }
+
+    bool has_mlp() const { return layer.down.num_parts > 0; }
 
     bool is_pair_fused() const { return layer.is_gated && is_fused(layer.gate_and_up); }
 
@@ -194,7 +197,7 @@ private:
     const Step& step;
     Number* const x;
     const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out;
-    const Index inner = layer.gate_and_up.parts[0].d_out / (is_pair_fused() ? 2 : 1);
+    const Index inner = has_mlp() ? layer.gate_and_up.parts[0].d_out / (is_pair_fused() ? 2 : 1) : 0;
     const Index query_width = layer.num_heads * layer.dim, kv_width = layer.num_kv_heads * layer.dim;
     Number *normalized, *query, *key, *value, *attended, *gated, *fused;
 };

@@ -121,7 +121,7 @@ async def test_crowd_in_one_native_call_gets_the_bits_of_kernels_one_by_one_and_
 
     monkeypatch.setattr(NativeLayers, "compute_", spy)
     outcomes = await serve(directory, dtype="bfloat16")
-    assert (len(passes) > NUM_TOKENS) == (family in FAMILIES)
+    assert len(passes) > NUM_TOKENS
     for difference in differences(directory, outcomes):
         assert difference.mean() < (MAX_SHORTFALL_OF_MIXTURE if family in MIXTURES else MAX_SHORTFALL)
     monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
