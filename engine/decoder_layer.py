@@ -17,7 +17,7 @@ from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.layer_form import DenseMLP, LayerForm
 from fusionserve.kernels.activations import activate, gated_product
 from fusionserve.kernels.layer_cache import LayerCache
-from fusionserve.kernels.native_layer import MLPSettings, NativeLayer
+from fusionserve.kernels.native_layer import NativeLayer
 from fusionserve.kernels.norms import Norm, normalize
 from fusionserve.kernels.rotation import Angles
 
@@ -31,31 +31,31 @@ class DecoderLayer:
     def __init__(self, form: LayerForm, angles: int) -> None:
         self._attention, self._settings, self._angles = form.attention, form.settings, angles
         self._heads, self._output = Projections(form.heads), Projections([form.output])
-        self._mlp = _MLPProducts(form.mlp) if isinstance(form.mlp, DenseMLP) else form.mlp
-        own = self._mlp.groups if isinstance(self._mlp, _MLPProducts) else ()
+        self._mlp = _MLPProducts(form.mlp) if isinstance(form.mlp, DenseMLP) else None
+        self._mixture = None if isinstance(form.mlp, DenseMLP) else form.mlp
+        own = () if self._mlp is None else self._mlp.groups
         self.groups: tuple[Projections, ...] = (self._heads, self._output, *own)
-        self.has_mixture = not own
+        self.has_mixture = self._mixture is not None
         self.cell = form.output.cell
 
     def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
         """x [num_tokens, hidden] -> that shape, maybe that memory."""
-        settings, norms = self._settings, self._settings.norms
-        inner = None
-        if settings.is_parallel and isinstance(self._mlp, _MLPProducts):
-            inner = self._mlp.inner(_normalized(norms.before_mlp, x))
+        norms, mlp, inner = self._settings.norms, self._mlp, None
+        if mlp is not None and self._settings.is_parallel:
+            inner = mlp.inner(_normalized(norms.before_mlp, x))
         attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
         x = self._add_product(self._output, attended, x, norms.after_attention)
-        if not isinstance(self._mlp, _MLPProducts):
+        if mlp is None:
             return self.add_mixture(x)
         if inner is None:
-            inner = self._mlp.inner(_normalized(norms.before_mlp, x))
-        return self._add_product(self._mlp.down, inner, x, norms.after_mlp)
+            inner = mlp.inner(_normalized(norms.before_mlp, x))
+        return self._add_product(mlp.down, inner, x, norms.after_mlp)
 
     def add_mixture(self, x: Tensor) -> Tensor:
         """x with what the mixture of experts makes of it, for a layer that has one."""
-        assert not isinstance(self._mlp, _MLPProducts)
+        assert self._mixture is not None
         norms = self._settings.norms
-        mixed: Tensor = self._mlp(_normalized(norms.before_mlp, x)[None])[0]
+        mixed: Tensor = self._mixture(_normalized(norms.before_mlp, x)[None])[0]
         return self._add(mixed, x, norms.after_mlp)
 
     def cache_in(self, batch: AttentionBatch) -> LayerCache:
@@ -68,10 +68,8 @@ class DecoderLayer:
         known = [product for product in products if product is not None]
         if len(known) < len(products) or not NativeLayer.can_compute(known, self._settings, cache.keys):
             return None
-        return NativeLayer(known, self._settings, self._mlp_settings(), self._angles, cache)
-
-    def _mlp_settings(self) -> MLPSettings | None:
-        return self._mlp.settings if isinstance(self._mlp, _MLPProducts) else None
+        mlp = None if self._mlp is None else self._mlp.settings
+        return NativeLayer(known, self._settings, mlp, self._angles, cache)
 
     def _attend(self, x: Tensor, angles: Angles, batch: AttentionBatch) -> Tensor:
         settings, outputs = self._settings, self._heads(x)

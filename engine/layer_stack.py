@@ -43,9 +43,8 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[StackedLayer]) -> None:
         self._layers = tuple(layers)
-        mixtures = [number + 1 for number, layer in enumerate(layers) if layer.has_mixture]
-        ends = [*mixtures, len(layers)] if not mixtures or mixtures[-1] < len(layers) else mixtures
-        self._calls = [range(start, end) for start, end in pairwise((0, *ends))]
+        ends = {len(layers), *(number + 1 for number, layer in enumerate(layers) if layer.has_mixture)}
+        self._calls = [range(start, end) for start, end in pairwise((0, *sorted(ends)))]
         self._cache: LayerCache | None = None  # the first layer's, which the native ones were made for
         self._native: NativeLayers | None = None
         self._rows: tuple[ModuleRows, ...] = ()

@@ -106,7 +106,8 @@ async def test_preempted_equals_generate(subject: Subject) -> None:
     assert engine.engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("architecture", sorted(set(CONFIGS) - {"deepseek_v3", "opt", "phi"}))
+# Those that transformers' own forward in bfloat16 leads further astray than that, with some seeds.
+@pytest.mark.parametrize("architecture", sorted(set(CONFIGS) - {"deepseek_v3", "granitemoe", "opt", "phi"}))
 async def test_bfloat16_chooses_tokens_near_the_best(architecture: str, tmp_path: Path) -> None:
     directory = save_tiny_model(architecture, tmp_path)
     base = load_base_model(replace(make_config(directory), dtype="bfloat16"))
