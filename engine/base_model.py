@@ -101,9 +101,8 @@ class BaseModel:
                 input_ids=token_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                logits_to_keep=0
-                if wanted is None
-                else wanted,  # 0 is all, without copying what they are made of
+                # 0 is all, without copying what they are made of.
+                logits_to_keep=0 if wanted is None else wanted,
             )
         logits: Tensor = output.logits[0]
         return logits

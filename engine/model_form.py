@@ -15,19 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fusionserve.engine.layer_families import FAMILIES
 from fusionserve.engine.layer_form import LayerForm, first_of, layer_form, read_norm
 from fusionserve.kernels.norms import Norm
 from fusionserve.kernels.paged_attention import AttentionOptions
 
-_PLAIN = {
-    f"{name}ForCausalLM"
-    for name in (
-        *("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma", "Arcee", "SeedOss"),
-        *("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Glm4Moe", "Ernie4_5_Moe"),
-        *("Olmo", "Olmo2", "Olmo3", "StableLm", "Starcoder2", "Nemotron", "Jais2", "Phi", "GPTNeoX"),
-        *("Ministral", "Cwm", "Glm", "Glm4", "Ernie4_5", "Helium", "Exaone4"),
-    )
-}
 _GRANITE = {"GraniteForCausalLM", "GraniteMoeForCausalLM"}
 _COHERE = {"CohereForCausalLM", "Cohere2ForCausalLM"}
 _CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
@@ -35,7 +27,7 @@ _POSITIONED = {
     "GPT2LMHeadModel": "wpe",
     "OPTForCausalLM": "embed_positions",
 }  # the module of learned positions
-_ARCHITECTURES = _PLAIN | _CAPPED | _COHERE | _GRANITE | _POSITIONED.keys()
+_ARCHITECTURES = {*(f"{family}ForCausalLM" for family in FAMILIES), "GPT2LMHeadModel"}
 
 _LAYERS = ("layers", "h")
 _NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm")

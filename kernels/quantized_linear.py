@@ -58,10 +58,15 @@ class QuantizedLinear(PanelLinear):
         assert len(scales) == num_panels(out_features)
         super().__init__(scales.shape[1] * GROUP, out_features, bias)
         self.bits = bits
-        self.kernel = f"int{bits}_linear" if has_quantized_product() else None
+        self.kernel = self.kernel_of(bits)
         self.levels = nn.Parameter(levels, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         self._dtype = dtype
+
+    @staticmethod
+    def kernel_of(bits: int) -> str | None:
+        """The product with weights of so many bits."""
+        return f"int{bits}_linear" if has_quantized_product() else None
 
     @property
     def weight(self) -> Tensor:

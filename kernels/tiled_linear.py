@@ -33,18 +33,10 @@ class TiledLinear(QuantizedLinear):
     levels int8 [d_out / 16, lines, 16, 32], scales bfloat16 [d_out / 16, d_in / 32, 16].
     """
 
-    def __init__(
-        self,
-        levels: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        *,
-        out_features: int,
-        bits: int,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(levels, scales, bias, out_features=out_features, bits=bits, dtype=dtype)
-        self.kernel = f"tiled_int{bits}"
+    @staticmethod
+    def kernel_of(bits: int) -> str:
+        """The product with weights of so many bits."""
+        return f"tiled_int{bits}"
 
     def levels_of(self, panels: Tensor, outputs: Tensor) -> Tensor:
         """Levels [n, d_in / 32, 32] of outputs by their panels [n] and places in these [n]."""

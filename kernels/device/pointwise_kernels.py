@@ -70,10 +70,8 @@ def gated_product_kernel(
 @triton.jit
 def _load_two(start: tl.tensor, first: tl.tensor, second: tl.tensor, inside: tl.tensor) -> tl.tensor:
     """The numbers at two places each, float32."""
-    low, high = (
-        tl.load(start + first, mask=inside, other=0.0),
-        tl.load(start + second, mask=inside, other=0.0),
-    )
+    low = tl.load(start + first, mask=inside, other=0.0)
+    high = tl.load(start + second, mask=inside, other=0.0)
     return low.to(tl.float32), high.to(tl.float32)
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from native_numbers import SHAPES, assert_native, make, with_dtype
 from torch import Tensor
 
 from fusionserve.kernels.activations import (
@@ -15,22 +16,10 @@ from fusionserve.kernels.activations import (
     reference_activate,
     reference_gated_product,
 )
-from fusionserve.kernels.native_call import native_function
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SHAPES = [(1, 8), (5, 64), (3, 4, 24), (64, 576)]  # the last is spread over threads
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def test_kernels_are_native_here() -> None:
-    """Else this file compares torch with itself: the machine that tests must have a compiler."""
-    for dtype in DTYPES:
-        assert native_function("gated_product", torch.zeros(1, dtype=dtype)) is not None
-    assert native_function("gated_product", torch.zeros(1, dtype=torch.float64)) is None
+    assert_native("gated_product")
 
 
 @with_dtype

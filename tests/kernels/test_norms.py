@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from native_numbers import SHAPES, assert_native, make, with_dtype
 from torch.nn import functional
 
-from fusionserve.kernels.native_call import native_function
 from fusionserve.kernels.norms import LayerNorm, RMSNorm, normalize, reference_normalize
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-with_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-SHAPES = [(1, 8), (5, 64), (3, 4, 24), (64, 576)]  # the last is spread over threads
-
-
-def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def test_kernels_are_native_here() -> None:
-    """Else this file compares torch with itself: the machine that tests must have a compiler."""
-    for dtype in DTYPES:
-        assert native_function("normalize", torch.zeros(1, dtype=dtype)) is not None
-    assert native_function("normalize", torch.zeros(1, dtype=torch.float64)) is None
+    assert_native("normalize")
 
 
 @with_dtype
