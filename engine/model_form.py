@@ -23,10 +23,8 @@ from fusionserve.kernels.paged_attention import AttentionOptions
 _GRANITE = {"GraniteForCausalLM", "GraniteMoeForCausalLM"}
 _COHERE = {"CohereForCausalLM", "Cohere2ForCausalLM"}
 _CAPPED = {"Gemma2ForCausalLM", "Gemma3ForCausalLM"}
-_POSITIONED = {
-    "GPT2LMHeadModel": "wpe",
-    "OPTForCausalLM": "embed_positions",
-}  # the module of learned positions
+# The module of learned positions.
+_POSITIONED = {"GPT2LMHeadModel": "wpe", "OPTForCausalLM": "embed_positions"}
 _ARCHITECTURES = {*(f"{family}ForCausalLM" for family in FAMILIES), "GPT2LMHeadModel"}
 
 _LAYERS = ("layers", "h")
@@ -55,9 +53,8 @@ def model_form(model: PreTrainedModel, options: Mapping[nn.Module, AttentionOpti
     """
     source: Any = model
     base, name = getattr(source.base_model, "decoder", source.base_model), type(model).__name__
-    if (
-        name not in _ARCHITECTURES or getattr(base, "project_in", None) is not None
-    ):  # OPT's, of narrow embeddings
+    has_narrow_embeddings = getattr(base, "project_in", None) is not None  # OPT's
+    if name not in _ARCHITECTURES or has_narrow_embeddings:
         return None
     forms = [layer_form(layer, options) for layer in first_of(base, _LAYERS)]
     layers = tuple(form for form in forms if form is not None)

@@ -278,9 +278,8 @@ async def until(condition: object, within_s: float = 10.0) -> None:
 async def check_at_rest(engine: TestedEngine) -> None:
     """Asserts that no request is left, and with them no block, no hold and no lease."""
     await until(lambda: not engine.engine.has_work)
-    await until(
-        lambda: engine._open.is_empty
-    )  # the loop hears of a request's end after the engine has done with it
+    # The loop hears of a request's end after the engine has done with it.
+    await until(lambda: engine._open.is_empty)
     assert list(engine.engine.scheduler.requests()) == []
     assert engine.engine.scheduler.blocks.num_used == 0
     engine.engine.scheduler.check_integrity()
