@@ -151,12 +151,16 @@ async def test_deadlines_at_any_moment(served: Served) -> None:
 
 
 async def test_one_id_at_once(served: Served) -> None:
+    """Of three at once one is served; the engine is paused until two are refused, lest it end before they come."""
+    alone = await served.tokens()
     for number in range(ROUNDS):
-        results = await asyncio.gather(
-            *(served.tokens(request_id=f"same-{number}") for _ in range(3)), return_exceptions=True
-        )
-        refused = [result for result in results if isinstance(result, AlreadyExistsError)]
-        assert len(refused) == 2, results
+        with served.engine.runner.paused():
+            streams = [asyncio.create_task(served.tokens(request_id=f"same-{number}")) for _ in range(3)]
+            await until(lambda streams=streams: sum(stream.done() for stream in streams) == 2)
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        assert sum(isinstance(result, AlreadyExistsError) for result in results) == 2, results
+        assert alone in results
+    assert await served.tokens(request_id="same-0") == alone, "an id is free again once its request has ended"
 
 
 async def test_shutdown_ends_every_stream_in_one_way_or_another(served: Served) -> None:
