@@ -46,9 +46,9 @@ class BaseModule:
         return (self.d_out, self.d_in)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BaseModules:
-    """What adapters are checked against; immutable and independent of the live module tree.
+    """What adapters are checked against; immutable and independent of the live module tree, so it may key plans.
 
     `model_name` is the served name, `checkpoint_name` the last part of the checkpoint's directory or hub id;
     either may be empty. `is_tied` says that embedding and head are one tensor in the base.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +16,7 @@ from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, pla
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
 from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec
 from fusionserve.errors import ArtifactError, CapacityError
-from fusionserve.kernels.measured_copy import (
-    copy_measured,
-    pieces,
-    transpose_measured,
-)
+from fusionserve.kernels.measured_copy import MeasuredCopies, pieces
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -64,7 +60,7 @@ def load_lora_weights(
     _refuse_pickle(directory)
     with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
         file = SafetensorsFile(opened)
-        plan = plan_lora(file.tensors.values(), config, base)
+        plan = plan_lora(file.header, config, base)
         _check_size(plan, policy, budget_bytes)
         return _Assembly(plan, policy, base_weight, base_step).run(file)
 
@@ -112,30 +108,27 @@ class _Assembly:
         self._plan = plan
         self._modules = {path: _allocate(module, policy) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
-        self._parts = {
-            spec.name: (path, role)
-            for path, module in plan.modules.items()
-            for role, spec in module.parts.items()
-        }
-        self._replaced = {spec.name: path for path, spec in plan.replacements.items()}
-        self._copied = {spec.name: path for path, spec in plan.base_copies.items()}
 
     def run(self, file: SafetensorsFile) -> LoRAWeights:
-        for spec, tensor in file.read_tensors():
-            if spec.name in self._copied:
-                path = self._copied[spec.name]
-                _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
-            elif spec.name in self._replaced:
-                self._replacements[self._replaced[spec.name]] = self._replace(spec, tensor)
-            else:
-                path, role = self._parts[spec.name]
-                _check_magnitude(spec, _put(self._modules[path], tensor, role, self._plan.modules[path]))
+        for block in file.read_blocks():
+            self._take(block)
         return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
 
-    def _replace(self, spec: TensorSpec, tensor: Tensor) -> Tensor:
-        served = torch.empty(tensor.shape, dtype=self._dtype)
-        _check_magnitude(spec, copy_measured(served, tensor))
-        return served
+    def _take(self, block: Sequence[tuple[TensorSpec, Tensor]]) -> None:
+        copies, copied = MeasuredCopies(), []
+        for spec, tensor in block:
+            path, role = self._plan.places[spec.name]
+            if role is TensorRole.BASE_COPY:
+                _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
+                continue
+            if role is TensorRole.REPLACEMENT:
+                self._replacements[path] = torch.empty(tensor.shape, dtype=self._dtype)
+                copies.copy(self._replacements[path], tensor)
+            else:
+                _put(self._modules[path], tensor, role, self._plan.modules[path], copies)
+            copied.append(spec)
+        for spec, largest in zip(copied, copies.run(), strict=True):
+            _check_magnitude(spec, largest)
 
 
 def _allocate(plan: ModulePlan, policy: LoadPolicy) -> ModuleLoRA:
@@ -154,16 +147,19 @@ def _allocate(plan: ModulePlan, policy: LoadPolicy) -> ModuleLoRA:
     return module.pinned() if policy.pins_rows else module
 
 
-def _put(module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan) -> float:
-    """Writes one part to its place, A as it is, B and its bias times the scaling; returns its largest magnitude."""
+def _put(
+    module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan, copies: MeasuredCopies
+) -> None:
+    """Has one part written to its place, A as it is, B and its bias times the scaling."""
     if role is TensorRole.SHRINK:
-        return copy_measured(module.shrink[: plan.rank], tensor)
-    if role is TensorRole.EXPAND:
-        return transpose_measured(module.expand[: plan.rank], tensor, plan.scaling)
-    if role is TensorRole.BIAS:
-        return transpose_measured(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
-    assert role is TensorRole.MAGNITUDE and module.magnitude is not None
-    return copy_measured(module.magnitude, tensor)
+        copies.copy(module.shrink[: plan.rank], tensor)
+    elif role is TensorRole.EXPAND:
+        copies.transpose(module.expand[: plan.rank], tensor, plan.scaling)
+    elif role is TensorRole.BIAS:
+        copies.transpose(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
+    else:
+        assert role is TensorRole.MAGNITUDE and module.magnitude is not None
+        copies.copy(module.magnitude, tensor)
 
 
 def _check_magnitude(spec: TensorSpec, largest: float) -> None:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import torch
 
 from fusionserve.adapters.artifact_errors import bad_tensor, quoted, unsupported
 from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
 from fusionserve.adapters.lora_config import LoRAConfig
-from fusionserve.adapters.safetensors_file import TensorSpec
+from fusionserve.adapters.safetensors_file import TensorSpec, WeightsHeader
 from fusionserve.errors import ArtifactError
 
 _PREFIX = "base_model.model."
+_KEPT_PLANS = 4  # fine-tunes of one base by one script have the same, and making it is a quarter of a load
 
 
 class TensorRole(StrEnum):
@@ -86,6 +88,7 @@ class LoRAPlan:
     modules: Mapping[str, ModulePlan]  # by module path
     replacements: Mapping[str, TensorSpec]  # by module path
     base_copies: Mapping[str, TensorSpec]  # by module path; they must equal the base
+    places: Mapping[str, tuple[str, TensorRole]]  # module path and role, by tensor name
 
     @property
     def max_rows(self) -> int:
@@ -98,14 +101,15 @@ class LoRAPlan:
         return whole * dtype.itemsize + sum(module.count_bytes(dtype) for module in self.modules.values())
 
 
-def plan_lora(tensors: Iterable[TensorSpec], config: LoRAConfig, base: BaseModules) -> LoRAPlan:
+@lru_cache(_KEPT_PLANS)
+def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> LoRAPlan:
     """Finds the place of every tensor and checks names, pairs, ranks and shapes.
 
     Raises ArtifactError: ADAPTER_UNSUPPORTED, NO_EFFECTIVE_MODULES, UNEXPECTED_TENSOR, PAIR_MISSING,
     TENSOR_MISSING, RANK_MISMATCH, SHAPE_MISMATCH.
     """
     declared = _find_modules_to_save(config, base)
-    parts = _sort_by_module(tensors, base)
+    parts = _sort_by_module(header.tensors.values(), base)
     replaceable = _with_tied(declared, config, base)
     replacements: dict[str, TensorSpec] = {}
     base_copies: dict[str, TensorSpec] = {}
@@ -122,7 +126,10 @@ def plan_lora(tensors: Iterable[TensorSpec], config: LoRAConfig, base: BaseModul
     modules = _plan_modules(low_rank, config, base)
     if not modules and not replacements:
         raise _no_effect("the adapter changes no module of the base model")
-    return LoRAPlan(modules=modules, replacements=replacements, base_copies=base_copies)
+    places = {spec.name: (path, role) for path, roles in low_rank.items() for role, spec in roles.items()}
+    places |= {spec.name: (path, TensorRole.REPLACEMENT) for path, spec in replacements.items()}
+    places |= {spec.name: (path, TensorRole.BASE_COPY) for path, spec in base_copies.items()}
+    return LoRAPlan(modules=modules, replacements=replacements, base_copies=base_copies, places=places)
 
 
 def _find_modules_to_save(config: LoRAConfig, base: BaseModules) -> dict[str, str]:

@@ -53,8 +53,19 @@ class TensorSpec:
     end: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightsHeader:
+    """What a header says, checked: tensors by name, in the order of their data, and the bytes of all that data.
+
+    Files of the same header share one, as long as it is kept, so it may key what follows from it.
+    """
+
+    tensors: Mapping[str, TensorSpec]
+    num_bytes: int
+
+
 class SafetensorsFile:
-    """An open file whose header is checked; `tensors` are in the order of their data.
+    """An open file whose header is checked.
 
     Raises ArtifactError when made: WEIGHTS_TRUNCATED, WEIGHTS_MALFORMED, HEADER_TOO_LARGE, DTYPE_UNSUPPORTED.
     Any read raises UnavailableError if the storage fails. The caller keeps `file` and closes it.
@@ -64,35 +75,38 @@ class SafetensorsFile:
         self._file = file
         self._hash = hashlib.sha256()
         _read_ahead(file)
-        header = self._read_header(os.fstat(file.fileno()).st_size)
-        self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in header})
+        self.header = self._read_header(os.fstat(file.fileno()).st_size)
         self._is_hashed = False
         reach_failpoint("artifact.header")
 
-    def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """Yields every tensor once, in file order, in private memory, which small neighbours share.
+    def read_blocks(self) -> Iterator[list[tuple[TensorSpec, Tensor]]]:
+        """Yields every tensor once, in file order, in blocks of neighbours of one dtype that share private memory.
 
-        A thread hashes what was read meanwhile, so write to none before the digest is known.
-        Raises ArtifactError WEIGHTS_TRUNCATED if the file got shorter since it was opened.
+        A block has a megabyte or a single larger tensor. A thread hashes what was read meanwhile, so write to none
+        before the digest is known. Raises ArtifactError WEIGHTS_TRUNCATED if the file got shorter since it was opened.
         """
         with ThreadPoolExecutor(1, "safetensors-hash") as thread:
             hashed: Future[None] | None = None
-            for block in _blocks(self.tensors.values()):
+            for block in _blocks(self.header.tensors.values()):
                 start = block[0].start
                 data = self._read_exactly(block[-1].end - start)
                 if hashed is not None:
                     hashed.result()  # so that no more than two blocks are held
                 hashed = thread.submit(self._hash.update, data)
-                for spec in block:
-                    yield spec, _to_tensor(data, spec, spec.start - start)
+                yield [(spec, _to_tensor(data, spec, spec.start - start)) for spec in block]
         self._is_hashed = True
 
+    def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
+        """The same, tensor by tensor."""
+        for block in self.read_blocks():
+            yield from block
+
     def digest(self) -> str:
-        """The sha256 (hex) of the whole file, of the very bytes that were read. Needs `read_tensors` at its end."""
+        """The sha256 (hex) of the whole file, of the very bytes that were read. Needs all blocks read."""
         assert self._is_hashed, "the digest needs the whole file"
         return self._hash.hexdigest()
 
-    def _read_header(self, file_bytes: int) -> Sequence[TensorSpec]:
+    def _read_header(self, file_bytes: int) -> WeightsHeader:
         if file_bytes < _LENGTH_BYTES:
             raise _truncated()
         prefix = self._read_hashed(_LENGTH_BYTES)
@@ -105,9 +119,13 @@ class SafetensorsFile:
             )
         if _LENGTH_BYTES + header_bytes > file_bytes:
             raise _truncated()
-        specs = _parse_header(self._read_hashed(header_bytes))
-        _check_layout(specs, file_bytes - _LENGTH_BYTES - header_bytes)
-        return specs
+        header = _parse_header(self._read_hashed(header_bytes))
+        data_bytes = file_bytes - _LENGTH_BYTES - header_bytes
+        if header.num_bytes > data_bytes:
+            raise _truncated()
+        if header.num_bytes < data_bytes:
+            raise _malformed("it has bytes that belong to no tensor")
+        return header
 
     def _read_hashed(self, num_bytes: int) -> bytes:
         data = bytes(self._read_exactly(num_bytes))
@@ -139,7 +157,7 @@ def _read_ahead(file: io.FileIO) -> None:
 
 
 @lru_cache(_KEPT_HEADERS)
-def _parse_header(data: bytes) -> tuple[TensorSpec, ...]:
+def _parse_header(data: bytes) -> WeightsHeader:
     if not data.startswith(b"{"):
         raise _malformed("its header is not a JSON object")
     try:
@@ -150,7 +168,9 @@ def _parse_header(data: bytes) -> tuple[TensorSpec, ...]:
     if len(header) > MAX_TENSORS:
         raise ArtifactError(f"the weights file has over {MAX_TENSORS} tensors", reason="HEADER_TOO_LARGE")
     specs = [_parse_entry(name, entry) for name, entry in header.items()]
-    return tuple(sorted(specs, key=lambda spec: (spec.start, spec.end)))
+    specs.sort(key=lambda spec: (spec.start, spec.end))
+    num_bytes = _check_layout(specs)
+    return WeightsHeader(MappingProxyType({spec.name: spec for spec in specs}), num_bytes)
 
 
 def _check_metadata(metadata: object) -> None:
@@ -182,16 +202,14 @@ def _to_sizes(value: object) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _check_layout(specs: Sequence[TensorSpec], data_bytes: int) -> None:
+def _check_layout(specs: Sequence[TensorSpec]) -> int:
+    """Raises unless the data of each begins where that of the one before ends; returns where the last one ends."""
     position = 0
     for spec in specs:
         if spec.start != position:
             raise bad_tensor("WEIGHTS_MALFORMED", spec.name, "its data overlaps another's or leaves a hole")
         position = spec.end
-    if position > data_bytes:
-        raise _truncated()
-    if position < data_bytes:
-        raise _malformed("it has bytes that belong to no tensor")
+    return position
 
 
 def _blocks(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:

@@ -166,14 +166,14 @@ def _check_size(folded: FoldedFusion, policy: FusionPolicy) -> None:
 
 
 def _check_tensors(file: SafetensorsFile, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    for name, spec in file.tensors.items():
+    for name, spec in file.header.tensors.items():
         if name not in wanted:
             raise bad_tensor("UNEXPECTED_TENSOR", name, "the fusion's configuration has no place for it")
         if spec.shape != wanted[name]:
             problem = f"its shape is {list(spec.shape)}, not {list(wanted[name])}"
             raise bad_tensor("SHAPE_MISMATCH", name, problem)
     for name in wanted:
-        if name not in file.tensors:
+        if name not in file.header.tensors:
             raise bad_tensor("TENSOR_MISSING", name, "the weights file does not have it")
 
 

@@ -4,14 +4,21 @@
 
 #include <algorithm>
 
-// target = scale * source, the numbers of the source `stride` apart; returns the largest magnitude that was written, not a
-// number if one was not finite.
+// target [num_columns, num_rows] = scale * source^T for source [num_rows, num_columns], computed in float32; a copy as it is
+// has one column. As in Python.
+struct Copy {
+    const void* source;
+    void* target;
+    Index num_rows, num_columns, types;
+};
+
+// target = scale * source; returns the largest magnitude that was written, not a number if one was not finite.
 template <typename Source, typename Target>
-static inline float copy_scaled(const Source* source, Index stride, Target* target, Index count, float scale) {
+static inline float copy_row(const Source* source, Target* target, Index count, float scale) {
     float largest = 0, bad = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : bad)
     for (Index i = 0; i < count; ++i) {
-        target[i] = from_float<Target>(to_float(source[i * stride]) * scale);
+        target[i] = from_float<Target>(to_float(source[i]) * scale);
         const float magnitude = std::fabs(to_float(target[i]));
         largest = magnitude > largest ? magnitude : largest;
         bad += magnitude * 0.0f;
@@ -19,42 +26,41 @@ static inline float copy_scaled(const Source* source, Index stride, Target* targ
     return largest + bad;
 }
 
+// Numbers of one source row lie in a line, those of one target row too: they meet in a tile in the nearest cache.
 template <typename Source, typename Target>
-static float copy_measured(const Source* source, Target* target, Index count) {
-    return copy_scaled(source, 1, target, count, 1.0f);
-}
-
-// target [columns, rows] = scale * source^T for source [rows, columns].
-template <typename Source, typename Target>
-static float transpose_measured(const Source* source, Target* target, Index num_rows, Index num_columns, float scale) {
-    constexpr Index BLOCK = 64;  // rows that stay in the first cache
-    float largest = 0, bad = 0;
-    for (Index row = 0; row < num_rows; row += BLOCK)
-        for (Index column = 0; column < num_columns; ++column) {
-            const float found = copy_scaled(source + row * num_columns + column, num_columns,
-                                            target + column * num_rows + row, std::min(BLOCK, num_rows - row), scale);
-            largest = std::max(largest, found);
-            bad += found * 0.0f;
+static float transpose(const Source* source, Target* target, Index num_rows, Index num_columns, float scale) {
+    constexpr Index ROWS = 64, COLUMNS = 16;
+    float tile[COLUMNS][ROWS], largest = 0, bad = 0;
+    for (Index row = 0; row < num_rows; row += ROWS)
+        for (Index column = 0; column < num_columns; column += COLUMNS) {
+            const Index height = std::min(ROWS, num_rows - row), width = std::min(COLUMNS, num_columns - column);
+            for (Index i = 0; i < height; ++i)
+                for (Index j = 0; j < width; ++j) tile[j][i] = to_float(source[(row + i) * num_columns + column + j]);
+            for (Index j = 0; j < width; ++j) {
+                const float found = copy_row(tile[j], target + (column + j) * num_rows + row, height, scale);
+                largest = std::max(largest, found);
+                bad += found * 0.0f;
+            }
         }
     return largest + bad;
 }
 
-#define MEASURED_COPIES(SOURCE, TARGET, NAME)                                                                        \
-    float copy_measured_##NAME(const SOURCE* source, TARGET* target, Index count) {                                  \
-        return copy_measured(source, target, count);                                                                 \
-    }                                                                                                                \
-    float transpose_measured_##NAME(const SOURCE* source, TARGET* target, Index rows, Index columns, float scale) {  \
-        return transpose_measured(source, target, rows, columns, scale);                                             \
-    }
+template <typename Source, typename Target>
+static float copy(const Copy& copy, float scale) {
+    const auto* source = static_cast<const Source*>(copy.source);
+    auto* target = static_cast<Target*>(copy.target);
+    return copy.num_columns == 1 ? copy_row(source, target, copy.num_rows, scale)
+                                 : transpose(source, target, copy.num_rows, copy.num_columns, scale);
+}
 
-extern "C" {
-MEASURED_COPIES(float, float, f32_f32)
-MEASURED_COPIES(float, BFloat16, f32_bf16)
-MEASURED_COPIES(float, Float16, f32_f16)
-MEASURED_COPIES(BFloat16, float, bf16_f32)
-MEASURED_COPIES(BFloat16, BFloat16, bf16_bf16)
-MEASURED_COPIES(BFloat16, Float16, bf16_f16)
-MEASURED_COPIES(Float16, float, f16_f32)
-MEASURED_COPIES(Float16, BFloat16, f16_bf16)
-MEASURED_COPIES(Float16, Float16, f16_f16)
+// By the source's type, then by the target's: float32, bfloat16, float16.
+static constexpr float (*BY_TYPES[])(const Copy&, float) = {
+    copy<float, float>,    copy<float, BFloat16>,    copy<float, Float16>,
+    copy<BFloat16, float>, copy<BFloat16, BFloat16>, copy<BFloat16, Float16>,
+    copy<Float16, float>,  copy<Float16, BFloat16>,  copy<Float16, Float16>,
+};
+
+// `largest` [count] gets what is largest in each target.
+extern "C" void copy_measured(const Copy* copies, const float* scales, Index count, float* largest) {
+    for (Index i = 0; i < count; ++i) largest[i] = BY_TYPES[copies[i].types](copies[i], scales[i]);
 }

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from fusionserve.kernels.measured_copy import (
-    PIECE_ELEMENTS,
-    copy_measured,
-    largest_magnitude,
-    pieces,
-    transpose_measured,
-)
+from fusionserve.kernels import measured_copy
+from fusionserve.kernels.measured_copy import PIECE_ELEMENTS, MeasuredCopies, largest_magnitude, pieces
 
 TORCH_GRAIN_ELEMENTS = 32_768  # from this size on torch spreads an operation over threads
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (3, 5), (16, 4864), (4864, 16), (1, 70_000), (70_000, 1), (2, 40_000)]
+SHAPES = [(1, 1), (3, 5), (16, 4864), (4864, 16), (1, 70_000), (70_000, 1), (2, 40_000), (67, 33)]
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is of both ways."""
+    if request.param == "torch":
+        monkeypatch.setattr(measured_copy, "native_library", lambda: None)
+
+
+def copy(target: torch.Tensor, source: torch.Tensor) -> float:
+    """One copy alone; returns what it measured."""
+    copies = MeasuredCopies()
+    copies.copy(target, source)
+    (largest,) = copies.run()
+    return largest
+
+
+def transpose(target: torch.Tensor, source: torch.Tensor, scale: float) -> float:
+    """The same, transposed and scaled."""
+    copies = MeasuredCopies()
+    copies.transpose(target, source, scale)
+    (largest,) = copies.run()
+    return largest
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -36,11 +55,34 @@ def test_copies_equal_the_whole_operation(
 ) -> None:
     source = torch.randn(shape).to(source_dtype)
     copied, scaled = torch.empty(shape, dtype=dtype), torch.empty(shape[::-1], dtype=dtype)
-    assert copy_measured(copied, source) == float(copied.abs().max())
-    assert transpose_measured(scaled, source, 0.7) == float(scaled.abs().max())
+    assert copy(copied, source) == float(copied.abs().max())
+    assert transpose(scaled, source, 0.7) == float(scaled.abs().max())
     assert torch.equal(copied, source.to(dtype))
     assert torch.equal(scaled, (source.float() * 0.7).T.to(dtype))
     assert largest_magnitude(source) == float(source.abs().max())
+
+
+def test_many_of_all_types_are_measured_one_by_one() -> None:
+    copies, expected = MeasuredCopies(), []
+    for place, (source_dtype, dtype) in enumerate(itertools.product(DTYPES, DTYPES)):
+        source = (torch.randn(40, 20) * (place + 1)).to(source_dtype)
+        pair = torch.empty(800, dtype=dtype), torch.empty(20, 40, dtype=dtype)
+        copies.copy(pair[0], source)
+        copies.transpose(pair[1], source, 2.0)
+        expected += [(pair[0], source.view(-1).to(dtype)), (pair[1], (source.float() * 2).T.to(dtype))]
+    largest = copies.run()
+    assert largest == [float(wanted.abs().max()) for _, wanted in expected]
+    assert all(torch.equal(target, wanted) for target, wanted in expected)
+    assert copies.run() == [], "each is made once"
+
+
+def test_only_the_bad_one_of_many_is_named() -> None:
+    copies, source = MeasuredCopies(), torch.ones(3, 100, 16)
+    source[1, 70, 9] = math.nan
+    for rows in source:
+        copies.transpose(torch.empty(16, 100, dtype=torch.bfloat16), rows, 1.0)
+    largest = copies.run()
+    assert [math.isnan(found) for found in largest] == [False, True, False]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -49,17 +91,17 @@ def test_one_bad_value_is_seen(value: float, dtype: torch.dtype) -> None:
     tensor = torch.zeros(70_000, 1, dtype=dtype)
     tensor[50_000] = value
     assert not largest_magnitude(tensor) <= 1e6
-    assert not copy_measured(torch.empty(70_000, 1), tensor) <= 1e6
-    assert not transpose_measured(torch.empty(1, 70_000), tensor, 0.5) <= 1e6
+    assert not copy(torch.empty(70_000, 1), tensor) <= 1e6
+    assert not transpose(torch.empty(1, 70_000), tensor, 0.5) <= 1e6
     assert largest_magnitude(torch.empty(0)) == 0
 
 
 def test_every_float16_is_the_same_number_in_float32_and_back() -> None:
     numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
     wide, back = torch.empty(len(numbers)), torch.empty_like(numbers)
-    copy_measured(wide, numbers)
+    copy(wide, numbers)
     assert torch.equal(wide.nan_to_num(0.5), numbers.float().nan_to_num(0.5))
-    copy_measured(back, wide)
+    copy(back, wide)
     same = back.view(torch.int16) == numbers.view(torch.int16)
     assert torch.equal(same | numbers.isnan(), torch.ones(len(numbers), dtype=torch.bool))
     assert back[numbers.isnan()].isnan().all()
@@ -72,7 +114,7 @@ def test_float32_is_rounded_to_the_nearest_float16() -> None:
     ties = torch.arange(0, 70_000, 4).float() + torch.tensor([0.0, 16.0])[:, None]
     numbers = torch.cat((bits.to(torch.int32).view(torch.float32), exponents, -ties.flatten()))
     rounded = torch.empty(len(numbers), dtype=torch.float16)
-    copy_measured(rounded, numbers)
+    copy(rounded, numbers)
     expected = numbers.half()
     assert torch.equal(rounded.isnan(), expected.isnan())
     assert torch.equal(rounded.nan_to_num(0.5).view(torch.int16), expected.nan_to_num(0.5).view(torch.int16))

@@ -125,7 +125,7 @@ def _check_as_safetensors_does(directory: MemoryDirectory, name: str, data: byte
     """What our reader takes, the format's own reader takes, and sees the same tensors in it."""
     try:
         with directory.open_file(name, missing_reason="MISSING") as opened:
-            ours = SafetensorsFile(opened).tensors
+            ours = SafetensorsFile(opened).header.tensors
     except FusionServeError:
         return
     theirs = dict(safetensors.deserialize(data))
