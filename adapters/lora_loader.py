@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_errors import bad_tensor, quoted, unsupported
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.lora_config import check_base_model, read_lora_config
+from fusionserve.adapters.lora_layout import LoRALayout, lay_out
 from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, plan_lora
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
-from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec
+from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec, tensor_in
 from fusionserve.errors import ArtifactError, CapacityError
-from fusionserve.kernels.measured_copy import MeasuredCopies, pieces
+from fusionserve.kernels.measured_copy import copy_measured, pieces
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -62,7 +63,8 @@ def load_lora_weights(
         file = SafetensorsFile(opened)
         plan = plan_lora(file.header, config, base)
         _check_size(plan, policy, budget_bytes)
-        return _Assembly(plan, policy, base_weight, base_step).run(file)
+        layout = lay_out(file.header, plan, policy.dtype)
+        return _Assembly(plan, layout, policy, base_weight, base_step).run(file)
 
 
 def _refuse_pickle(directory: ArtifactDirectory) -> None:
@@ -93,11 +95,12 @@ def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
 
 
 class _Assembly:
-    """Takes tensors in file order and puts each into the served form of its module."""
+    """Takes a file block by block and puts each tensor into the served form of its module."""
 
     def __init__(
         self,
         plan: LoRAPlan,
+        layout: LoRALayout,
         policy: LoadPolicy,
         base_weight: Callable[[str], Tensor],
         base_step: Callable[[str], float],
@@ -105,61 +108,45 @@ class _Assembly:
         self._dtype = policy.dtype
         self._base_step = base_step
         self._base_weight = base_weight
-        self._plan = plan
-        self._modules = {path: _allocate(module, policy) for path, module in plan.modules.items()}
+        self._plan, self._layout = plan, layout
+        rows = torch.empty(layout.num_numbers, dtype=policy.dtype)
+        self._rows = rows.pin_memory() if policy.pins_rows else rows
+        self._modules = {path: self._place(path, module) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
 
+    def _place(self, path: str, plan: ModulePlan) -> ModuleLoRA:
+        """The module's parts; the row of a bias is last, and its part of `shrink` and `shrink_bias` is set."""
+        num_rows, d_in, d_out = plan.num_rows, plan.module.d_in, plan.module.d_out
+        place, rows, bias = self._layout.places[path], self._rows, None
+        shrink = rows.as_strided((num_rows, d_in), (d_in, 1), place.shrink)
+        expand = rows.as_strided((num_rows, d_out), (d_out, 1), place.expand)
+        if place.shrink_bias is not None:
+            bias = rows[place.shrink_bias : place.shrink_bias + num_rows].zero_()
+            shrink[-1], bias[-1] = 0, 1
+        magnitude = torch.empty(d_out) if TensorRole.MAGNITUDE in plan.parts else None
+        return ModuleLoRA(shrink=shrink, expand=expand, shrink_bias=bias, magnitude=magnitude)
+
     def run(self, file: SafetensorsFile) -> LoRAWeights:
-        for block in file.read_blocks():
-            self._take(block)
+        rows = self._rows.view(torch.uint8)
+        for data, block in zip(file.read_blocks(), self._layout.blocks, strict=True):
+            for spec, largest in zip(block.copied, block.copies.run(data, rows), strict=True):
+                _check_magnitude(spec, largest)
+            for spec in block.others:
+                self._take(spec, tensor_in(data, spec, block.start))
         return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
 
-    def _take(self, block: Sequence[tuple[TensorSpec, Tensor]]) -> None:
-        copies, copied = MeasuredCopies(), []
-        for spec, tensor in block:
-            path, role = self._plan.places[spec.name]
-            if role is TensorRole.BASE_COPY:
-                _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
-                continue
-            if role is TensorRole.REPLACEMENT:
-                self._replacements[path] = torch.empty(tensor.shape, dtype=self._dtype)
-                copies.copy(self._replacements[path], tensor)
-            else:
-                _put(self._modules[path], tensor, role, self._plan.modules[path], copies)
-            copied.append(spec)
-        for spec, largest in zip(copied, copies.run(), strict=True):
-            _check_magnitude(spec, largest)
-
-
-def _allocate(plan: ModulePlan, policy: LoadPolicy) -> ModuleLoRA:
-    """Room for all the parts; the row of a bias is last, and its part of `shrink` and `shrink_bias` is set."""
-    dtype = policy.dtype
-    has_bias, has_magnitude = TensorRole.BIAS in plan.parts, TensorRole.MAGNITUDE in plan.parts
-    module = ModuleLoRA(
-        shrink=torch.empty(plan.num_rows, plan.module.d_in, dtype=dtype),
-        expand=torch.empty(plan.num_rows, plan.module.d_out, dtype=dtype),
-        shrink_bias=torch.zeros(plan.num_rows, dtype=dtype) if has_bias else None,
-        magnitude=torch.empty(plan.module.d_out) if has_magnitude else None,
-    )
-    if module.shrink_bias is not None:
-        module.shrink[-1] = 0
-        module.shrink_bias[-1] = 1
-    return module.pinned() if policy.pins_rows else module
-
-
-def _put(
-    module: ModuleLoRA, tensor: Tensor, role: TensorRole, plan: ModulePlan, copies: MeasuredCopies
-) -> None:
-    """Has one part written to its place, A as it is, B and its bias times the scaling."""
-    if role is TensorRole.SHRINK:
-        copies.copy(module.shrink[: plan.rank], tensor)
-    elif role is TensorRole.EXPAND:
-        copies.transpose(module.expand[: plan.rank], tensor, plan.scaling)
-    elif role is TensorRole.BIAS:
-        copies.transpose(module.expand[plan.rank :], tensor.unsqueeze(1), plan.scaling)
-    else:
-        assert role is TensorRole.MAGNITUDE and module.magnitude is not None
-        copies.copy(module.magnitude, tensor)
+    def _take(self, spec: TensorSpec, tensor: Tensor) -> None:
+        """What are no rank rows."""
+        path, role = self._plan.places[spec.name]
+        if role is TensorRole.BASE_COPY:
+            _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
+        elif role is TensorRole.REPLACEMENT:
+            self._replacements[path] = torch.empty(tensor.shape, dtype=self._dtype)
+            _check_magnitude(spec, copy_measured(self._replacements[path], tensor))
+        else:
+            magnitude = self._modules[path].magnitude
+            assert role is TensorRole.MAGNITUDE and magnitude is not None
+            _check_magnitude(spec, copy_measured(magnitude, tensor))
 
 
 def _check_magnitude(spec: TensorSpec, largest: float) -> None:

@@ -81,7 +81,7 @@ class ModulePlan:
         return values * dtype.itemsize + bias + magnitude
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoRAPlan:
     """Every tensor of the file in its place: a part of a module, or in one of two maps of whole weights."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
@@ -28,13 +28,6 @@ class ModuleLoRA:
     def rank(self) -> int:
         """Rank rows, the row of a bias included."""
         return self.shrink.shape[0]
-
-    def pinned(self) -> ModuleLoRA:
-        """The same with its rank rows in pinned memory, from which a GPU copies beside what it computes."""
-        bias = None if self.shrink_bias is None else self.shrink_bias.pin_memory()
-        return replace(
-            self, shrink=self.shrink.pin_memory(), expand=self.expand.pin_memory(), shrink_bias=bias
-        )
 
     @property
     def nbytes(self) -> int:

@@ -39,6 +39,7 @@ _LENGTH_BYTES = 8
 _BLOCK_BYTES = 1 << 20  # what is read at once of small tensors; a second cache holds it while it is copied
 _GIT_LFS_POINTER = b"version "  # what a clone without Git LFS leaves in place of a large file
 _HEADER_DEPTH = 3  # file, entry, shape
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)  # frombuffer refuses an empty buffer
 _KEPT_HEADERS = 4  # fine-tunes of one base by one script have the same, and parsing it is a tenth of a load
 
 
@@ -57,11 +58,13 @@ class TensorSpec:
 class WeightsHeader:
     """What a header says, checked: tensors by name, in the order of their data, and the bytes of all that data.
 
+    `blocks` are what is read at once: neighbours of one dtype, a megabyte or a single larger one.
     Files of the same header share one, as long as it is kept, so it may key what follows from it.
     """
 
     tensors: Mapping[str, TensorSpec]
     num_bytes: int
+    blocks: Sequence[Sequence[TensorSpec]]
 
 
 class SafetensorsFile:
@@ -79,27 +82,27 @@ class SafetensorsFile:
         self._is_hashed = False
         reach_failpoint("artifact.header")
 
-    def read_blocks(self) -> Iterator[list[tuple[TensorSpec, Tensor]]]:
-        """Yields every tensor once, in file order, in blocks of neighbours of one dtype that share private memory.
+    def read_blocks(self) -> Iterator[Tensor]:
+        """Yields the bytes of each of the header's blocks, in private memory.
 
-        A block has a megabyte or a single larger tensor. A thread hashes what was read meanwhile, so write to none
-        before the digest is known. Raises ArtifactError WEIGHTS_TRUNCATED if the file got shorter since it was opened.
+        A thread hashes what was read meanwhile, so write to none before the digest is known.
+        Raises ArtifactError WEIGHTS_TRUNCATED if the file got shorter since it was opened.
         """
         with ThreadPoolExecutor(1, "safetensors-hash") as thread:
             hashed: Future[None] | None = None
-            for block in _blocks(self.header.tensors.values()):
-                start = block[0].start
-                data = self._read_exactly(block[-1].end - start)
+            for block in self.header.blocks:
+                data = self._read_exactly(block[-1].end - block[0].start)
                 if hashed is not None:
                     hashed.result()  # so that no more than two blocks are held
                 hashed = thread.submit(self._hash.update, data)
-                yield [(spec, _to_tensor(data, spec, spec.start - start)) for spec in block]
+                yield torch.frombuffer(data, dtype=torch.uint8) if data else _NO_BYTES
         self._is_hashed = True
 
     def read_tensors(self) -> Iterator[tuple[TensorSpec, Tensor]]:
-        """The same, tensor by tensor."""
-        for block in self.read_blocks():
-            yield from block
+        """Yields every tensor once, in file order; those of a block share its memory."""
+        for block, data in zip(self.header.blocks, self.read_blocks(), strict=True):
+            for spec in block:
+                yield spec, tensor_in(data, spec, block[0].start)
 
     def digest(self) -> str:
         """The sha256 (hex) of the whole file, of the very bytes that were read. Needs all blocks read."""
@@ -170,7 +173,9 @@ def _parse_header(data: bytes) -> WeightsHeader:
     specs = [_parse_entry(name, entry) for name, entry in header.items()]
     specs.sort(key=lambda spec: (spec.start, spec.end))
     num_bytes = _check_layout(specs)
-    return WeightsHeader(MappingProxyType({spec.name: spec for spec in specs}), num_bytes)
+    return WeightsHeader(
+        MappingProxyType({spec.name: spec for spec in specs}), num_bytes, tuple(_blocks(specs))
+    )
 
 
 def _check_metadata(metadata: object) -> None:
@@ -213,7 +218,7 @@ def _check_layout(specs: Sequence[TensorSpec]) -> int:
 
 
 def _blocks(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """Neighbours of one dtype, so that each is aligned, in blocks of _BLOCK_BYTES or a single larger one."""
+    """Of one dtype, so that each tensor is aligned."""
     block: list[TensorSpec] = []
     for spec in specs:
         if block and (spec.dtype != block[0].dtype or spec.end - block[0].start > _BLOCK_BYTES):
@@ -224,11 +229,9 @@ def _blocks(specs: Iterable[TensorSpec]) -> Iterator[list[TensorSpec]]:
         yield block
 
 
-def _to_tensor(data: bytearray, spec: TensorSpec, offset: int) -> Tensor:
-    count = math.prod(spec.shape)
-    if count == 0:  # frombuffer refuses an empty one
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    return torch.frombuffer(data, dtype=spec.dtype, count=count, offset=offset).view(spec.shape)
+def tensor_in(block: Tensor, spec: TensorSpec, start: int) -> Tensor:
+    """The tensor of a block whose bytes begin at `start` of the data."""
+    return block[spec.start - start : spec.end - start].view(spec.dtype).view(spec.shape)
 
 
 def _truncated() -> ArtifactError:

@@ -4,12 +4,10 @@
 
 #include <algorithm>
 
-// target [num_columns, num_rows] = scale * source^T for source [num_rows, num_columns], computed in float32; a copy as it is
-// has one column. As in Python.
+// target [num_columns, num_rows] = scale * source^T for source [num_rows, num_columns], computed in float32. `source` and
+// `target` count bytes. As in Python.
 struct Copy {
-    const void* source;
-    void* target;
-    Index num_rows, num_columns, types;
+    Index source, target, num_rows, num_columns, types;
 };
 
 // target = scale * source; returns the largest magnitude that was written, not a number if one was not finite.
@@ -46,21 +44,22 @@ static float transpose(const Source* source, Target* target, Index num_rows, Ind
 }
 
 template <typename Source, typename Target>
-static float copy(const Copy& copy, float scale) {
-    const auto* source = static_cast<const Source*>(copy.source);
-    auto* target = static_cast<Target*>(copy.target);
+static float copy(const Copy& copy, float scale, const char* from, char* to) {
+    const auto* source = reinterpret_cast<const Source*>(from + copy.source);
+    auto* target = reinterpret_cast<Target*>(to + copy.target);
     return copy.num_columns == 1 ? copy_row(source, target, copy.num_rows, scale)
                                  : transpose(source, target, copy.num_rows, copy.num_columns, scale);
 }
 
 // By the source's type, then by the target's: float32, bfloat16, float16.
-static constexpr float (*BY_TYPES[])(const Copy&, float) = {
+static constexpr float (*BY_TYPES[])(const Copy&, float, const char*, char*) = {
     copy<float, float>,    copy<float, BFloat16>,    copy<float, Float16>,
     copy<BFloat16, float>, copy<BFloat16, BFloat16>, copy<BFloat16, Float16>,
     copy<Float16, float>,  copy<Float16, BFloat16>,  copy<Float16, Float16>,
 };
 
 // `largest` [count] gets what is largest in each target.
-extern "C" void copy_measured(const Copy* copies, const float* scales, Index count, float* largest) {
-    for (Index i = 0; i < count; ++i) largest[i] = BY_TYPES[copies[i].types](copies[i], scales[i]);
+extern "C" void copy_measured(const Copy* copies, const float* scales, Index count, const char* from, char* to,
+                              float* largest) {
+    for (Index i = 0; i < count; ++i) largest[i] = BY_TYPES[copies[i].types](copies[i], scales[i], from, to);
 }

@@ -22,6 +22,7 @@ from loose_adapters import (
     make_lora,
     make_modules,
 )
+from pinned_memory import pin_rows
 from torch import Tensor
 
 from fusionserve.adapters.adapter import Adapter
@@ -285,7 +286,7 @@ def test_side_stream_copies_while_the_current_stream_is_busy() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     pool = AdapterPool(make_modules(), 16, dtype=torch.float32, device=device)
     assert isinstance(pool.copies, SideStream)
-    loras = {path: make_lora(rank, seed=1, bias=True).pinned() for path, rank in ((FIRST, 8), (SECOND, 5))}
+    loras = {path: pin_rows(make_lora(rank, seed=1, bias=True)) for path, rank in ((FIRST, 8), (SECOND, 5))}
     a = make_adapter(make_content(loras))
     pool.copy_ahead((WriteRows(a, 3),))
     torch.cuda._sleep(200_000_000)  # cycles, some 100 ms, of the current stream

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from fusionserve.kernels import measured_copy
-from fusionserve.kernels.measured_copy import PIECE_ELEMENTS, MeasuredCopies, largest_magnitude, pieces
+from fusionserve.kernels.measured_copy import (
+    PIECE_ELEMENTS,
+    Copy,
+    MeasuredCopies,
+    copy_measured,
+    largest_magnitude,
+    pieces,
+)
 
 TORCH_GRAIN_ELEMENTS = 32_768  # from this size on torch spreads an operation over threads
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,20 +30,28 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(measured_copy, "native_library", lambda: None)
 
 
-def copy(target: torch.Tensor, source: torch.Tensor) -> float:
-    """One copy alone; returns what it measured."""
-    copies = MeasuredCopies()
-    copies.copy(target, source)
-    (largest,) = copies.run()
-    return largest
-
-
 def transpose(target: torch.Tensor, source: torch.Tensor, scale: float) -> float:
-    """The same, transposed and scaled."""
-    copies = MeasuredCopies()
-    copies.transpose(target, source, scale)
-    (largest,) = copies.run()
+    """target = scale * source^T; returns what was measured."""
+    (largest,) = MeasuredCopies([transposed(target, source, scale)]).run(bytes_of(source), bytes_of(target))
     return largest
+
+
+def transposed(
+    target: torch.Tensor, source: torch.Tensor, scale: float, source_start: int = 0, target_start: int = 0
+) -> Copy:
+    return Copy(
+        source=source_start,
+        target=target_start,
+        source_dtype=source.dtype,
+        target_dtype=target.dtype,
+        num_rows=source.shape[0],
+        num_columns=source.shape[1],
+        scale=scale,
+    )
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -55,7 +70,7 @@ def test_copies_equal_the_whole_operation(
 ) -> None:
     source = torch.randn(shape).to(source_dtype)
     copied, scaled = torch.empty(shape, dtype=dtype), torch.empty(shape[::-1], dtype=dtype)
-    assert copy(copied, source) == float(copied.abs().max())
+    assert copy_measured(copied, source) == float(copied.abs().max())
     assert transpose(scaled, source, 0.7) == float(scaled.abs().max())
     assert torch.equal(copied, source.to(dtype))
     assert torch.equal(scaled, (source.float() * 0.7).T.to(dtype))
@@ -63,26 +78,43 @@ def test_copies_equal_the_whole_operation(
 
 
 def test_many_of_all_types_are_measured_one_by_one() -> None:
-    copies, expected = MeasuredCopies(), []
-    for place, (source_dtype, dtype) in enumerate(itertools.product(DTYPES, DTYPES)):
-        source = (torch.randn(40, 20) * (place + 1)).to(source_dtype)
-        pair = torch.empty(800, dtype=dtype), torch.empty(20, 40, dtype=dtype)
-        copies.copy(pair[0], source)
-        copies.transpose(pair[1], source, 2.0)
-        expected += [(pair[0], source.view(-1).to(dtype)), (pair[1], (source.float() * 2).T.to(dtype))]
-    largest = copies.run()
-    assert largest == [float(wanted.abs().max()) for _, wanted in expected]
-    assert all(torch.equal(target, wanted) for target, wanted in expected)
-    assert copies.run() == [], "each is made once"
+    pairs = list(itertools.product(DTYPES, DTYPES))
+    sources = [torch.randn(40, 20).to(dtype) * (place + 1) for place, (dtype, _) in enumerate(pairs)]
+    room = 40 * 20 * 4
+    source, target = (torch.zeros(len(pairs) * room, dtype=torch.uint8) for _ in range(2))
+    copies, wanted = [], []
+    for place, (numbers, (_, dtype)) in enumerate(zip(sources, pairs, strict=True)):
+        start, end = place * room, (len(pairs) - 1 - place) * room
+        source[start : start + numbers.nbytes] = bytes_of(numbers)
+        wanted.append((numbers.float() * 2).T.to(dtype))
+        copies.append(transposed(wanted[-1], numbers, 2.0, start, end))
+    for _ in range(2):  # as often as one likes
+        largest = MeasuredCopies(copies).run(source, target)
+        assert largest == [float(expected.abs().max()) for expected in wanted]
+        for copy, expected in zip(copies, wanted, strict=True):
+            assert torch.equal(
+                target[copy.target : copy.target_end].view(expected.dtype).view(20, 40), expected
+            )
+        target.zero_()
 
 
 def test_only_the_bad_one_of_many_is_named() -> None:
-    copies, source = MeasuredCopies(), torch.ones(3, 100, 16)
+    source = torch.ones(3, 100, 16)
     source[1, 70, 9] = math.nan
-    for rows in source:
-        copies.transpose(torch.empty(16, 100, dtype=torch.bfloat16), rows, 1.0)
-    largest = copies.run()
+    target = torch.empty(3, 16, 100, dtype=torch.bfloat16)
+    copies = [
+        transposed(target[i], source[i], 1.0, i * source[0].nbytes, i * target[0].nbytes) for i in range(3)
+    ]
+    largest = MeasuredCopies(copies).run(bytes_of(source), bytes_of(target))
     assert [math.isnan(found) for found in largest] == [False, True, False]
+
+
+def test_memory_is_as_long_as_the_copies_say() -> None:
+    source, target = torch.ones(10, 10), torch.ones(10, 10)
+    copies = MeasuredCopies([transposed(target, source, 1.0, 4)])
+    with pytest.raises(AssertionError):
+        copies.run(bytes_of(source), bytes_of(target))
+    assert MeasuredCopies([]).run(bytes_of(source), bytes_of(target)) == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -91,7 +123,7 @@ def test_one_bad_value_is_seen(value: float, dtype: torch.dtype) -> None:
     tensor = torch.zeros(70_000, 1, dtype=dtype)
     tensor[50_000] = value
     assert not largest_magnitude(tensor) <= 1e6
-    assert not copy(torch.empty(70_000, 1), tensor) <= 1e6
+    assert not copy_measured(torch.empty(70_000, 1), tensor) <= 1e6
     assert not transpose(torch.empty(1, 70_000), tensor, 0.5) <= 1e6
     assert largest_magnitude(torch.empty(0)) == 0
 
@@ -99,9 +131,9 @@ def test_one_bad_value_is_seen(value: float, dtype: torch.dtype) -> None:
 def test_every_float16_is_the_same_number_in_float32_and_back() -> None:
     numbers = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.float16)
     wide, back = torch.empty(len(numbers)), torch.empty_like(numbers)
-    copy(wide, numbers)
+    copy_measured(wide, numbers)
     assert torch.equal(wide.nan_to_num(0.5), numbers.float().nan_to_num(0.5))
-    copy(back, wide)
+    copy_measured(back, wide)
     same = back.view(torch.int16) == numbers.view(torch.int16)
     assert torch.equal(same | numbers.isnan(), torch.ones(len(numbers), dtype=torch.bool))
     assert back[numbers.isnan()].isnan().all()
@@ -114,7 +146,7 @@ def test_float32_is_rounded_to_the_nearest_float16() -> None:
     ties = torch.arange(0, 70_000, 4).float() + torch.tensor([0.0, 16.0])[:, None]
     numbers = torch.cat((bits.to(torch.int32).view(torch.float32), exponents, -ties.flatten()))
     rounded = torch.empty(len(numbers), dtype=torch.float16)
-    copy(rounded, numbers)
+    copy_measured(rounded, numbers)
     expected = numbers.half()
     assert torch.equal(rounded.isnan(), expected.isnan())
     assert torch.equal(rounded.nan_to_num(0.5).view(torch.int16), expected.nan_to_num(0.5).view(torch.int16))
