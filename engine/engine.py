@@ -229,7 +229,8 @@ class Engine:
         if is_stop_token and not stopping.include_stop:
             self._end_candidate(request, FinishReason.STOP, now_s, stop_token_id=token_id)
             return
-        text = request.text.push(token_id, may_stop=request.num_generated >= stopping.min_new_tokens)
+        may_stop = not is_stop_token and request.num_generated >= stopping.min_new_tokens
+        text = request.text.push(token_id, may_stop=may_stop)
         if is_stop_token:
             self._end_candidate(request, FinishReason.STOP, now_s, text, stop_token_id=token_id)
         elif request.text.stop_string is not None:

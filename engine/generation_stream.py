@@ -48,5 +48,6 @@ class GenerationStream:
                     text=earlier.text + chunk.text,
                     token_ids=earlier.token_ids + chunk.token_ids,
                     logprobs=earlier.logprobs + chunk.logprobs,
+                    fusion_weights=earlier.fusion_weights + chunk.fusion_weights,
                 )
         return chunk

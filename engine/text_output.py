@@ -92,14 +92,14 @@ class TextOutput:
     def _release(self, new: str, may_stop: bool) -> str:
         candidate = self._held + new
         if may_stop:
-            met = _first_stop(candidate, self._stop)
+            met = _first_stop(candidate, self._stop, len(self._held))
             if met is not None:
                 position, self.stop_string = met
                 self._held = ""
                 return self._show(
                     candidate[: position + (len(self.stop_string) if self._include_stop else 0)]
                 )
-        num_held = _longest_overlap(candidate, self._stop) if may_stop else 0
+        num_held = _longest_overlap(candidate, self._stop)  # it may be complete when it may stop
         self._held = candidate[len(candidate) - num_held :]
         return self._show(candidate[: len(candidate) - num_held])
 
@@ -119,12 +119,14 @@ def _num_common(a: str, b: str) -> int:
     return next(differing, min(len(a), len(b)))
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> tuple[int, str] | None:
-    """Where a stop string begins, and which: the one complete first, of those that end together the longest.
+def _first_stop(text: str, stop: Sequence[str], num_known: int) -> tuple[int, str] | None:
+    """Where a stop string begins that ends behind the first `num_known` characters, and which.
 
-    That is the one met when the text comes character by character, so it does not depend on the tokens.
+    It is the one complete first, of those that end together the longest: the one met when the text comes character by
+    character, so it does not depend on the tokens.
     """
-    met = [(begin + len(string), begin, string) for string in stop if (begin := text.find(string)) >= 0]
+    begins = ((text.find(string, max(0, num_known + 1 - len(string))), string) for string in stop)
+    met = [(begin + len(string), begin, string) for begin, string in begins if begin >= 0]
     if not met:
         return None
     _, begin, string = min(met)

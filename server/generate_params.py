@@ -148,8 +148,8 @@ def _check_sampling(sampling: inference_pb2.SamplingParams) -> None:
     if sampling.HasField("top_p"):
         checks.check_above("sampling.top_p", sampling.top_p, 0, 1)
     if sampling.HasField("repetition_penalty"):
-        bound = limits.MAX_REPETITION_PENALTY
-        checks.check_above("sampling.repetition_penalty", sampling.repetition_penalty, 0, bound)
+        bounds = limits.MIN_REPETITION_PENALTY, limits.MAX_REPETITION_PENALTY
+        checks.check_between("sampling.repetition_penalty", sampling.repetition_penalty, *bounds)
     for name in ("presence_penalty", "frequency_penalty"):
         penalty = getattr(sampling, name)
         checks.check_between(f"sampling.{name}", penalty, -limits.MAX_PENALTY, limits.MAX_PENALTY)

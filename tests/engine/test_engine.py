@@ -82,6 +82,9 @@ def test_candidates_are_told_in_order_of_index_whoever_ends_first() -> None:
         ({"stop": ("gh",), "include_stop": True}, (5, 6, 7), "fgh", FinishReason.STOP_STRING, ("gh", None)),
         ({"stop": ("ghi",)}, (5, 6, 7), "fgh", FinishReason.LENGTH, (None, None)),
         ({"stop": ("gx",)}, (5, 6, EOS), "fg", FinishReason.STOP, (None, EOS)),
+        ({"stop": ("fa",), "include_stop": True}, (5, EOS), "fa", FinishReason.STOP, (None, EOS)),
+        ({"stop": ("a",), "include_stop": True}, (5, EOS), "fa", FinishReason.STOP, (None, EOS)),
+        ({"stop": ("fg",), "min_new_tokens": 2}, (5, 6), "", FinishReason.STOP_STRING, ("fg", None)),
         ({"stop": ("f",), "min_new_tokens": 2}, (5, 6, 5), "fg", FinishReason.STOP_STRING, ("f", None)),
     ],
 )

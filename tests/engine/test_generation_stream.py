@@ -14,6 +14,7 @@ from fusionserve.generation import (
     GenerationStarted,
     ResolvedAdaptation,
     Timings,
+    TokenFusionWeights,
     TokenLogprob,
     TokenLogprobs,
     Usage,
@@ -32,7 +33,11 @@ FINISHED = GenerationFinished(
 def make_chunk(index: int, token_id: int) -> GenerationChunk:
     logprobs = (TokenLogprobs(TokenLogprob(token_id, "", -1.0, 1)),)
     return GenerationChunk(
-        candidate_index=index, text=f"{token_id} ", token_ids=(token_id,), logprobs=logprobs
+        candidate_index=index,
+        text=f"{token_id} ",
+        token_ids=(token_id,),
+        logprobs=logprobs,
+        fusion_weights=(TokenFusionWeights(token_id, (0.25, 0.75)),),
     )
 
 
@@ -72,6 +77,7 @@ async def test_slow_reader_gets_joined_chunks_with_everything_in_them() -> None:
         assert chunk.token_ids == mine
         assert chunk.text == "".join(f"{token_id} " for token_id in mine)
         assert tuple(entry.chosen.token_id for entry in chunk.logprobs) == mine
+        assert tuple(entry.position for entry in chunk.fusion_weights) == mine
 
 
 async def test_equal_chunks_of_two_candidates_stay_apart() -> None:

@@ -196,12 +196,14 @@ def test_flush_before_any_token_and_twice_says_nothing() -> None:
     assert output.text == REPLACEMENT
 
 
-def stopped(pieces: Sequence[str], stop: Sequence[str], **options: bool) -> tuple[list[str], str, str | None]:
+def stopped(
+    pieces: Sequence[str], stop: Sequence[str], minimum: int = 0, **options: bool
+) -> tuple[list[str], str, str | None]:
     """The pieces told, the whole text and the stop string met, if each string came as one token."""
     output = TextOutput(PieceDecoder([piece.encode() for piece in pieces]), (), stop, **options)
     told = []
     for token_id in range(len(pieces)):
-        told.append(output.push(token_id))
+        told.append(output.push(token_id, may_stop=token_id + 1 >= minimum))
         if output.stop_string is not None:
             break
     told.append(output.flush())
@@ -252,9 +254,16 @@ def test_stop_string_before_the_minimum_is_plain_text() -> None:
     assert output.text == "ENDx"
 
 
-def first_stop_by_character(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
-    """The definition: read on until the text ends with a stop string; of several the longest."""
-    for end in range(1, len(text) + 1):
+@pytest.mark.parametrize("stop", [["ab"], ["ab", "abx"], ["ab", "b?"]])
+def test_string_that_was_complete_before_the_minimum_is_not_met_behind_it(stop: list[str]) -> None:
+    output = TextOutput(PieceDecoder([b"ab", b"z"]), (), stop)
+    told = [output.push(0, may_stop=False), output.push(1), output.flush()]
+    assert ("".join(told), output.stop_string) == ("abz", None)
+
+
+def first_stop_by_character(text: str, stop: Sequence[str], start: int = 0) -> tuple[str, str | None]:
+    """The definition: read on until the text ends with a stop string, behind `start`; of several the longest."""
+    for end in range(start + 1, len(text) + 1):
         met = [string for string in stop if text[:end].endswith(string)]
         if met:
             longest = max(met, key=len)
@@ -266,9 +275,11 @@ def first_stop_by_character(text: str, stop: Sequence[str]) -> tuple[str, str | 
 @given(
     st.lists(st.text("ab😀", min_size=1, max_size=4), max_size=12),
     st.lists(st.text("ab😀", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 6),
 )
-def test_stop_strings_are_met_whatever_the_tokens(pieces: list[str], stop: list[str]) -> None:
-    told, text, met = stopped(pieces, stop)
-    assert (text, met) == first_stop_by_character("".join(pieces), stop)
+def test_stop_strings_are_met_whatever_the_tokens(pieces: list[str], stop: list[str], minimum: int) -> None:
+    told, text, met = stopped(pieces, stop, minimum=minimum)
+    start = len("".join(pieces[: max(0, minimum - 1)]))
+    assert (text, met) == first_stop_by_character("".join(pieces), stop, start)
     for end in range(len(told)):
         assert text.startswith("".join(told[:end]))

@@ -120,6 +120,7 @@ REFUSED = [
 
 ACCEPTED = [
     sampling(temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=100, seed=-(2**63)),
+    sampling(repetition_penalty=1 / 128),
     sampling(temperature=100, top_k=2**32 - 1, top_p=1e-9, min_p=1, presence_penalty=-100),
     sampling(logit_bias=dict.fromkeys(range(1024), -100.0)),
     stopping(max_new_tokens=1, min_new_tokens=1, stop=["x" * 256] * 16, stop_token_ids=range(64)),

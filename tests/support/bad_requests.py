@@ -159,7 +159,7 @@ def _sampling() -> Iterator[Case]:
         "temperature": {"OUT_OF_RANGE": (-1.0, 100.5, 1e30, -1e-3)},
         "top_p": {"OUT_OF_RANGE": (0.0, 1.1, -0.5)},
         "min_p": {"OUT_OF_RANGE": (-0.1, 1.5)},
-        "repetition_penalty": {"OUT_OF_RANGE": (0.0, -1.0, 101.0)},
+        "repetition_penalty": {"OUT_OF_RANGE": (0.0, -1.0, 1e-38, 0.007, 101.0)},
         "presence_penalty": {"OUT_OF_RANGE": (-101.0, 101.0)},
         "frequency_penalty": {"OUT_OF_RANGE": (-101.0, 101.0)},
     }

@@ -99,7 +99,8 @@ def _check_params(params: GenerateParams) -> None:
     sampling, stopping = params.sampling, params.stopping
     assert 1 <= params.num_candidates <= limits.MAX_CANDIDATES
     assert 0 <= sampling.temperature <= limits.MAX_TEMPERATURE and 0 < sampling.top_p <= 1
-    assert 0 <= sampling.min_p <= 1 and 0 < sampling.repetition_penalty <= limits.MAX_REPETITION_PENALTY
+    assert 0 <= sampling.min_p <= 1
+    assert limits.MIN_REPETITION_PENALTY <= sampling.repetition_penalty <= limits.MAX_REPETITION_PENALTY
     assert math.isfinite(sampling.presence_penalty) and math.isfinite(sampling.frequency_penalty)
     assert len(sampling.logit_bias) <= limits.MAX_LOGIT_BIAS_ENTRIES
     assert all(math.isfinite(bias) for bias in sampling.logit_bias.values())
