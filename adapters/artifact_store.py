@@ -10,7 +10,8 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
@@ -21,6 +22,7 @@ from fusionserve.adapters.artifact_directory import (
     open_artifact_directory,
     open_directory,
 )
+from fusionserve.adapters.disk_slots import DiskSlots
 from fusionserve.adapters.host_registry import C, HostRegistry, L, RegistryEntry
 from fusionserve.errors import (
     CapacityError,
@@ -48,10 +50,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSource:
-    """Where a name's files are: `relative` under `root`, or `root` itself if the operator named it."""
+    """Where a name's files are: `relative` under `root`, or `root` itself if the operator named it.
+
+    Whatever comes from there on demand must have the `digest`, if the command to load it named one.
+    """
 
     root: Path
     relative: str | None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +94,6 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         host_metrics: HostMetrics,
         load_timeout_s: float,
     ) -> None:
-        self._load_timeout_s = load_timeout_s
         self.registry = registry
         self._noun = noun
         self._config_file = config_file
@@ -96,7 +101,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         self._metrics = host_metrics
         self._sources: dict[str, ArtifactSource] = {}  # of loaded names, so that an evicted one can come back
         self._loads: dict[str, _Flight[L]] = {}
-        self._load_slots = asyncio.Semaphore(_MAX_CONCURRENT_LOADS)
+        self._reading = DiskSlots(_MAX_CONCURRENT_LOADS, load_timeout_s)
+        self._listing = DiskSlots(1, load_timeout_s)
 
     @abstractmethod
     async def _read(self, name: str, source: ArtifactSource) -> C:
@@ -187,27 +193,25 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             on_retired(entry.loaded)
         for _ in entries:
             await gone.acquire()
-        return self._to_withdrawn_status(
-            entries[0], on_disk=name in await asyncio.to_thread(self._names_on_disk)
-        )
+        on_disk = False
+        with suppress(UnavailableError):  # it is unloaded all the same
+            on_disk = name in await self._list()
+        return self._to_withdrawn_status(entries[0], on_disk=on_disk)
 
     async def status(self, name: str, device_uids: frozenset[int]) -> S:
-        """What is known of one name. Raises NotFoundError."""
+        """What is known of one name. Raises NotFoundError, UnavailableError."""
         entry = self.registry.get(name)
         if entry is not None:
             return self._to_status(entry, device_uids)
-        if (
-            name in self._loads
-            or name in self._sources
-            or name in await asyncio.to_thread(self._names_on_disk)
-        ):
+        if name in self._loads or name in self._sources or name in await self._list():
             return self._on_disk(name)
         raise self._unknown(name)
 
     async def statuses(self, device_uids: frozenset[int]) -> list[S]:
-        """All names, loaded and on disk, sorted by name."""
+        """All names, loaded and on disk, sorted by name. Raises UnavailableError."""
+        on_disk = await self._list()
         loaded = {e.loaded.name: self._to_status(e, device_uids) for e in self.registry.entries()}
-        names = {*loaded, *self._loads, *self._sources, *await asyncio.to_thread(self._names_on_disk)}
+        names = {*loaded, *self._loads, *self._sources, *on_disk}
         return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
 
     async def close(self, grace_s: float) -> None:
@@ -269,7 +273,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         for _ in range(_MAX_LEASE_ATTEMPTS):
             found, content = await self._read_in_time(name, wish)
             try:
-                self._check_digest(name, content, wish)
+                self._check_digest(name, content, found)
                 if self._is_current(content):
                     loaded = self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
                     self._on_published(loaded)
@@ -281,23 +285,12 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         raise self._unstable(name)
 
     async def _read_in_time(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
-        """Reads in one of the slots; the time to wait for one counts.
-
-        A read cannot be called off: what hangs in it keeps its slot, so that a dead disk takes no more threads than
-        there are slots.
-        """
-        end_s = time.monotonic() + self._load_timeout_s
         try:
-            await asyncio.wait_for(self._load_slots.acquire(), self._load_timeout_s)
+            return await self._reading.run(
+                lambda: self._find_and_read(name, wish), lambda late: self._discard(late[1])
+            )
         except TimeoutError:
-            raise self._too_slow(name) from None
-        reading = asyncio.create_task(self._find_and_read(name, wish))
-        reading.add_done_callback(lambda _: self._load_slots.release())
-        await asyncio.wait([reading], timeout=max(0.0, end_s - time.monotonic()))
-        if not reading.done():
-            reading.add_done_callback(self._discard_late)
-            raise self._too_slow(name)
-        return reading.result()
+            raise self._too_slow(f"{self._noun} {name}", "read") from None
 
     async def _find_and_read(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
         found = await self._find(name, wish)
@@ -307,19 +300,16 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         if wish.directory is not None:
             return ArtifactSource(wish.directory, None)
         if wish.path is None and name in self._sources:
-            return self._sources[name]
+            known = self._sources[name]
+            return known if wish is _ON_DEMAND else replace(known, digest=wish.digest)
         path = name if wish.path is None else wish.path
-        return ArtifactSource(await self._find_root(name, path), path)
+        return ArtifactSource(await self._find_root(name, path), path, wish.digest)
 
-    def _discard_late(self, reading: asyncio.Task[tuple[ArtifactSource, C]]) -> None:
-        if not reading.cancelled() and reading.exception() is None:
-            self._discard(reading.result()[1])
-
-    def _check_digest(self, name: str, content: C, wish: _Wish) -> None:
-        if wish.digest is not None and wish.digest != self._digest_of(content):
+    def _check_digest(self, name: str, content: C, source: ArtifactSource) -> None:
+        if source.digest is not None and source.digest != self._digest_of(content):
             raise ChecksumError(
                 f"the weights of {self._noun} {name} do not have the digest they should have",
-                metadata={self._noun: name, "expected": wish.digest, "found": self._digest_of(content)},
+                metadata={self._noun: name, "expected": source.digest, "found": self._digest_of(content)},
             )
 
     async def _find_root(self, name: str, path: str) -> Path:
@@ -335,6 +325,13 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             return root
         raise self._unknown(name)
 
+    async def _list(self) -> set[str]:
+        """The names on disk. Raises UnavailableError."""
+        try:
+            return await self._listing.run(lambda: asyncio.to_thread(self._names_on_disk), lambda _: None)
+        except TimeoutError:
+            raise self._too_slow(f"the {self._noun} folders", "listed") from None
+
     def _names_on_disk(self) -> set[str]:
         names: set[str] = set()
         for root in self._roots:
@@ -347,9 +344,9 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     def _on_disk(self, name: str) -> S:
         return self._to_unloaded_status(name, is_loading=name in self._loads)
 
-    def _too_slow(self, name: str) -> UnavailableError:
+    def _too_slow(self, what: str, done: str) -> UnavailableError:
         return UnavailableError(
-            f"{self._noun} {name} could not be read in {self._load_timeout_s:g} s",
+            f"{what} could not be {done} in {self._reading.timeout_s:g} s",
             reason="LOAD_TIMED_OUT",
             retry_after_s=_SLOW_RETRY_S,
         )

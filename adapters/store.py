@@ -20,7 +20,7 @@ from fusionserve.adapters.artifact_store import (
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.artifact_folders import ADAPTER_CONFIG
-from fusionserve.errors import PreconditionError
+from fusionserve.errors import HeldByFusionsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
     def _refuse_unload(self, name: str) -> None:
         fusions = self._fusions_of(name)
         if fusions:
-            raise PreconditionError(
-                f"adapter {name} is a member of loaded fusions ({', '.join(fusions)}): unload those first",
-                reason="ADAPTER_HELD_BY_FUSION",
-                metadata={"adapter": name, "fusions": ",".join(fusions)},
-            )
+            raise HeldByFusionsError(name, fusions)
 
     def _fusions_of(self, name: str) -> tuple[str, ...]:
         return tuple(sorted({hold.fusion for hold in self._holds(name)}))

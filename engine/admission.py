@@ -105,7 +105,7 @@ class Admission:
 
     def check_token_ids(self, token_ids: tuple[int, ...], field: str) -> None:
         """Raises InvalidRequestError if an id is outside the vocabulary."""
-        for token_id in token_ids:
+        for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
                     f"token id {token_id} is outside the vocabulary of {self._vocab_size}",

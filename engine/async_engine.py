@@ -16,6 +16,7 @@ from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.resident import Resident
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.config import EngineConfig
+from fusionserve.daemon_thread import in_daemon_thread
 from fusionserve.engine.adapter_loader import AdapterLoader
 from fusionserve.engine.admission import Admission
 from fusionserve.engine.base_model import BaseModel, dtype_name, load_base_model
@@ -56,6 +57,9 @@ _log = logging.getLogger(__name__)
 
 _MAX_WAITING_CALLS = 64  # to tokenize, and to load
 _LAST_WORDS_S = 1.0
+_MAX_WORKERS = (
+    16  # threads; more than those that can hang on the disks of adapters and fusions, of which there are six
+)
 
 
 class AsyncEngine:
@@ -123,7 +127,7 @@ class AsyncEngine:
         """
         self._loop = asyncio.get_running_loop()
         self._loop.set_default_executor(
-            ThreadPoolExecutor(thread_name_prefix="worker", initializer=compute_alone)
+            ThreadPoolExecutor(_MAX_WORKERS, thread_name_prefix="worker", initializer=compute_alone)
         )
         self._thread.start()
         for name, directory in self._config.adapters:
@@ -248,7 +252,8 @@ class AsyncEngine:
         self._cache_memory.stop()
         if self._watching is not None:
             self._watching.cancel()
-        await asyncio.to_thread(self._thread.stop, _LAST_WORDS_S if self._failed.is_set() else None)
+        last_words_s = _LAST_WORDS_S if self._failed.is_set() else None
+        await in_daemon_thread("stop-engine", lambda: self._thread.stop(last_words_s))
         self._is_closed = True
         self._end_streams(_shutting_down())
         self._admission.close()

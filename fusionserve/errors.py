@@ -6,6 +6,7 @@ FusionServeError
 +-- AlreadyExistsError       a name or request id is taken           ALREADY_EXISTS
 +-- ArtifactError            a file on disk cannot be served         FAILED_PRECONDITION
 +-- PreconditionError        right request, wrong state              FAILED_PRECONDITION
+|   +-- HeldByFusionsError   an adapter that is a fusion's member
 +-- ChecksumError            bytes differ from their digest          DATA_LOSS
 +-- CapacityError            no room at present                      RESOURCE_EXHAUSTED
 +-- UnavailableError         starting, draining or broken            UNAVAILABLE
@@ -21,7 +22,7 @@ FusionServeError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 class FusionServeError(Exception):
@@ -75,6 +76,24 @@ class PreconditionError(FusionServeError):
     """The request is well formed, but the server's state does not allow it."""
 
     default_reason = "FAILED_PRECONDITION"
+
+
+class HeldByFusionsError(PreconditionError):
+    """An adapter is not unloaded, because loaded fusions have it as a member."""
+
+    def __init__(self, adapter: str, fusions: Sequence[str], num_unnamed: int = 0) -> None:
+        names = [*fusions, *([f"{num_unnamed} more"] if num_unnamed else [])]
+        super().__init__(
+            f"adapter {adapter} is a member of loaded fusions ({', '.join(names)}): unload those first",
+            reason="ADAPTER_HELD_BY_FUSION",
+            metadata={"adapter": adapter, "fusions": ",".join(fusions)},
+        )
+        self.adapter, self.fusions = adapter, tuple(fusions)
+
+    def naming(self, may_know: Callable[[str], bool]) -> HeldByFusionsError:
+        """The same for somebody who may not know all fusions."""
+        known = [name for name in self.fusions if may_know(name)]
+        return HeldByFusionsError(self.adapter, known, len(self.fusions) - len(known))
 
 
 class ChecksumError(FusionServeError):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from grpc import aio
 
+from fusionserve.adapter_status import AdapterStatus
+from fusionserve.errors import HeldByFusionsError
 from fusionserve.server import checks
 from fusionserve.server.access import caller
 from fusionserve.server.adapter_message import to_adapter
@@ -34,7 +38,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         status = await engine.load_adapter(
             request.name, path, pin=request.pin, replace=request.replace, digest=_checked_digest(request)
         )
-        return pb.LoadAdapterResponse(adapter=to_adapter(status))
+        return pb.LoadAdapterResponse(adapter=_to_message(status))
 
     async def UnloadAdapter(
         self,
@@ -45,8 +49,11 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         engine = self._gate.engine()
         checks.check_name("name", request.name)
         caller().check_name(request.name, "adapter")
-        status = await engine.unload_adapter(request.name, force=request.force)
-        return pb.UnloadAdapterResponse(adapter=to_adapter(status))
+        try:
+            status = await engine.unload_adapter(request.name, force=request.force)
+        except HeldByFusionsError as error:
+            raise error.naming(caller().may_use) from None
+        return pb.UnloadAdapterResponse(adapter=_to_message(status))
 
     async def GetAdapter(
         self,
@@ -57,7 +64,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         engine = self._gate.engine()
         checks.check_name("name", request.name)
         caller().check_name(request.name, "adapter")
-        return pb.GetAdapterResponse(adapter=to_adapter(await engine.get_adapter(request.name)))
+        return pb.GetAdapterResponse(adapter=_to_message(await engine.get_adapter(request.name)))
 
     async def ListAdapters(
         self,
@@ -67,7 +74,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """One page of all adapters."""
         statuses = await self._gate.engine().list_adapters()
         page, token = to_page(request, [status for status in statuses if caller().may_use(status.name)])
-        return pb.ListAdaptersResponse(adapters=map(to_adapter, page), next_page_token=token)
+        return pb.ListAdaptersResponse(adapters=map(_to_message, page), next_page_token=token)
 
     async def LoadFusion(
         self,
@@ -116,18 +123,25 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.ListFusionsResponse(fusions=map(to_fusion, page), next_page_token=token)
 
 
+def _to_message(status: AdapterStatus) -> pb.Adapter:
+    """The status without fusions that the caller may not use."""
+    fusions = filter(caller().may_use, status.held_by_fusions)
+    return to_adapter(replace(status, held_by_fusions=tuple(fusions)))
+
+
 def _checked_path(
     request: pb.LoadAdapterRequest | pb.LoadFusionRequest, model_name: str, what: str
 ) -> str | None:
-    """The path of a request to load, if it brings one.
+    """The path of a request to load, if it brings one; its first folder must be one that the caller may name, too.
 
-    Raises InvalidRequestError for the name or the path, PermissionDeniedError for the name.
+    Raises InvalidRequestError and PermissionDeniedError for the name or the path.
     """
     checks.check_new_name("name", request.name, model_name, what)
     caller().check_name(request.name, what)
     if not request.HasField("path"):
         return None
     checks.check_path("path", request.path, what)
+    caller().check_name(request.path.partition("/")[0], what)
     return request.path
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
 from fusionserve.config import EngineConfig, ServerConfig
+from fusionserve.daemon_thread import in_daemon_thread, is_thread_alive
 from fusionserve.garbage import spare_from_collection
 from fusionserve.metrics import AdapterLabels
-from fusionserve.server.daemon_thread import in_daemon_thread, is_thread_alive
 from fusionserve.server.engine_facade import EngineFacade
 from fusionserve.server.grpc_server import GrpcServer
 from fusionserve.server.heap_trimming import heap_trimmed

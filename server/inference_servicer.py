@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from grpc import aio
 
 from fusionserve.errors import DeadlineError, InternalError, InvalidRequestError
 from fusionserve.generation import GenerateParams, GenerationEvent, GenerationFinished, Prompt, TextPrompt
+from fusionserve.server import checks
 from fusionserve.server.access import caller
 from fusionserve.server.engine_facade import EngineFacade
 from fusionserve.server.engine_gate import EngineGate
@@ -24,6 +26,11 @@ from fusionserve.server.request_outcome import RequestOutcome
 from fusionserve.server.token_limits import TokenLimits
 from fusionserve.v1 import inference_pb2 as pb
 from fusionserve.v1 import inference_pb2_grpc
+
+_LARGE_RESPONSE = 64  # tokens with log-probabilities or fusion weights
+
+Event = TypeVar("Event", bound=GenerationEvent)
+Message = TypeVar("Message")
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -58,7 +65,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             params = self._to_params(request, context)
             finished = await _last_event(engine, params)
             outcome.observe(finished)
-            return to_generate_response(finished)
+            return await _built(to_generate_response, finished)
 
     async def StreamGenerate(
         self,
@@ -76,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with aclosing(engine.generate(params)) as events:
                 async for event in events:
                     outcome.observe(event)
-                    yield to_stream_response(event)
+                    yield await _built(to_stream_response, event)
 
     async def Tokenize(
         self,
@@ -96,6 +103,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.DetokenizeResponse:
         """Text of token ids."""
         engine = self._gate.engine()
+        checks.check_count(
+            "token_ids", request.token_ids, engine.model_info().max_context_tokens, "TOO_MANY_TOKENS"
+        )
         skips_special = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         text = await engine.detokenize(tuple(request.token_ids), skip_special_tokens=skips_special)
         return pb.DetokenizeResponse(text=text)
@@ -122,6 +132,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if remaining_s is not None and remaining_s <= 0:
             raise DeadlineError("the deadline passed before the request was read")
         return time.monotonic() + min(math.inf if remaining_s is None else remaining_s, self._max_request_s)
+
+
+async def _built(build: Callable[[Event], Message], event: Event) -> Message:
+    """`build(event)`, on a worker thread if it is large, so that other streams go on meanwhile."""
+    if isinstance(event, GenerationFinished) and _num_entries(event) > _LARGE_RESPONSE:
+        return await asyncio.to_thread(build, event)
+    return build(event)
+
+
+def _num_entries(event: GenerationFinished) -> int:
+    weights = () if event.fusion_weights is None else event.fusion_weights.tokens
+    return sum(len(c.logprobs) for c in event.candidates) + len(event.prompt_logprobs) + len(weights)
 
 
 async def _last_event(engine: EngineFacade, params: GenerateParams) -> GenerationFinished:

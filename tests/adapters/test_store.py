@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,20 @@ from loose_adapters import FIRST, make_content, make_lora
 
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
+from fusionserve.adapters import artifact_store
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.artifact_folders import ADAPTER_CONFIG
-from fusionserve.errors import AlreadyExistsError, ArtifactError, CapacityError, NotFoundError
+from fusionserve.errors import (
+    AlreadyExistsError,
+    ArtifactError,
+    CapacityError,
+    ChecksumError,
+    NotFoundError,
+    UnavailableError,
+)
 
 SIZE = make_content({FIRST: make_lora(1, seed=1)}).nbytes
 
@@ -53,7 +62,12 @@ class Disk:
             self.num_reading -= 1
         if not text.isdigit():
             raise ArtifactError("it is broken", reason="CONFIG_INVALID")
-        return make_content({FIRST: make_lora(int(text), seed=int(text))})
+        return make_content({FIRST: make_lora(int(text), seed=int(text))}, digest=digest_of(text))
+
+
+def digest_of(text: str) -> str:
+    """What stands in for the digest of an adapter whose file says so."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.fixture
@@ -217,6 +231,68 @@ async def test_evicted_adapter_comes_back_from_where_it_was(disk: Disk) -> None:
     (default,) = await store.lease(["a"])  # an unloaded name is found under its own name again
     assert default.weights.max_rank == 5
     store.registry.release([default])
+
+
+async def test_digest_is_asked_for_again_after_an_eviction(disk: Disk) -> None:
+    disk.write("a", "5")
+    disk.write("b", "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    await store.load("a", None, pin=False, replace=False, digest=digest_of("5"))
+    store.registry.release(await store.lease(["b"]))
+    store.registry.release(await store.lease(["a"]))
+    store.registry.release(await store.lease(["b"]))
+    disk.write("a", "4")
+    for _ in range(2):
+        with pytest.raises(ChecksumError):
+            await store.lease(["a"])
+    await store.load("a", None, pin=False, replace=True)  # a command that asks for none
+    store.registry.release(await store.lease(["b"]))
+    disk.write("a", "3")
+    (again,) = await store.lease(["a"])
+    assert again.weights.max_rank == 3
+    store.registry.release([again])
+
+
+@pytest.fixture
+def hung_listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Whoever lists a folder waits for the end of the test; how many do."""
+    gate, waiting = threading.Event(), [0]
+
+    def list_names(root: Path, config_file: str) -> list[str]:
+        waiting[0] += 1
+        gate.wait(20)
+        return []
+
+    monkeypatch.setattr(artifact_store, "list_artifact_names", list_names)
+    yield waiting
+    gate.set()
+
+
+async def test_listing_that_hangs_takes_one_thread_and_loads_go_on(
+    disk: Disk, store: AdapterStore, hung_listing: list[int]
+) -> None:
+    disk.write("a")
+    for ask in 10 * (lambda: store.statuses(frozenset()), lambda: store.status("nobody", frozenset())):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(ask(), 0.01)
+    assert hung_listing == [1]
+    store.registry.release(await asyncio.wait_for(store.lease(["a"]), 5))
+
+
+async def test_listing_that_hangs_is_unavailable_and_unloads_all_the_same(
+    disk: Disk, hung_listing: list[int]
+) -> None:
+    disk.write("a")
+    registry = AdapterRegistry(8 * SIZE, _forget)
+    store = AdapterStore(registry, disk.roots, disk.load_content, load_timeout_s=0.05)
+    await store.load("a", None, pin=False, replace=False)
+    for ask in (store.statuses(frozenset()), store.status("nobody", frozenset())):
+        with pytest.raises(UnavailableError, match="adapter folders could not be listed") as refusal:
+            await ask
+        assert refusal.value.reason == "LOAD_TIMED_OUT"
+    assert (await store.status("a", frozenset())).state is AdapterState.READY
+    await store.unload("a", _forget)
+    assert registry.get("a") is None
 
 
 async def test_operators_directory_need_not_lie_under_a_root(

@@ -344,7 +344,7 @@ class TestSlowStorage:
                     assert caught.value.reason == "LOAD_TIMED_OUT"
                 assert engine.num_reads <= 2, "what hangs keeps its slot"
                 assert len(await stream.tokens()) == 40
-            await until(lambda: engine._store._load_slots._value == 2)
+            await until(lambda: engine._store._reading._free._value == 2)
             assert loaded(engine) == set()
             assert (await engine.load_adapter("c", None, pin=False, replace=False)).version == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -14,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server_fixture import Failure, Served, serving_server, to_failure
 from token_files import SECRETS, bearing, entry, write_tokens
 
-from fusionserve.errors import StartupError
+from fusionserve.errors import HeldByFusionsError, StartupError
 from fusionserve.server import access
 from fusionserve.server.access import ROLES
 from fusionserve.server.token_limits import TokenLimits
@@ -164,6 +165,41 @@ async def test_admin_of_some_adapters_loads_no_others(tmp_path: Path) -> None:
             ):
                 failure = await failure_of(call(request, metadata=bearing("team-a")))
                 assert (failure and failure.reason) == reason
+
+
+@pytest.mark.parametrize("path", ["b-one", "b-one/v2", "sub/a-one"])
+async def test_admin_of_some_adapters_loads_from_no_other_folder(path: str, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(entry("team-a", "admin", SECRETS["team-a"], adapters=["a-*"]))
+    async with serving_server(token_file=tokens) as served:
+        for load, request, noun in (
+            (served.adapters.LoadAdapter, adapter_pb2.LoadAdapterRequest, "ADAPTER"),
+            (served.adapters.LoadFusion, adapter_pb2.LoadFusionRequest, "FUSION"),
+        ):
+            for place, reason in ((path, f"{noun}_NOT_ALLOWED"), ("a-two/v2", None)):
+                failure = await failure_of(
+                    load(request(name="a-one", path=place), metadata=bearing("team-a"))
+                )
+                assert (failure and failure.reason) == reason
+
+
+async def test_fusions_of_others_are_not_named(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(entry("team-a", "admin", SECRETS["team-a"], adapters=["a-*"]))
+    async with serving_server(token_file=tokens) as served:
+        await served.engine.load_adapter("a-one", None, pin=False, replace=False)
+        held = replace(served.engine.adapters["a-one"], held_by_fusions=("a-mix", "b-mix", "c-mix"))
+        served.engine.adapters["a-one"] = held
+        token = bearing("team-a")
+        got = await served.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name="a-one"), metadata=token)
+        listed = await served.adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(), metadata=token)
+        for adapter_told in (got.adapter, *listed.adapters):
+            assert list(adapter_told.held_by_fusions) == ["a-mix"]
+        served.engine.error = HeldByFusionsError("a-one", held.held_by_fusions)
+        unload = adapter_pb2.UnloadAdapterRequest(name="a-one")
+        failure = await failure_of(served.adapters.UnloadAdapter(unload, metadata=token))
+        assert failure is not None and failure.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert "(a-mix, 2 more)" in failure.text and "b-mix" not in str(failure)
 
 
 async def test_rate_is_refused_with_the_time_until_the_next_call(tmp_path: Path) -> None:

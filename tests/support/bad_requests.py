@@ -404,5 +404,12 @@ def _lists_and_texts() -> Iterator[Case]:
         "token_ids",
         INFERENCE + "Detokenize",
     )
+    yield _bad(
+        "detokenize more than the context holds",
+        detokenize(token_ids=[1] * (1 << 20)),
+        "TOO_MANY_TOKENS",
+        "token_ids",
+        INFERENCE + "Detokenize",
+    )
     yield Case("detokenize nothing", INFERENCE + "Detokenize", b"", "OK")
     yield Case("tokenize NULs", INFERENCE + "Tokenize", tokenize(text="\0" * 1000).SerializeToString(), "OK")

@@ -55,9 +55,10 @@ def make_content(
     *,
     replacements: dict[str, Tensor] | None = None,
     column_scales: dict[str, Tensor] | None = None,
+    digest: str = "0" * 64,
 ) -> AdapterContent:
     """What a load would give."""
-    weights = LoRAWeights(digest="0" * 64, modules=modules or {}, replacements=replacements or {})
+    weights = LoRAWeights(digest=digest, modules=modules or {}, replacements=replacements or {})
     return AdapterContent(weights, column_scales or {})
 
 
