@@ -316,14 +316,16 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         return await asyncio.to_thread(self._root_of, name, path)
 
     def _root_of(self, name: str, path: str) -> Path:
-        """The first root that has a directory at the relative `path`."""
+        """The first root with an artifact at the relative `path`, or else the first with a directory there."""
+        found = None
         for root in self._roots:
-            try:
-                open_artifact_directory(root, path).close()
-            except NotFoundError:
-                continue
-            return root
-        raise self._unknown(name)
+            with suppress(NotFoundError), open_artifact_directory(root, path) as directory:
+                if directory.has_file(self._config_file):
+                    return root
+                found = found or root
+        if found is None:
+            raise self._unknown(name)
+        return found
 
     async def _list(self) -> set[str]:
         """The names on disk. Raises UnavailableError."""

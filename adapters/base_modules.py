@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from types import MappingProxyType
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_fingerprint import base_fingerprint
+from fusionserve.adapters.stored_weights import StoredWeights
 
 
 class ModuleKind(Enum):
@@ -77,14 +79,18 @@ class BaseModules:
         return next((module for module in self.by_path.values() if module.kind is kind), None)
 
 
-def describe_base_modules(model: PreTrainedModel, *, model_name: str = "") -> BaseModules:
+def describe_base_modules(
+    model: PreTrainedModel, *, model_name: str = "", directory: Path | None = None
+) -> BaseModules:
     """Lists the embedding, every plain linear module of the decoder layers, and the LM head, in model order.
 
-    Call it before any module is replaced. Left out are routers and other linear subclasses with a forward of
-    their own, and the 3-D expert parameters of mixture models: low-rank rows cannot stand beside them.
+    `directory` is where the model's weights were read from, if they were. Call it before any module is replaced.
+    Left out are routers and other linear subclasses with a forward of their own, and the 3-D expert parameters of
+    mixture models: low-rank rows cannot stand beside them.
     """
     config = model.config.get_text_config()
     head, embedding = _lm_head(model), model.get_input_embeddings()
+    stored = None if directory is None else StoredWeights(directory, model.base_model_prefix)
     checkpoint_name = short_model_name(str(getattr(model, "name_or_path", "") or ""))
     return BaseModules(
         model_name=short_model_name(model_name) or checkpoint_name,
@@ -94,7 +100,7 @@ def describe_base_modules(model: PreTrainedModel, *, model_name: str = "") -> Ba
         num_layers=config.num_hidden_layers,
         is_tied=head is not None and head.weight is embedding.weight,
         by_path=MappingProxyType({module.path: module for module in _list_modules(model)}),
-        fingerprint=base_fingerprint(model),
+        fingerprint=base_fingerprint(model, stored),
     )
 
 

@@ -7,7 +7,7 @@ is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -123,6 +123,7 @@ def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> L
     _check_declared(declared, replacements)
     low_rank = {path: roles for path, roles in parts.items() if roles}
     _check_adapted_once(low_rank, replacements)
+    _check_tied({*low_rank, *replacements}, config, base)
     modules = _plan_modules(low_rank, config, base)
     if not modules and not replacements:
         raise _no_effect("the adapter changes no module of the base model")
@@ -213,6 +214,19 @@ def _check_declared(declared: Mapping[str, str], replacements: Mapping[str, Tens
 def _check_adapted_once(low_rank: Mapping[str, _Parts], replacements: Mapping[str, TensorSpec]) -> None:
     for path in low_rank.keys() & replacements.keys():
         raise unsupported(f"{quoted(path)} is both replaced and adapted")
+
+
+def _check_tied(changed: Collection[str], config: LoRAConfig, base: BaseModules) -> None:
+    """With ensure_weight_tying a tied embedding and head are changed alike, so PEFT writes both."""
+    if not (config.ensure_weight_tying and base.is_tied):
+        return
+    tied = [module.path for module in (base.embedding, base.lm_head) if module is not None]
+    missing = [path for path in tied if path not in changed]
+    if missing and len(missing) < len(tied):
+        raise ArtifactError(
+            f"ensure_weight_tying changes {quoted(missing[0])} as well, but the weights file does not have it",
+            reason="TENSOR_MISSING",
+        )
 
 
 def _plan_modules(

@@ -61,14 +61,17 @@ def make_tables(
     )
 
 
-def collect_weights(fused: Sequence[FusedRange], items: RankItems) -> None:
-    """Gives each of the fusions that the tables were made of its weights, as the forward pass found them."""
+def collect_weights(fused: Sequence[FusedRange], items: RankItems, left_out: str | None) -> None:
+    """Gives each of the fusions that the tables were made of its weights, as the forward pass found them.
+
+    Those at the module `left_out` are not told: the LM head, which sees other tokens than the layers do, or none.
+    """
     start = 0
     for tokens in fused:
         here = slice(start, start + tokens.end - tokens.start)
         num_members, num_base = tokens.rows.num_members, int(tokens.rows.has_base_member)
         for path, module in tokens.rows.modules.items():
-            if module.has_attention:
+            if module.has_attention and path != left_out:
                 found = items.weights[items.module_ids[path], here]
                 # Not by a list of columns, for which a GPU would be waited for.
                 columns = found[:, :num_members], found[:, found.shape[1] - num_base :]

@@ -139,12 +139,15 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens)
     model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize, device)
-    return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)))
+    return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)), directory)
 
 
-def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokenizer) -> BaseModel:
+def adapt_model(
+    model: PreTrainedModel, config: EngineConfig, tokenizer: Tokenizer, directory: Path | None = None
+) -> BaseModel:
     """The base of a model, whose layers are replaced by adapted ones, on the configured device.
 
+    `directory` is where its weights were read from, if they were.
     A model on the host whose weights are to be quantized for a GPU is tried out on the host and follows module by
     module, so that one may be larger than the GPU's memory. Raises StartupError as `load_base_model` does.
     """
@@ -152,7 +155,7 @@ def adapt_model(model: PreTrainedModel, config: EngineConfig, tokenizer: Tokeniz
     if bits is None and model.device != device:
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     max_context_tokens = _max_context(model.config, config.max_context_tokens)
-    modules = describe_base_modules(model, model_name=config.model_name)
+    modules = describe_base_modules(model, model_name=config.model_name, directory=directory)
     fit = check_fit(model, modules, max_context_tokens)
     base_dtype: torch.dtype = (
         model.dtype

@@ -21,6 +21,7 @@ class DevicePlanner:
     def __init__(self, modules: BaseModules, like: torch.Tensor) -> None:
         self._like = like
         self._module_ids = {path: index for index, path in enumerate(modules.by_path)}
+        self._head = None if modules.lm_head is None else modules.lm_head.path
         self._max_d_in = max(module.d_in for module in modules.by_path.values())
 
     def items(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankItems | None:
@@ -68,7 +69,7 @@ class DevicePlanner:
 
     def collect_weights(self, fused: Sequence[FusedRange], items: RankItems) -> None:
         """Gives the fused tokens that the items were made of their fusion weights."""
-        collect_weights(fused, items)
+        collect_weights(fused, items, self._head)
 
     def _to_device(self, tables: RankTables) -> RankTables:
         device = self._like.device

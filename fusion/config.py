@@ -160,7 +160,10 @@ class _Fields:
 
     def take_number(self, key: str) -> float:
         if type(self._left.get(key)) is int:
-            return float(self.take(key, int))
+            try:
+                return float(self.take(key, int))
+            except OverflowError:
+                raise _malformed(f"{self._path}{key} is too large") from None
         return self.take(key, float)
 
     def take_object(self, key: str) -> _Fields:

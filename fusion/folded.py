@@ -72,6 +72,31 @@ class FoldedFusion:
         return pieces
 
 
+def plan_rows(config: FusionConfig, params: FusionParams, members: Sequence[LoRAWeights]) -> FusionRows:
+    """Which rows the fusion will have."""
+    return FusionRows(
+        row_counts=tuple(member.max_rank for member in members),
+        has_member_keys=config.member_keys,
+        has_base_member=config.base_member,
+        modules={
+            path: FusionModule(
+                path in params.attentions, torch.tensor([path in member.modules for member in members])
+            )
+            for path in config.modules
+        },
+    )
+
+
+def count_bytes(
+    config: FusionConfig, params: FusionParams, members: Sequence[LoRAWeights], dtype: torch.dtype
+) -> int:
+    """What `nbytes` will be."""
+    num_rows = sum(member.max_rank for member in members) + (len(members) if config.member_keys else 0)
+    scores = sum(num_rows * (each.query.weight.shape[1] + 1) for each in params.attentions.values())
+    present = (member.modules[path] for path in params.values for member in members if path in member.modules)
+    return (scores + sum(lora.expand.numel() for lora in present)) * dtype.itemsize
+
+
 def fold_fusion(
     config: FusionConfig,
     digest: str,
@@ -80,25 +105,16 @@ def fold_fusion(
     dtype: torch.dtype,
 ) -> FoldedFusion:
     """Folds trained parameters over the members' weights, which are those that will be served."""
-    counts = [member.max_rank for member in members]
+    rows = plan_rows(config, params, members)
     modules = {path: [member.modules.get(path) for member in members] for path in config.modules}
     scores = {
-        path: fold_attention(attention, modules[path], counts, config.temperature, dtype)
+        path: fold_attention(attention, modules[path], rows.row_counts, config.temperature, dtype)
         for path, attention in params.attentions.items()
     }
     values = {
         path: tuple(None if lora is None else fold_value(value, lora, dtype) for lora in modules[path])
         for path, value in params.values.items()
     }
-    rows = FusionRows(
-        row_counts=tuple(counts),
-        has_member_keys=config.member_keys,
-        has_base_member=config.base_member,
-        modules={
-            path: FusionModule(path in scores, torch.tensor([lora is not None for lora in modules[path]]))
-            for path in config.modules
-        },
-    )
     return FoldedFusion(
         config=config, digest=digest, members=tuple(members), scores=scores, values=values, rows=rows
     )

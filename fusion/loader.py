@@ -16,7 +16,7 @@ from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, CapacityError, UnavailableError
 from fusionserve.fusion.artifact import WEIGHTS_FILE
 from fusionserve.fusion.config import MAX_CONFIG_BYTES, FusionConfig, parse_fusion_config
-from fusionserve.fusion.folded import FoldedFusion, fold_fusion
+from fusionserve.fusion.folded import FoldedFusion, count_bytes, fold_fusion, plan_rows
 from fusionserve.fusion.params import FusionParams, copy_tensors, make_params, tensor_shapes
 from fusionserve.kernels.measured_copy import largest_magnitude
 
@@ -57,14 +57,15 @@ def read_fusion(directory: ArtifactDirectory, base: BaseModules, policy: FusionP
 
 
 def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: FusionPolicy) -> FoldedFusion:
-    """Checks the members, in the fusion's order, and folds the fusion over them.
+    """Checks the members, in the fusion's order, and the size, and folds the fusion over them.
 
     Raises ArtifactError: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE; CapacityError (FUSION_TOO_BIG) if
     it fits neither budget nor pool.
     """
     check_members(fusion.config, members)
+    num_rows = plan_rows(fusion.config, fusion.params, members).num_rows
+    _check_size(num_rows, count_bytes(fusion.config, fusion.params, members, policy.dtype), policy)
     folded = fold_fusion(fusion.config, fusion.digest, fusion.params, members, policy.dtype)
-    _check_size(folded, policy)
     return folded.pinned() if policy.pins_rows else folded
 
 
@@ -152,15 +153,15 @@ def read_fusion_params(
     return params, digest
 
 
-def _check_size(folded: FoldedFusion, policy: FusionPolicy) -> None:
-    if folded.nbytes > policy.budget_bytes:
+def _check_size(num_rows: int, num_bytes: int, policy: FusionPolicy) -> None:
+    if num_bytes > policy.budget_bytes:
         raise CapacityError(
-            f"the fusion takes {folded.nbytes} bytes, the host has {policy.budget_bytes} for fusions",
+            f"the fusion takes {num_bytes} bytes, the host has {policy.budget_bytes} for fusions",
             reason="FUSION_TOO_BIG",
         )
-    if folded.num_rows > policy.max_rows:
+    if num_rows > policy.max_rows:
         raise CapacityError(
-            f"the fusion takes {folded.num_rows} rank rows, the pool has {policy.max_rows}",
+            f"the fusion takes {num_rows} rank rows, the pool has {policy.max_rows}",
             reason="FUSION_TOO_BIG",
         )
 

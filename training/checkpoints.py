@@ -45,7 +45,7 @@ def prepare_work_dir(work_dir: Path, identity: str, *, resume: bool) -> Path | N
         raise TrainingError(f"{work_dir} has checkpoints: go on with --resume, or remove it to begin anew")
     if complete and _identity_in(work_dir) != identity:
         raise TrainingError(
-            f"{work_dir} is of a run with other settings or data: remove it, or resume with the same"
+            f"{work_dir} is of a run with other settings, data or members: remove it, or resume with the same"
         )
     for path in checkpoints:
         if path not in complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -50,13 +51,16 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
         ) from error
     loaded.config.use_cache = False
     keep_layout(loaded)
-    return freeze_base(loaded, tokenizer, name)
+    directory = Path(source)
+    return freeze_base(loaded, tokenizer, name, directory if directory.is_dir() else None)
 
 
-def freeze_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> FrozenBase:
-    """The same for a model that is in memory."""
+def freeze_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, directory: Path | None = None
+) -> FrozenBase:
+    """The same for a model that is in memory, read from `directory` if from any."""
     model.requires_grad_(False)
-    modules = describe_base_modules(model, model_name=name)
+    modules = describe_base_modules(model, model_name=name, directory=directory)
     return FrozenBase(model, tokenizer, name, in_call_order(model, modules))
 
 

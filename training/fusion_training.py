@@ -45,7 +45,7 @@ def train_fusion(
     members = read_members(run, base)
     config = make_fusion_config(run, base, members)
     params = make_params(config, base.modules)
-    frame = RunFrame(run, base, data)
+    frame = RunFrame(run, base, data, [member.digest for member in members])
     with fusion_in_place(base, config, params, members, run.score_dropout) as fusion:
         watch = FusionWatch(fusion, config.weight_names)
         hooks = Hooks(FusionPenalty(run, fusion, params), watch.observe, watch.metrics)

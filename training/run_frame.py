@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -21,9 +22,14 @@ from fusionserve.training_config import TrainingRun
 
 
 class RunFrame:
-    """Made once base and data are there and fit each other; `checkpoint` is where to go on from, if anywhere."""
+    """Made once base and data are there and fit each other; `checkpoint` is where to go on from, if anywhere.
 
-    def __init__(self, run: TrainingRun, base: FrozenBase, data: TrainingData) -> None:
+    `member_digests` are those of the adapters that a fusion weighs.
+    """
+
+    def __init__(
+        self, run: TrainingRun, base: FrozenBase, data: TrainingData, member_digests: Sequence[str] = ()
+    ) -> None:
         _check_out(run.out)
         if run.data.packing:
             check_packing(base)
@@ -32,7 +38,7 @@ class RunFrame:
         self._data = data
         self._memory = PeakMemory()
         self._base_bytes = weight_bytes(base.model)
-        identity = identify_run(run, data.digest, base.modules.fingerprint)
+        identity = identify_run(run, data.digest, base.modules.fingerprint, member_digests)
         self.checkpoint = prepare_work_dir(run.checkpoints, identity, resume=run.resume)
 
     def judge(self, model: nn.Module, observe: Observe | None = None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,9 +34,11 @@ def describe_run(run: TrainingRun) -> dict[str, object]:
     return described
 
 
-def identify_run(run: TrainingRun, data_digest: str, base_fingerprint: str) -> str:
-    """A digest that differs for runs that differ in settings, data or base."""
-    text = json.dumps([describe_run(run), data_digest, base_fingerprint], sort_keys=True)
+def identify_run(
+    run: TrainingRun, data_digest: str, base_fingerprint: str, member_digests: Sequence[str]
+) -> str:
+    """A digest that differs for runs that differ in settings, data, base or, of a fusion, members."""
+    text = json.dumps([describe_run(run), data_digest, base_fingerprint, *member_digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -71,6 +73,28 @@ def test_shapes_are_those_of_the_weights(family: str, row: tuple[Mapping[str, ob
         assert tuple(live.weight.shape) == module.weight_shape
         assert isinstance(live, Conv1D) is (module.kind is ModuleKind.CONV1D)
         assert (getattr(live, "bias", None) is not None) is module.has_bias
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_fingerprint_is_the_same_in_every_type(stored: torch.dtype, prefix: str, tmp_path: Path) -> None:
+    """float16 has lost what bfloat16 keeps of small numbers; a checkpoint may lack the model's prefix."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).to(stored)
+    model.model.embed_tokens.weight.data *= 0.01
+    model.save_pretrained(tmp_path)
+    found = {
+        describe_base_modules(
+            AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), directory=tmp_path
+        ).fingerprint
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert found == {describe_base_modules(model).fingerprint}
+    file = tmp_path / "model.safetensors"
+    save_file({name.replace("model.", prefix, 1): t for name, t in load_file(file).items()}, file)
+    model = model.to(torch.float16)
+    assert {describe_base_modules(model, directory=tmp_path).fingerprint} == found
+    assert describe_base_modules(model).fingerprint not in found
 
 
 def test_tied_head_is_known() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,7 @@ from peft_adapters import (
     save,
     wrap,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -141,6 +142,24 @@ def test_delta_of_tied_adapters_equals_peft(tmp_path: Path) -> None:
     model = make_tiny_llama(tie=True)
     weights = assert_equals_peft(model, tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)
     assert weights.modules.keys() == {"model.embed_tokens", "lm_head"}
+
+
+@pytest.mark.parametrize("missing", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}], ids=str
+)
+def test_half_of_a_tied_pair_is_refused(
+    options: Mapping[str, list[str]], missing: str, tmp_path: Path
+) -> None:
+    """PEFT changes both of a pair, or none, so a file with one of them was not written by it."""
+    model = make_tiny_llama(tie=True)
+    save(adapt(model, **{"target_modules": ["q_proj"], **options}, ensure_weight_tying=True), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if missing not in name}, file)
+    with pytest.raises(ArtifactError) as refusal:
+        load_directory(tmp_path, describe_base_modules(model), model=model)
+    assert refusal.value.reason == "TENSOR_MISSING"
 
 
 def test_delta_of_conv1d_equals_peft(tmp_path: Path) -> None:

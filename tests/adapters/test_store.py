@@ -105,6 +105,16 @@ async def test_first_root_with_the_directory_wins(disk: Disk, store: AdapterStor
     store.registry.release(leased)
 
 
+async def test_empty_directory_shadows_no_adapter(disk: Disk, store: AdapterStore) -> None:
+    for name in ("a", "empty"):
+        (disk.roots[0] / name).mkdir()
+    disk.write("a", "2", root=1)
+    store.registry.release(await store.lease(["a"]))
+    with pytest.raises(ArtifactError) as refusal:
+        await store.lease(["empty"])
+    assert refusal.value.reason == "CONFIG_MISSING"
+
+
 async def test_lease_is_all_or_nothing(disk: Disk, store: AdapterStore) -> None:
     disk.write("a")
     disk.write("broken", "?")

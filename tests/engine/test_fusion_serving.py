@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -248,6 +249,17 @@ async def test_unusable_fusion_is_refused_and_its_members_are_let_go(
         await engine.load_fusion("bad", None, pin=False, replace=False)
     assert caught.value.reason == reason
     assert engine.registry.num_leases == 0
+
+
+async def test_number_that_is_too_large_is_malformed(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    write_fusion(fusions, "bad", MEMBERS[:1], adapters, seed=3)
+    file = fusions / "bad" / "fusion_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 10**400}))
+    with pytest.raises(ArtifactError) as caught:
+        await engine.load_fusion("bad", None, pin=False, replace=False)
+    assert caught.value.reason == "CONFIG_MALFORMED"
 
 
 async def test_module_that_no_member_adapts_is_refused(

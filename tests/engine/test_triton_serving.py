@@ -119,6 +119,30 @@ async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
     assert weights_of(found[-1])
 
 
+async def test_attention_at_the_head_is_no_part_of_the_weights_in_triton_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "model")
+    for seed, name in enumerate(MEMBERS[:2]):
+        write_lora(tmp_path / "adapters" / name, seed=seed, has_head=True)
+    write_fusion(tmp_path / "fusions", "mix", MEMBERS[:2], tmp_path / "adapters", seed=1)
+    head_only = {"modules": ("lm_head",)}
+    write_fusion(tmp_path / "fusions", "duo", MEMBERS[:2], tmp_path / "adapters", seed=2, **head_only)
+    asked = [
+        make_params(name, Adaptation("fusion", fusion=name), make_prompt(1), num_tokens=4, output=REPORT)
+        for name in ("mix", "duo")
+    ]
+    async with serving(tmp_path, "cpu") as engine:
+        expected = await collect_all(engine, asked)
+    serve_in_triton(monkeypatch)
+    async with serving(tmp_path, DEVICE.type) as engine:
+        found = await collect_all(engine, asked)
+    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
+    assert weights_of(found[0]) and not weights_of(found[1])
+
+
 async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,8 +19,10 @@ from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_segments
+from fusionserve.errors import CapacityError
+from fusionserve.fusion import loader
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
-from fusionserve.fusion.folded import FoldedFusion, fold_fusion
+from fusionserve.fusion.folded import FoldedFusion, count_bytes, fold_fusion, plan_rows
 from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over
 from fusionserve.fusion.params import FusionParams, layer_of
 from fusionserve.kernels.rank_panels import Packing
@@ -252,6 +254,27 @@ def test_modules_that_share_an_input_are_computed_together(scope: Scope) -> None
         apart = [pool.layers[path](x) for path in paths]
     for found, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("member_keys", [False, True])
+@pytest.mark.parametrize("value", ValueKind)
+@pytest.mark.parametrize("scope", Scope)
+def test_size_is_known_before_anything_is_folded(
+    scope: Scope, value: ValueKind, member_keys: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_base()
+    members = [make_member(base, seed, ranks) for seed, ranks in enumerate(MEMBER_RANKS)]
+    config = make_config(base, members, scope=scope, value=value, value_rank=2, member_keys=member_keys)
+    read = ReadFusion(config, make_trained(config, base, seed=1), "0" * 64)
+    folded = fold_fusion(config, read.digest, read.params, members, torch.float32)
+    assert count_bytes(config, read.params, members, torch.float32) == folded.nbytes
+    assert plan_rows(config, read.params, members).num_rows == folded.num_rows
+    limits = {"dtype": torch.float32, "budget_bytes": folded.nbytes, "max_rows": folded.num_rows}
+    assert fold_over(read, members, FusionPolicy(**limits)).nbytes == folded.nbytes
+    monkeypatch.setattr(loader, "fold_fusion", None)
+    for name in ("budget_bytes", "max_rows"):
+        with pytest.raises(CapacityError, match="the fusion takes"):
+            fold_over(read, members, FusionPolicy(**{**limits, name: limits[name] - 1}))
 
 
 @pytest.mark.parametrize("value", ValueKind)

@@ -81,8 +81,10 @@ def write_model(directory: Path, family: str = "llama") -> Path:
     return directory
 
 
-def write_lora(directory: Path, *, seed: int, rank: int = 4, size: float = 0.4) -> Path:
-    """A llama adapter of q_proj and down_proj in all layers; `size` 0 changes nothing."""
+def write_lora(
+    directory: Path, *, seed: int, rank: int = 4, size: float = 0.4, has_head: bool = False
+) -> Path:
+    """A llama adapter of q_proj and down_proj in all layers, and of the head; `size` 0 changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(2):
@@ -90,6 +92,13 @@ def write_lora(directory: Path, *, seed: int, rank: int = 4, size: float = 0.4) 
             prefix = f"base_model.model.model.layers.{layer}.{path}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, d_in, generator=generator) * 0.4
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(d_out, rank, generator=generator) * size
+    if has_head:
+        tensors["base_model.model.lm_head.lora_A.weight"] = (
+            torch.randn(rank, HIDDEN, generator=generator) * 0.4
+        )
+        tensors["base_model.model.lm_head.lora_B.weight"] = (
+            torch.randn(VOCAB, rank, generator=generator) * size
+        )
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config))

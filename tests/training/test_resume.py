@@ -66,6 +66,15 @@ def start(root: Path, out: str, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def test_a_run_does_not_go_on_with_other_members(root: Path, tmp_path: Path) -> None:
+    members = {name: write_member(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))}
+    run = fusion_run(root, root / "both.jsonl", members, keep_checkpoints=True, out=tmp_path / "mix")
+    train_fusion(run)
+    write_member(tmp_path / "b", 77)
+    with pytest.raises(TrainingError, match="other settings, data or members"):
+        train_fusion(replace(run, out=tmp_path / "mix", resume=True))
+
+
 def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
     process = start(root, "killed")
     deadline_s = time.monotonic() + 60
@@ -107,7 +116,7 @@ def test_unfinished_work_is_neither_overwritten_nor_mixed_up(root: Path) -> None
     train_adapter(run)
     with pytest.raises(TrainingError, match="go on with --resume"):
         train_adapter(run)
-    with pytest.raises(TrainingError, match="other settings or data"):
+    with pytest.raises(TrainingError, match="other settings, data or members"):
         train_adapter(replace(run, resume=True, rank=2))
 
 
