@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from fake_engine import MODEL_NAME
 from grpc import aio
 from server_fixture import INFERENCE, Served, handled_total, requests_total, to_failure
 
 from fusionserve import __version__
-from fusionserve.generation import Adaptation, AdapterTerm, ChatPrompt, TextPrompt, TokenPrompt
+from fusionserve.generation import (
+    Adaptation,
+    AdapterTerm,
+    ChatPrompt,
+    GenerationFinished,
+    TextPrompt,
+    TokenPrompt,
+)
+from fusionserve.server import inference_servicer
 from fusionserve.v1 import inference_pb2 as pb
 
 ADAPTATIONS = {
@@ -101,6 +113,33 @@ async def test_stream_is_started_chunks_finished(served: Served) -> None:
     assert events[0].started.request_id == finished.request_id
     assert finished.request_id == dict(await stream.trailing_metadata())["x-request-id"]
     assert handled_total(INFERENCE, "StreamGenerate", "OK", "server_stream") > 0
+
+
+@pytest.mark.parametrize(("num_tokens", "is_large"), [(10, False), (100, True)])
+async def test_large_answer_is_built_beside_the_event_loop(
+    served: Served, num_tokens: int, is_large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+
+    def noting(build: Callable[[object], object], event: object) -> object:
+        if isinstance(event, GenerationFinished):
+            threads.append(threading.current_thread() is not threading.main_thread())
+        return build(event)
+
+    for name in ("to_generate_response", "to_stream_response"):
+        monkeypatch.setattr(inference_servicer, name, partial(noting, getattr(inference_servicer, name)))
+    request = pb.GenerateRequest(
+        text="a",
+        stopping=pb.StoppingCriteria(max_new_tokens=num_tokens),
+        output=pb.OutputOptions(logprobs=1),
+    )
+    whole = await served.inference.Generate(request)
+    assert len(whole.candidates[0].logprobs) == num_tokens
+    *_, last = [
+        event async for event in served.inference.StreamGenerate(pb.StreamGenerateRequest(request=request))
+    ]
+    assert len(last.finished.candidates[0].logprobs) == num_tokens
+    assert threads == [is_large, is_large]
 
 
 async def test_request_id_is_minted_and_told_in_the_trailers(served: Served) -> None:
