@@ -86,11 +86,16 @@ class Projections:
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + y for a group of one, x [num_tokens, d_in]; residual [num_tokens, d_out] may be written to."""
         plan = self.cell.plan
-        if self.product is None or plan.whole_modules:
+        if self.product is None:
             return residual + self(x)[0]
+        # What scales or replaces an output must have it apart, rounded; other tokens' bits do not depend on them.
+        whole = [tokens for tokens in plan.whole_modules if tokens.changes(self.modules[0].path)]
+        apart = residual + self(x)[0] if whole else residual
         self._multiply(self.product, x, [residual], plan, add=True)
         if not plan.is_empty:
             self._adapt_(x, [residual], plan)
+        for tokens in whole:
+            residual[tokens.start : tokens.end] = apart[tokens.start : tokens.end]
         return residual
 
     def _multiply(

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_fingerprint import base_fingerprint
 from fusionserve.adapters.stored_weights import StoredWeights
+from fusionserve.errors import StartupError
 
 
 class ModuleKind(Enum):
@@ -143,12 +144,16 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _decoder_layers_path(model: PreTrainedModel) -> str:
-    """The outermost list of as many modules as the model has layers."""
+    """The outermost list of as many modules as the model has layers. Raises StartupError if there is none."""
     num_layers: int = model.config.get_text_config().num_hidden_layers
     paths: list[str] = [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
-    assert paths, "the model has no list of decoder layers"
+    if not paths:
+        raise StartupError(
+            f"{type(model).__name__} cannot be served: it has no list of {num_layers} decoder layers",
+            reason="ARCHITECTURE_UNSUPPORTED",
+        )
     return min(paths, key=lambda path: path.count("."))

@@ -77,6 +77,11 @@ class WholeModuleTokens:
     end: int
     whole_module: Adapter
 
+    def changes(self, path: str) -> bool:
+        """True if the adapter does so to the module at `path`."""
+        content = self.whole_module.content
+        return path in content.column_scales or path in content.weights.replacements
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -137,7 +137,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     directory = find_model(config.model)
     model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
-    check_config(model_config, max_context_tokens)
+    check_config(model_config, max_context_tokens, config.max_batch_tokens)
     model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize, device)
     return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)), directory)
 
@@ -310,7 +310,8 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
         eos = model.config.get_text_config().eos_token_id
     if eos is None:
         return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
+    vocab = range(model.config.get_text_config().vocab_size)  # an id of no logit is never drawn
+    return frozenset([eos] if isinstance(eos, int) else eos).intersection(vocab)
 
 
 def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:

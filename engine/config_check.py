@@ -14,8 +14,11 @@ from fusionserve.errors import StartupError
 _PLAIN_LAYERS = ("full_attention", "attention")
 
 
-def check_config(config: PreTrainedConfig, max_context_tokens: int) -> None:
-    """Raises StartupError for a model that cannot be served at this context length, whatever its weights."""
+def check_config(config: PreTrainedConfig, max_context_tokens: int, max_step_tokens: int) -> None:
+    """Raises StartupError for a model that cannot be served at this context length, whatever its weights.
+
+    No step has more than `max_step_tokens`.
+    """
     if config.is_encoder_decoder:
         raise _unsupported(config, "it is an encoder-decoder")
     text_config = config.get_text_config()
@@ -26,6 +29,11 @@ def check_config(config: PreTrainedConfig, max_context_tokens: int) -> None:
             raise _unsupported(
                 config, f"it has {layer_type} layers, and only full and sliding-window attention are served"
             )
+    if _tunes_temperature(text_config, max(max_context_tokens, max_step_tokens)):
+        raise _unsupported(
+            config,
+            "its attention changes with the place in a batch (attn_temperature_tuning) beyond floor_scale",
+        )
     for original in _longrope_limits(text_config):
         if max_context_tokens > original:
             raise StartupError(
@@ -48,6 +56,13 @@ def num_windowed_layers(config: PreTrainedConfig, num_layers: int, max_context_t
 def _is_wide_chunk(config: PreTrainedConfig, layer_type: str, max_context_tokens: int) -> bool:
     chunk: int = getattr(config, "attention_chunk_size", None) or 0
     return layer_type == "chunked_attention" and chunk >= max_context_tokens
+
+
+def _tunes_temperature(config: PreTrainedConfig, num_tokens: int) -> bool:
+    """Llama 4 scales queries by their place among the tokens of a call, and by 1 as long as these are few."""
+    if config.model_type != "llama4_text" or not config.attn_temperature_tuning:
+        return False
+    return bool(num_tokens >= config.floor_scale)
 
 
 def _longrope_limits(config: PreTrainedConfig) -> Iterator[int]:

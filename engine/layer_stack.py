@@ -56,6 +56,7 @@ class LayerStack:
         plan = self._layers[0].cell.plan
         native = self._native_layers(batch) if plan.is_segments_only else None
         if native is None:
+            self._source = None  # layer by layer, fused tokens get other attentions
             return None
         self._set_additions(native, plan)
         segments = None if plan.segments is None else plan.segments.together

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def _build(compiler: str, path: Path) -> None:
 def _remove_abandoned(cache: Path) -> None:
     """Removes what compilers left that were killed; one at work is younger."""
     for folder in cache.glob(f"{_BUILD_PREFIX}*"):
-        if time.time() - folder.stat().st_mtime > 2 * _COMPILE_TIMEOUT_S:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process is done with its own
+            if time.time() - folder.stat().st_mtime > 2 * _COMPILE_TIMEOUT_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(*command: str) -> None:

@@ -113,7 +113,9 @@ def _weighted(
     for split in range(SPLITS):
         shrunk += tl.load(u + (place * SPLITS + split) * num_items * 256 + cells)
     if tl.load(items + item * 6 + 4) >= 0:
-        coefficients = tl.load(attended + place * num_items * 256 + cells)
+        # Behind the last row lies what an earlier step left, which 0 u does not make 0 if it is not finite.
+        inside = (lanes[None, :] < tl.load(items + item * 6 + 3)) & (lanes[:, None] >= 0)
+        coefficients = tl.load(attended + place * num_items * 256 + cells, mask=inside, other=0.0)
     else:
         coefficients = tl.load(given + cells)
     return tl.where(coefficients != 0, shrunk * coefficients * scale, 0.0)

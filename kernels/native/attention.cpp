@@ -201,7 +201,8 @@ static Head first_head(const Attention& a, const Item& item, Index h, float* sum
     if (!a.sinks) return {-INFINITY, 0.0f, sums};
     const Index group = a.num_heads / a.num_kv_heads, heads_per_token = (item.last_head - item.first_head) * group;
     const float sink = a.sinks[item.first_head * group + h % heads_per_token];
-    return {Cache::IS_TILED ? sink * 1.44269504f : sink, 1.0f, sums};
+    const float score = Cache::IS_TILED ? sink * 1.44269504f : sink;
+    return {score, score == -INFINITY ? 0.0f : 1.0f, sums};
 }
 
 // Stretch by stretch, all heads of each: so the cache is read as it lies. `following` is the item behind, or null.

@@ -18,11 +18,13 @@ from served_adapters import (
     make_params,
     make_prompt,
     running_engine,
+    until,
+    write_dora,
     write_lora,
 )
 
 from fusionserve import metrics
-from fusionserve.generation import Adaptation, GenerateParams, SamplingParams
+from fusionserve.generation import Adaptation, GenerateParams, OutputOptions, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -67,6 +69,23 @@ def requests() -> list[GenerateParams]:
         for kind, s in (("greedy", GREEDY), ("seeded", SEEDED))
         for i, adaptation in enumerate(CROWD)
     ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_dora_beside_a_request_leaves_its_bits(model: Path, tmp_path: Path, dtype: str) -> None:
+    write_dora(tmp_path / "dora", seed=1)
+    asked = make_params(
+        "asked", Adaptation(), make_prompt(1), num_tokens=12, output=OutputOptions(logprobs=0)
+    )
+    neighbour = make_params("dora", lora("dora"), make_prompt(2), num_tokens=12)
+    async with running_engine(model, tmp_path, dtype=dtype, enable_prefix_cache=False) as engine:
+        alone = await collect(engine, asked)
+        await collect(engine, neighbour)
+        with engine.runner.paused():
+            both = asyncio.gather(*(collect(engine, params) for params in (asked, neighbour)))
+            await until(lambda: len(engine._streams) == 2)
+        beside, _ = await both
+    assert beside.finished.candidates[0].logprobs == alone.finished.candidates[0].logprobs
 
 
 async def crowd_tokens(engine: TestedEngine) -> dict[str, tuple[int, ...]]:

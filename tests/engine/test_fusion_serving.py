@@ -21,6 +21,7 @@ from served_adapters import (
     make_prompt,
     running_engine,
     until,
+    write_dora,
     write_lora,
     write_model,
 )
@@ -228,6 +229,36 @@ async def test_running_requests_finish_on_the_version_they_started_on(
     write_fusion(fusions, "mix", MEMBERS, adapters, seed=9)
     await engine.load_fusion("mix", None, pin=False, replace=True)
     assert (await running).tokens == expected
+
+
+async def test_weights_are_of_their_tokens_also_after_a_step_beside_dora(
+    model: Path, adapters: Path, fusions: Path
+) -> None:
+    """Such a step goes layer by layer, and the ones before and after it in one call."""
+    write_dora(adapters / "dora", seed=7)
+    report = OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN)
+    asked = make_params("asked", fusion("mix"), PROMPT, num_tokens=30, output=report)
+    before = make_params("before", Adaptation(), (5,), num_tokens=5)
+    dora, behind = (
+        make_params(name, kind, (7,), num_tokens=n)
+        for name, kind, n in (("dora", lora("dora"), 5), ("behind", Adaptation(), 15))
+    )
+    options = {"fusion_dirs": (fusions,), "adapter_pool_ranks": 96, "max_batch_requests": 2}
+    async with running_engine(model, adapters, **options) as engine:
+        alone = await collect(engine, asked)
+        await collect(engine, dora)
+        with engine.runner.paused():
+            tasks = []
+            for params in (asked, before, dora, behind):
+                tasks.append(asyncio.create_task(collect(engine, params)))
+                await until(lambda: len(engine._streams) == len(tasks))
+        among, *_ = await asyncio.gather(*tasks)
+        await engine.unload_fusion("mix", force=False)
+    assert among.tokens == alone.tokens
+    expected, found = (outcome.finished.fusion_weights for outcome in (alone, among))
+    assert len(expected.tokens) == len(found.tokens)
+    for theirs, ours in zip(expected.tokens, found.tokens, strict=True):
+        assert ours.weights == pytest.approx(theirs.weights, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import torch
 from tiny_models import CONFIGS, CONTEXT, make_tiny_model, save_tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     BertConfig,
     BloomConfig,
     CLIPConfig,
     DogeConfig,
     JambaConfig,
     Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MptConfig,
@@ -26,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2MoeConfig,
     T5Config,
+    WhisperConfig,
 )
 
 from fusionserve.config import EngineConfig
@@ -105,6 +108,36 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
         "Qwen2MoeForCausalLM cannot be served: its sliding window does not go through the attention interface",
     ),
 }
+
+
+@pytest.mark.parametrize("family", [BartConfig, WhisperConfig])
+def test_decoder_of_an_encoder_decoder_is_refused(family: type[PreTrainedConfig], tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "decoder_layers": 1, "encoder_layers": 2, "decoder_attention_heads": 4}
+    config = family(vocab_size=80, decoder_ffn_dim=32, pad_token_id=1, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    assert refusal(make_config(tmp_path)).reason == "ARCHITECTURE_UNSUPPORTED"
+
+
+def test_end_tokens_beyond_the_vocabulary_are_no_end_tokens(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    file = tmp_path / "generation_config.json"
+    vocab = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    file.write_text(json.dumps({"eos_token_id": [1, vocab - 1, vocab, -1]}))
+    assert load_base_model(make_config(tmp_path)).eos_token_ids == {1, vocab - 1}
+
+
+@pytest.mark.parametrize(("floor_scale", "is_served"), [(CONTEXT, False), (8192, True)])
+def test_temperature_that_depends_on_the_place_in_a_batch_is_refused(
+    floor_scale: int, is_served: bool, tmp_path: Path
+) -> None:
+    sizes = {**_SIZES, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    layers = {"layer_types": ["full_attention"] * 2, "no_rope_layers": [0, 1], "attention_chunk_size": 8192}
+    config = Llama4TextConfig(**sizes, **layers, attn_temperature_tuning=True, floor_scale=floor_scale)
+    make_tiny_model(config).save_pretrained(tmp_path)
+    if is_served:
+        assert load_base_model(make_config(tmp_path)).max_context_tokens == CONTEXT
+    else:
+        assert "attn_temperature_tuning" in refusal(make_config(tmp_path)).message
 
 
 @pytest.mark.parametrize(("make_model_config", "reason"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())

@@ -226,3 +226,30 @@ def test_tables_may_be_larger_than_what_they_hold() -> None:
 
 def _padded(table: Tensor, spare: int) -> Tensor:
     return torch.cat([table, table.new_zeros(spare, *table.shape[1:])])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what overflows in the interpreter
+def test_weights_that_an_earlier_step_left_behind_count_for_nothing() -> None:
+    """The tables and scratch of a graph stay; scores that overflow leave what is not a number."""
+    part = make_part(64, 64, torch.float32, bias=False)
+    parts, x = GroupParts([part], [0]), make((1, 64), torch.float32, 1)
+    everybody = torch.ones(2, dtype=torch.bool)
+    full, narrow = (
+        make_tables([], [FusedRange(0, 1, start, whole_fusion(counts), everybody)], {"a": 0, "b": 1, "c": 2})
+        for start, counts in ((0, (8, 8)), (64, (8, 4)))
+    )
+    items = rank_items(full, x, width=2)
+    for tables, inputs, is_finite in ((full, torch.full_like(x, 1e25), False), (narrow, x, True)):
+        for each in fields(RankTables):
+            target, values = getattr(items.tables, each.name), getattr(tables, each.name)
+            copied = values.to(DEVICE, copy=True)  # a CPU's are the target itself at first
+            target.zero_()
+            target[: len(copied)] = copied
+        y = torch.zeros(1, 64, device=DEVICE)
+        items.add_(inputs, parts, [y])
+        assert bool(y.isfinite().all()) is is_finite
+
+
+def whole_fusion(counts: tuple[int, ...]) -> FusionRows:
+    module = FusionModule(True, torch.ones(len(counts), dtype=torch.bool))
+    return FusionRows(row_counts=counts, has_member_keys=False, has_base_member=False, modules={"a": module})

@@ -64,6 +64,11 @@ def test_sources_compile_for_other_processors(processor: str) -> None:
     assert done.returncode == 0, done.stderr[:2000]
 
 
+def test_folder_that_goes_as_one_looks_is_left_to_whose_it_is(tmp_path: Path) -> None:
+    (tmp_path / "build-of-another").symlink_to("nowhere")
+    native_library._remove_abandoned(tmp_path)
+
+
 def test_library_is_built_once_and_kept(built: Built) -> None:
     assert built.printed == "True\n"
     (kept,) = built.kept

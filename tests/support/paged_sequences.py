@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -33,9 +34,11 @@ def make_sequences(parts: tuple[tuple[int, int], ...], block_size: int) -> list[
 
 
 def with_sinks(options: AttentionOptions, num_heads: int) -> AttentionOptions:
-    """Small and large ones; one takes nearly all."""
+    """Small and large ones; one takes nearly all, and two take nothing, one of which is not finite in powers of two."""
     sinks = torch.linspace(-3, 3, num_heads)
     sinks[0] = 60.0
+    if num_heads > 3:
+        sinks[-2:] = torch.tensor([-math.inf, torch.finfo(torch.bfloat16).min])
     return replace(options, sinks=sinks)
 
 

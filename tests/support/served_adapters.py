@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from fusionserve.adapters.adapter import AdapterContent
@@ -103,6 +103,20 @@ def write_lora(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def write_dora(directory: Path, *, seed: int, rank: int = 4) -> Path:
+    """The same with a magnitude for every module, so that its outputs are scaled."""
+    write_lora(directory, seed=seed, rank=rank)
+    file, config_file = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    tensors = load_file(file)
+    for name, tensor in list(tensors.items()):
+        if "lora_B" in name:
+            magnitude = torch.rand(tensor.shape[0], generator=torch.Generator().manual_seed(seed)) + 0.5
+            tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = magnitude
+    save_file(tensors, file)
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "use_dora": True}))
     return directory
 
 
