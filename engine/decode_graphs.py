@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,9 @@ class DecodeGraphs:
     ) -> None:
         self._base, self._caches, self._planner = base, caches, planner
         self._block_size, self._trash_block = block_size, trash_block
+        self._recorder = _Recorder() if can_be_recorded(base) else None
         self._graphs: dict[GraphSize, _Graph] = {}
         self._layout = base.pool.layout
-        self._memory = torch.cuda.graph_pool_handle() if base.device.type == "cuda" else None
 
     def record_base(self, max_tokens: int) -> None:
         """Records the graphs of steps without adapters, with a progress bar on a terminal."""
@@ -107,6 +108,7 @@ class DecodeGraphs:
     def _graph(self, size: GraphSize) -> _Graph:
         if self._layout != self._base.pool.layout:  # tensors were allocated: their addresses are in no graph
             self._graphs, self._layout = {}, self._base.pool.layout
+            self._recorder = None if self._recorder is None else _Recorder()
         if size not in self._graphs:
             self._graphs[size] = _Graph(self, size)
         return self._graphs[size]
@@ -144,19 +146,47 @@ class DecodeGraphs:
             return base.logits(numbers[0], numbers[1], None, batch)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What does the same again. On a CPU, where Triton interprets, that is the function itself."""
-        if self._base.device.type != "cuda":
-            return function
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """What does the same again: the function itself where it cannot be recorded."""
+        return function if self._recorder is None else self._recorder.record(function)
+
+
+class _Recorder:
+    """Records graphs that share memory, for as long as one of them is there: memory of none cannot be used again."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+        # The same for the first pass and the recording: what a library allocates for a stream, and keeps, is then there
+        # before, and not in the graphs' memory.
+        self._stream = _recording_stream()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             function()  # compiles kernels, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads go on meanwhile: one that loads an adapter pins memory, which must not spoil the recording.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+        ):
             function()
         return graph.replay
+
+
+@cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for good: libraries keep memory for every stream that they have met."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def can_be_recorded(base: BaseModel) -> bool:
+    """True on a GPU if no part of a step waits for it.
+
+    The experts of transformers multiply with torch's `grouped_mm`, which reads the groups' sizes on the host unless all
+    is in bfloat16.
+    """
+    has_experts = any(parameter.dim() == 3 for parameter in base.model.parameters())
+    return base.device.type == "cuda" and (base.dtype is torch.bfloat16 or not has_experts)
 
 
 class _Graph:

@@ -140,7 +140,7 @@ def in_eight_bits(x: Tensor) -> Tensor:
     largest = groups.abs().amax(-1, keepdim=True)
     steps = torch.full_like(largest, 127.0) / largest  # 127 / tensor would be 127 times a rounded reciprocal
     levels = torch.where(largest >= LEAST, (groups * steps).round(), 0.0)
-    return (levels * (largest / 127)).flatten(-2)
+    return (levels * (largest / torch.full_like(largest, 127.0))).flatten(-2)  # likewise, on a GPU
 
 
 def levels_and_scales(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

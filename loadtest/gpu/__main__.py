@@ -3,7 +3,7 @@
     python -P -m fusionserve.loadtest.gpu [--shape llama-3-8b] [--out build/gpu]
 
 Models and adapters are random ones of real shapes, made on the spot. Prints a table and writes it with every repeat to
-the folder. What there is no time for within --minutes is left out, peers first.
+the folder, after every part what there is. What there is no time for within --minutes is left out, peers first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,24 +43,34 @@ def main(arguments: list[str] | None = None) -> None:
     workload = _workload(options)
     figures = GpuFigures(workload, _device_name(device), _versions(), measure_device_limit(device))
     end_s = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        if device.type == "cuda":
-            _measure_kernels(figures, device)
-        _say("making adapters")
-        workload.make_files(Path(folder))
-        _measure_engine(figures, Path(folder), device, options.repeats)
-        for quantize in FEW_BITS:
+    with tempfile.TemporaryDirectory() as name:
+        for measure in _parts(figures, Path(name), device, options):
             if time.monotonic() < end_s:
-                _measure_few_bits(figures, Path(folder), device, quantize, options.repeats)
-        if time.monotonic() < end_s:
-            _measure_churn(figures, Path(folder) / "churn", device, options)
-        if time.monotonic() < end_s:
-            _measure_peers(figures, Path(folder), device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    table = to_table(figures, workload.cases())
-    (options.out / "gpu.md").write_text(table + "\n")
-    (options.out / "gpu.json").write_text(json.dumps(figures.to_json(workload.cases()), indent=1))
+                measure()
+                table = _write(figures, options.out)
     print(table)
+
+
+def _parts(
+    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
+) -> Iterator[Callable[[], None]]:
+    if device.type == "cuda":
+        yield lambda: _measure_kernels(figures, device)
+    yield lambda: _measure_engine(figures, folder, device, options)
+    for quantize in FEW_BITS:
+        yield partial(_measure_few_bits, figures, folder, device, quantize, options.repeats)
+    yield lambda: _measure_churn(figures, folder / "churn", device, options)
+    yield lambda: _measure_peers(figures, folder, device)
+
+
+def _write(figures: GpuFigures, out: Path) -> str:
+    """Writes what there is so far, and returns the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    cases = figures.workload.cases()
+    table = to_table(figures, cases)
+    (out / "gpu.md").write_text(table + "\n")
+    (out / "gpu.json").write_text(json.dumps(figures.to_json(cases), indent=1))
+    return table
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,17 +115,22 @@ def _measure_kernels(figures: GpuFigures, device: torch.device) -> None:
     _say("kernels done")
 
 
-def _measure_engine(figures: GpuFigures, folder: Path, device: torch.device, repeats: int) -> None:
+def _measure_engine(
+    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
+) -> None:
+    _say("making adapters")
+    figures.workload.make_files(folder)
     _say("making the model")
     rounds = EngineRounds(figures.workload, folder, device)
-    for repeat in range(-1, repeats):  # the first warms up
+    for repeat in range(-1, options.repeats):  # the first warms up
         base = _run_base(rounds, repeat)
         if repeat >= 0:
             figures.base.append(base)
     _say("base done")
     for case in figures.workload.cases():
-        all_of = [rounds.run(case, f"{case.name} {repeat}") for repeat in range(-1, repeats)]
+        all_of = [rounds.run(case, f"{case.name} {repeat}") for repeat in range(-1, options.repeats)]
         figures.cases[case.name] = all_of[1:]
+        _write(figures, options.out)
         _say(f"{case.name} done")
     rounds.close()
     del rounds

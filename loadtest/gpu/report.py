@@ -60,7 +60,9 @@ class GpuFigures:
     kernels: list[KernelFigure] = field(default_factory=list)
 
     def lines(self, cases: Sequence[Case]) -> list[Line]:
-        """A line per figure."""
+        """A line per figure; without the base's only those of single kernels."""
+        if not self.base:
+            return self._kernel_lines()
         lines = self._base_lines()
         base_s = step_s(_all_streams(self.base))
         for case in cases:

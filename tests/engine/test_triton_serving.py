@@ -78,7 +78,7 @@ def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
     return list(graphs._graphs)
 
 
-def requests(output: OutputOptions = REPORT) -> list[GenerateParams]:
+def requests(output: OutputOptions = REPORT, num_tokens: int = 4) -> list[GenerateParams]:
     kinds = [
         Adaptation(),
         lora("ada"),
@@ -89,7 +89,9 @@ def requests(output: OutputOptions = REPORT) -> list[GenerateParams]:
         Adaptation("fusion", fusion="duo"),
     ]
     return [
-        make_params(f"r{i}", kind, make_prompt(i, 5 + 2 * i), num_tokens=4, output=output, sampling=sampling)
+        make_params(
+            f"r{i}", kind, make_prompt(i, 5 + 2 * i), num_tokens=num_tokens, output=output, sampling=sampling
+        )
         for i, (kind, sampling) in enumerate(zip(kinds, [SEEDED, *[GREEDY] * 6], strict=True))
     ]
 
@@ -146,7 +148,8 @@ async def test_attention_at_the_head_is_no_part_of_the_weights_in_triton_either(
 async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN))
+    # Long enough for all to decode together: on a GPU few residents are copied ahead at a time.
+    plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN), num_tokens=24)
     async with serving(folders, "cpu") as engine:
         expected = await collect_all(engine, plain)
     serve_in_triton(monkeypatch)
