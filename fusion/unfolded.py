@@ -112,6 +112,11 @@ class UnfoldedFusion:
             _replace(model, path, FusedLinear(base, loras, attention, value, output, dropout))
 
     @property
+    def attention_paths(self) -> tuple[str, ...]:
+        """The modules before which an attention runs."""
+        return tuple(self._outputs)
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """By the path of each attention, the fusion weights [tokens, members (+ 1)] of the last forward pass."""
         return {path: output.weights for path, output in self._outputs.items() if output.weights is not None}

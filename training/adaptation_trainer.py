@@ -27,7 +27,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fusionserve.errors import TrainingError
-from fusionserve.training.checkpoints import mark_complete, seconds_until
+from fusionserve.training.checkpoints import mark_complete, remove_older, seconds_until
 from fusionserve.training.data import TrainingData
 from fusionserve.training.evaluation import Observe, evaluate_loss
 from fusionserve.training.progress_bar import ProgressBar
@@ -86,9 +86,9 @@ class AdaptationTrainer(Trainer):
         return time.monotonic() - self._started_s
 
     def restore_finished(self, checkpoint: Path) -> bool:
-        """True if `checkpoint` is of the last step; then the best weights are back in the model."""
+        """True if training had ended with `checkpoint`; then the best weights are back in the model."""
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if state.global_step < self.args.max_steps:
+        if state.global_step < self.args.max_steps and not _was_stopped(state):
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
@@ -137,14 +137,23 @@ class AdaptationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        mark_complete(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.seconds)
+        work_dir = Path(str(self.args.output_dir))
+        mark_complete(work_dir / f"checkpoint-{self.state.global_step}", self.seconds)
+        remove_older(work_dir, best=self._best_checkpoint())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         _load_trained(self._trained, Path(resume_from_checkpoint))
         self._started_s = time.monotonic() - seconds_until(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        _load_trained(self._trained, Path(str(self.state.best_model_checkpoint)))
+        best = self._best_checkpoint()
+        assert best is not None, "somebody has asked whether there is one"
+        _load_trained(self._trained, best)
+
+    def _best_checkpoint(self) -> Path | None:
+        """Where it is now: the state has where it was written, and the folder may have moved."""
+        written = self.state.best_model_checkpoint
+        return None if written is None else Path(str(self.args.output_dir)) / Path(written).name
 
 
 def run_training(
@@ -159,10 +168,12 @@ def run_training(
         trainer.add_callback(ProgressBar())
     if run.optimization.patience is not None and data.held_out:
         trainer.add_callback(EarlyStoppingCallback(run.optimization.patience))
-    if checkpoint is None or not trainer.restore_finished(checkpoint):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Else the model would go on computing in bfloat16, and a base that is used again with it.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    try:
+        if checkpoint is None or not trainer.restore_finished(checkpoint):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        # Else the model would go on computing in bfloat16, and a base that is used again with it.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return TrainedRun(
         steps=trainer.state.global_step,
         seconds=trainer.seconds,
@@ -199,7 +210,6 @@ def training_arguments(run: TrainingRun, num_rows: int, has_held_out: bool) -> T
         eval_strategy="steps" if has_held_out else "no",
         eval_steps=interval,
         save_steps=interval,
-        save_total_limit=2,
         load_best_model_at_end=has_held_out,
         metric_for_best_model="eval_loss" if has_held_out else None,
         greater_is_better=False if has_held_out else None,
@@ -246,6 +256,12 @@ class _Watch(TrainerCallback):
                 raise TrainingError(
                     f"the loss is {loss} at step {state.global_step}: lower the learning rate"
                 )
+
+
+def _was_stopped(state: TrainerState) -> bool:
+    """True if the run was to go no further, as by its patience."""
+    saved: Any = state.stateful_callbacks or {}  # as a file has them: by name, with their arguments
+    return bool(saved.get("TrainerControl", {}).get("args", {}).get("should_training_stop"))
 
 
 def _load_trained(model: nn.Module, checkpoint: Path) -> None:

@@ -12,7 +12,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
 )
 from safetensors.torch import save_file
 from transformers import set_seed
@@ -58,11 +57,6 @@ def train_adapter(
 
 
 def _add_lora(base: FrozenBase, run: AdapterRun) -> PeftModel:
-    model = base.model
-    if run.quantize != "none":
-        model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
-            model, use_gradient_checkpointing=False
-        )
     config = LoraConfig(
         r=run.rank,
         lora_alpha=2 * run.rank if run.alpha is None else run.alpha,  # type: ignore[arg-type]
@@ -72,7 +66,7 @@ def _add_lora(base: FrozenBase, run: AdapterRun) -> PeftModel:
         fan_in_fan_out=any(module.kind is ModuleKind.CONV1D for module in base.modules.by_path.values()),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(base.model, config)
     assert isinstance(adapted, PeftModel)
     return adapted
 

@@ -87,7 +87,7 @@ def join_texts(texts: Iterable[str]) -> str:
 
 def read_texts(path: Path) -> list[str]:
     """Read back the texts that `write_documents` wrote, in order."""
-    parts = path.read_text(encoding="utf-8").split(f"{END_OF_TEXT}\n")
+    parts = path.read_text(encoding="utf-8").removesuffix(END_OF_TEXT).split(f"{END_OF_TEXT}\n")
     return [part for part in parts if part.strip()]
 
 

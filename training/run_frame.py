@@ -31,6 +31,7 @@ class RunFrame:
         self, run: TrainingRun, base: FrozenBase, data: TrainingData, member_digests: Sequence[str] = ()
     ) -> None:
         _check_out(run.out)
+        _check_length(base, data)
         if run.data.packing:
             check_packing(base)
         self._run = run
@@ -86,6 +87,13 @@ class RunFrame:
         """Removes the checkpoints, now that the artifact is written, unless they are wanted."""
         if not self._run.keep_checkpoints:
             remove_work_dir(self._run.checkpoints)
+
+
+def _check_length(base: FrozenBase, data: TrainingData) -> None:
+    most = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((int(row.positions.max()) + 1 for row in (*data.train, *data.held_out)), default=0)
+    if most is not None and longest > most:
+        raise TrainingError(f"an example has {longest} tokens; {base.name} reads {most}: lower --max-tokens")
 
 
 def _check_out(out: Path) -> None:

@@ -22,10 +22,12 @@ from tiny_training import (
 )
 
 from fusionserve.errors import TrainingError
+from fusionserve.training import checkpoints
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.checkpoints import mark_complete, prepare_work_dir, remove_work_dir
 from fusionserve.training.fusion_training import train_fusion
 from fusionserve.training.training_summary import SUMMARY_FILE
+from fusionserve.training_config import DataConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
@@ -109,6 +111,49 @@ def test_a_run_killed_behind_its_last_step_only_writes(root: Path) -> None:
     assert resumed.held_out_loss == whole.held_out_loss
     assert resumed.seconds >= whole.seconds - 0.2
     remove_work_dir(run.checkpoints)
+
+
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_run_that_ended_early_goes_no_further(root: Path, tmp_path: Path, is_moved: bool) -> None:
+    """Its patience was out at the last checkpoint; what was best lies in the folder, wherever that is by now."""
+    quick = optimization(40, learning_rate=0.3, eval_steps=2, patience=1)
+    run = adapter_run(
+        root, root / "both.jsonl", keep_checkpoints=True, optimization=quick, out=tmp_path / "a"
+    )
+    whole = train_adapter(run)
+    assert whole.best_step < whole.steps < 40
+    if is_moved:
+        run.checkpoints.rename(tmp_path / "b.work")
+        run = replace(run, out=tmp_path / "b")
+    resumed = train_adapter(replace(run, resume=True))
+    assert (resumed.steps, resumed.best_step) == (whole.steps, whole.best_step)
+    assert resumed.held_out_loss == whole.held_out_loss
+
+
+def test_example_longer_than_the_context_is_refused(root: Path) -> None:
+    long = write_texts(root / "long.jsonl", "ab " * 400)
+    run = replace(adapter_run(root, long), data=DataConfig(train=(long,), max_tokens=4096))
+    with pytest.raises(TrainingError, match="lower --max-tokens"):
+        train_adapter(run)
+
+
+def test_checkpoints_that_go_no_longer_count_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"checkpoint-{step}" for step in (2, 4, 6)]
+    for path in paths:
+        path.mkdir()
+        mark_complete(path, 1.0)
+    counted: list[list[str]] = []
+
+    def look(path: Path) -> None:
+        counted.append(sorted(folder.parent.name for folder in tmp_path.glob("*/complete.json")))
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", look)
+    checkpoints.remove_older(tmp_path, best=paths[0])
+    assert counted == [["checkpoint-2", "checkpoint-6"]]
+    mark_complete(paths[1], 1.0)
+    checkpoints.remove_older(tmp_path, best=paths[2])
+    assert counted[1:] == [["checkpoint-4", "checkpoint-6"]]
+    checkpoints.remove_older(tmp_path / "none", best=None)
 
 
 def test_unfinished_work_is_neither_overwritten_nor_mixed_up(root: Path) -> None:
