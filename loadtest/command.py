@@ -6,6 +6,7 @@ import asyncio
 import json
 from pathlib import Path
 
+from fusionserve.errors import PreconditionError
 from fusionserve.loadtest.generate_load import generate_load
 from fusionserve.loadtest.load_report import Json, to_report, to_request_line
 from fusionserve.loadtest.outcome import Outcome
@@ -19,14 +20,23 @@ REPORT, REQUESTS = "report.json", "requests.jsonl"
 def run(config: LoadConfig, out: Path | None, access: ServerAccess = IN_THE_CLEAR) -> Json:
     """Prints the outcome, writes it into the folder `out` if there is one, and returns the report.
 
-    Raises as generate_load does.
+    Raises as generate_load does, and PreconditionError if the folder cannot be made.
     """
+    if out is not None:
+        _make_folder(out)  # before the run, which would be lost
     outcome = asyncio.run(generate_load(config, access))
     report = to_report(outcome)
     print(to_text(outcome, report))
     if out is not None:
         print(f"\nwritten to {out}: {', '.join(path.name for path in write_files(outcome, report, out))}")
     return report
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PreconditionError(f"{out}: {error.strerror}") from None
 
 
 def write_files(outcome: Outcome, report: Json, out: Path) -> list[Path]:

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--prompt-step-time", default="60ms", help="of the server")
     arguments = parser.parse_args(argv)
+    if arguments.flood < 1:
+        parser.error("--flood must be at least 1")
     flags = {"--dtype": arguments.dtype, "--prompt-step-time": arguments.prompt_step_time}
     with serving({**flags, "--prefix-cache": "off", "--log-level": "error"}) as (address, _):
         asyncio.run(_measure(address, arguments))
@@ -129,6 +131,8 @@ def _flooding(address: str, num_streams: int) -> Iterator[Flood]:
     process = flood.start(address, num_streams)
     try:
         while flood.num_tokens == 0:
+            if not process.is_alive():
+                raise SystemExit("the flood has ended before it began")
             time.sleep(0.05)
         yield flood
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import Iterator
 
 from fusionserve.client import AsyncClient
@@ -12,6 +13,7 @@ from fusionserve.loadtest.request_record import RequestRecord
 from fusionserve.loadtest.send_request import Clock, send_request
 from fusionserve.loadtest_config import LoadConfig
 
+_RECENT = 2000  # ended requests that are kept at hand
 PAUSE_AFTER_FAILURE_S = 0.1  # of a closed loop's stream: a server that refuses at once is not stormed
 
 
@@ -28,7 +30,8 @@ class LoadRun:
         self._first_counted_s: float | None = None
         self.clock = Clock()
         self.records: list[RequestRecord] = []
-        self.num_in_flight = 0
+        self.in_flight: dict[int, RequestRecord] = {}  # by index
+        self.ended: deque[RequestRecord] = deque(maxlen=_RECENT)  # the last ones
         self.most_in_flight = 0
         self.num_ended = 0  # counted requests
         self.num_not_sent = 0  # counted requests of an open loop that had reached its bound
@@ -37,6 +40,11 @@ class LoadRun:
     def is_stopped(self) -> bool:
         """True if `stop` ended the run early."""
         return self._stop.is_set()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have been sent and have not ended."""
+        return len(self.in_flight)
 
     @property
     def measured_s(self) -> float:
@@ -104,8 +112,6 @@ class LoadRun:
         return False
 
     def _new_record(self, planned: PlannedRequest, due_s: float) -> RequestRecord:
-        self.num_in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         record = RequestRecord(
             index=planned.index,
             kind=planned.kind,
@@ -115,6 +121,8 @@ class LoadRun:
             sent_s=self.clock.now_s(),
         )
         self.records.append(record)
+        self.in_flight[record.index] = record
+        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         return record
 
     async def _send(self, planned: PlannedRequest, record: RequestRecord) -> None:
@@ -128,5 +136,5 @@ class LoadRun:
                 timeout_s=self._config.timeout_s,
             )
         finally:
-            self.num_in_flight -= 1
+            self.ended.append(self.in_flight.pop(record.index))
             self.num_ended += record.is_counted

@@ -14,7 +14,8 @@ from fusionserve.loadtest.load_run import LoadRun
 from fusionserve.loadtest_config import LoadConfig
 
 INTERVAL_S = 0.25
-RECENT = 200  # requests that the line's figures are over
+_RECENT = 200  # ended requests that the line's TTFT is over
+_RATE_S = 3.0  # that tokens/s are over
 _BY_TIME = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f} s{postfix}"
 _BY_NUMBER = "{desc:9}{percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}{postfix}"
 
@@ -39,15 +40,22 @@ async def _show(run: LoadRun, config: LoadConfig) -> None:
 
 def describe(run: LoadRun) -> str:
     """Requests in flight, recent tokens/s and TTFT, and what failed, in a few words."""
-    recent = [record for record in run.records[-RECENT:] if record.ended_s]
+    recent = list(run.ended)[-_RECENT:]
     spread = Spread.of(record.ttft_s for record in recent)
     words = [f"{run.num_in_flight} in flight"]
     if spread is not None:
-        since_s = run.clock.now_s() - min(record.sent_s for record in recent)
-        rate = sum(record.generated_tokens for record in recent) / max(since_s, 1e-3)
-        words += [f"{rate:.0f} tokens/s", f"TTFT p50 {spread.p50 * 1000:.0f} ms"]
+        words += [f"{_tokens_per_s(run):.0f} tokens/s", f"TTFT p50 {spread.p50 * 1000:.0f} ms"]
     if num_failed := sum(not record.is_ok for record in recent):
         words.append(f"{num_failed} of the last {len(recent)} failed")
     if run.num_not_sent:
         words.append(f"{run.num_not_sent} not sent")
     return ", ".join(words)
+
+
+def _tokens_per_s(run: LoadRun) -> float:
+    """Over the last seconds, of requests in flight as well."""
+    now_s = run.clock.now_s()
+    since_s = max(0.0, now_s - _RATE_S)
+    records = (*run.ended, *run.in_flight.values())
+    num_tokens = sum(number for record in records for time_s, number in record.chunks if time_s >= since_s)
+    return num_tokens / max(now_s - since_s, 1e-3)

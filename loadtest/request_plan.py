@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusionserve.client import GenerateOptions
 from fusionserve.errors import PreconditionError
@@ -53,32 +54,38 @@ class Popularity:
 
     def __init__(self, names: Sequence[str], s: float) -> None:
         self._names = names
-        self._cumulative = list(itertools.accumulate(k**-s for k in range(1, len(names) + 1)))
+        self._weights = [k**-s for k in range(1, len(names) + 1)]
+        self._cumulative = list(itertools.accumulate(self._weights))
 
     def draw(self, numbers: random.Random) -> str:
         """One name."""
         return numbers.choices(self._names, cum_weights=self._cumulative)[0]
 
     def draw_distinct(self, numbers: random.Random, count: int) -> tuple[str, ...]:
-        """`count` different names, at most as many as there are."""
-        drawn: dict[str, None] = {}
-        while len(drawn) < count:
-            drawn[self.draw(numbers)] = None
+        """`count` different names, at most as many as there are: each drawn from those that are left."""
+        names, weights, drawn = list(self._names), list(self._weights), []
+        for _ in range(count):
+            (place,) = numbers.choices(range(len(names)), weights)
+            drawn.append(names.pop(place))
+            weights.pop(place)
         return tuple(drawn)
 
 
 def plan_requests(config: LoadConfig, catalog: Catalog) -> Iterator[PlannedRequest]:
     """Requests without end. Each property has random numbers of its own, so that changing one leaves the others.
 
-    Raises PreconditionError if the file of prompts has none.
+    Raises PreconditionError, at once, if the file of prompts has none or cannot be read.
     """
+    return _plan(config, catalog, _PromptSource(config, catalog))
+
+
+def _plan(config: LoadConfig, catalog: Catalog, source: _PromptSource) -> Iterator[PlannedRequest]:
     adapters, fusions = (Popularity(names, config.zipf) for names in (catalog.adapters, catalog.fusions))
     kinds, weights = list(catalog.mix), list(catalog.mix.values())
     arrivals, kind_numbers, names, prompts, outputs = (
         random.Random(f"{config.seed} {part}")
         for part in ("arrivals", "kinds", "names", "prompts", "outputs")
     )
-    source = _PromptSource(config, catalog)
     due_s = 0.0
     for index in itertools.count():
         if config.rate is not None:
@@ -113,8 +120,7 @@ class _PromptSource:
         self._lengths = config.prompt_lengths
         self._lines: list[str] = []
         if config.prompt_file is not None:
-            text = config.prompt_file.read_text(encoding="utf-8")
-            self._lines = [line for line in text.splitlines() if line.strip()]
+            self._lines = [line for line in _read(config.prompt_file).splitlines() if line.strip()]
             if not self._lines:
                 raise PreconditionError(f"{config.prompt_file}: there is no line with a prompt")
         ends = set(catalog.model.eos_token_ids)
@@ -125,3 +131,12 @@ class _PromptSource:
         if self._lines:
             return numbers.choice(self._lines)
         return tuple(numbers.choices(self._token_ids, k=self._lengths.draw(numbers)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PreconditionError(f"{path}: it is not in UTF-8") from None
+    except OSError as error:
+        raise PreconditionError(f"{path}: {error.strerror}") from None

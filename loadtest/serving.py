@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ def server_process(flags: Flags, log: TextIO | None = None) -> Iterator[ServerPr
     command = [str(Path(sys.executable).with_name("fusionserve")), "serve"]
     command += [text for flag, value in flags.items() for text in (flag, str(value))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    _end_on_sigterm()
     try:
         assert process.stdout is not None
         ready = process.stdout.readline().split()
@@ -51,9 +54,19 @@ def server_process(flags: Flags, log: TextIO | None = None) -> Iterator[ServerPr
         yield ServerProcess(process, ready[1].removeprefix("grpc="), ready[2].removeprefix("metrics="))
     finally:
         process.terminate()
-        process.wait(_STOP_TIMEOUT_S)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+def _end_on_sigterm() -> None:
+    """Has a measurement that is told to end do so by an exception, so that it stops its server on the way."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def process_memory(process_id: int) -> dict[str, float]:

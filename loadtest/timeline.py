@@ -69,11 +69,11 @@ def _most_in_flight(records: Sequence[RequestRecord], edges: Sequence[float]) ->
         [(record.sent_s, 1) for record in records] + [(record.ended_s, -1) for record in records]
     )
     most, current, position = [], 0, 0
-    for edge in edges[1:]:
+    for edge in edges:  # the first is where the warm-up ends, and the first bin begins
         highest = current
         while position < len(changes) and changes[position][0] <= edge:
             current += changes[position][1]
             highest = max(highest, current)
             position += 1
         most.append(highest)
-    return most
+    return most[1:]

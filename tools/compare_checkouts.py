@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("quartiles need two rounds at least")
     workload = WORKLOADS[args.workload]
     setup = make_setup(_SYSTEM, workload, make_files(workload, _FOLDER), args.threads)
     with ExitStack() as running:

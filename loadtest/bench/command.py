@@ -52,12 +52,18 @@ def _parser() -> argparse.ArgumentParser:
             option, nargs="+", choices=list(known), default=default, metavar="NAME", help=_listed(known)
         )
     parser.add_argument("--no-peers", action="store_true", help="without what `make peers` installs")
-    parser.add_argument("--repeats", type=int, default=5, help="measured ones (default: 5)")
+    parser.add_argument("--repeats", type=_positive, default=5, help="measured ones (default: 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every system")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="checkpoints and logs")
     parser.add_argument("--peers", type=Path, default=DEFAULT_FOLDER, help="where `make peers` installed")
     parser.add_argument("--json", type=Path, default=Path("build/bench/results.json"))
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return number
 
 
 def _listed(names: Iterable[str]) -> str:

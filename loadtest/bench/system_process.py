@@ -7,9 +7,12 @@ import os
 import select
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fusionserve.loadtest.bench.protocol import Job, Outcome, Setup
 
@@ -70,10 +73,20 @@ class SystemProcess:
             self._process.stdin.close()
             self._process.wait(_STOP_TIMEOUT_S)
         except (BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         finally:
             self._process.stdout.close()
+
+    def _kill(self) -> None:
+        """And what it has started, as a server."""
+        children: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.kill()
+        self._process.wait()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
     def _ask(self, message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -83,6 +96,7 @@ class SystemProcess:
         except BrokenPipeError:
             raise SystemFailedError(self._last_words()) from None
         if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            self._kill()  # else it would go on beside the others' rounds
             raise SystemFailedError(f"no answer within {timeout_s:.0f} s")
         line = self._process.stdout.readline()
         if not line:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=60 * arguments.minutes,
         num_clients=arguments.clients,
         num_requests=arguments.requests,
-        kinds=tuple(arguments.hostile or KINDS),
+        kinds=tuple(KINDS if arguments.hostile is None else arguments.hostile),
         seed=arguments.seed,
         dtype=arguments.dtype,
     )
@@ -60,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=6, help="honest requests at once")
     parser.add_argument("--requests", type=int, default=80, help="distinct ones")
-    parser.add_argument("--hostile", nargs="*", choices=list(KINDS), help="kinds of clients; default: all")
+    parser.add_argument(
+        "--hostile", nargs="*", choices=list(KINDS), help="kinds of clients; default: all, none: none"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--out", type=Path, default=Path("build/soak"), help="folder for what it writes")
@@ -68,5 +69,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and stop the server on the way
     sys.exit(main())

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from tqdm import tqdm
 
-from fusionserve.client import AsyncClient
+from fusionserve.client import AsyncClient, ClientError
 from fusionserve.loadtest.background_task import background_task
 from fusionserve.loadtest.hostile.target import Target
 from fusionserve.loadtest.serving import Flags, server_process
@@ -22,6 +22,7 @@ from fusionserve.loadtest.soak.comings import come_and_go, unload_all
 from fusionserve.loadtest.soak.record import SoakRecord
 from fusionserve.loadtest.soak.requests import draw_requests, references
 from fusionserve.loadtest.soak.samples import (
+    NO_SAMPLE,
     RSS,
     Sample,
     Samples,
@@ -91,24 +92,37 @@ async def _soak(
             come_and_go(target.grpc, record, random.Random(draws.random())),
             visit(target, plan.kinds, record, random.Random(draws.random())),
         )
-        await _run_for(plan.seconds, works, samples, record)
-        await unload_all(client)
-        return samples, before, await wait_returned(process, target.metrics, _REST_WITHIN_S), record
+        await _run_for(plan.seconds, works, samples, record, process)
+        at_rest = before
+        try:
+            await unload_all(client)
+            at_rest = await wait_returned(process, target.metrics, _REST_WITHIN_S)
+        except (ClientError, OSError, psutil.Error) as error:  # the report says so, and all that was before
+            record.note_problem(NO_SAMPLE, repr(error))
+        return samples, before, at_rest, record
 
 
 async def _run_for(
-    seconds: float, works: tuple[Coroutine[Any, Any, None], ...], samples: Samples, record: SoakRecord
+    seconds: float,
+    works: tuple[Coroutine[Any, Any, None], ...],
+    samples: Samples,
+    record: SoakRecord,
+    process: psutil.Process,
 ) -> None:
-    """All `works` at once for so long, with a bar on a terminal."""
+    """All `works` at once for so long or as long as the server lives, with a bar on a terminal."""
     async with AsyncExitStack() as stack:
         for work in works:
             await stack.enter_async_context(background_task(work))
         with tqdm(total=seconds, bar_format=_BAR, desc="soak", disable=None, file=sys.stderr) as bar:
-            while record.now_s < seconds:
+            while record.now_s < seconds and _lives(process):
                 bar.n = min(record.now_s, seconds)
                 bar.set_postfix_str(_describe(samples, record), refresh=False)
                 bar.refresh()
                 await asyncio.sleep(_SHOWN_EVERY_S)
+
+
+def _lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def _describe(samples: Samples, record: SoakRecord) -> str:

@@ -47,6 +47,9 @@ class Samples:
             self.columns.setdefault(name, []).append(value)
 
 
+NO_SAMPLE = "sample that could not be taken"
+
+
 async def take_sample(process: psutil.Process, metrics: str) -> Sample:
     """What the server holds now."""
     page = await read_metrics(metrics)
@@ -70,7 +73,10 @@ async def take_sample(process: psutil.Process, metrics: str) -> Sample:
 async def keep_sampling(process: psutil.Process, metrics: str, samples: Samples, record: SoakRecord) -> None:
     """Adds a sample every EVERY_S until it is cancelled."""
     while True:
-        samples.add(record.now_s, await take_sample(process, metrics))
+        try:
+            samples.add(record.now_s, await take_sample(process, metrics))
+        except (OSError, psutil.Error) as error:
+            record.note_problem(NO_SAMPLE, repr(error))
         await asyncio.sleep(EVERY_S)
 
 

@@ -9,7 +9,17 @@ from types import MappingProxyType
 import numpy as np
 
 from fusionserve.loadtest.soak.record import SoakRecord
-from fusionserve.loadtest.soak.samples import FILES, HEAP, RETURNED, RSS, TASKS, THREADS, Sample, Samples
+from fusionserve.loadtest.soak.samples import (
+    FILES,
+    HEAP,
+    NO_SAMPLE,
+    RETURNED,
+    RSS,
+    TASKS,
+    THREADS,
+    Sample,
+    Samples,
+)
 from fusionserve.loadtest.soak.traffic import BAD_STATUS, MISMATCH
 from fusionserve.loadtest.soak.visitors import FAILED_VISIT
 
@@ -42,7 +52,7 @@ def judge(samples: Samples, at_rest: Sample, record: SoakRecord) -> list[Check]:
         *(Check(f"{name} at rest", at_rest[name], 0) for name in RETURNED),
         *(
             Check(f"problem: {kind}", record.problems[kind], 0)
-            for kind in (MISMATCH, BAD_STATUS, FAILED_VISIT, LOG_ERROR, EXIT_CODE)
+            for kind in (MISMATCH, BAD_STATUS, FAILED_VISIT, NO_SAMPLE, LOG_ERROR, EXIT_CODE)
         ),
     ]
 

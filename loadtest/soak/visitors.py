@@ -17,7 +17,7 @@ _LONGEST_S = 90.0
 
 async def visit(target: Target, kinds: Sequence[str], record: SoakRecord, draws: random.Random) -> None:
     """Rounds until it is cancelled. A client that fails in its own way is a problem: the server did what it may not."""
-    while True:
+    while kinds:
         for kind in draws.sample(kinds, len(kinds)):
             since_s = record.now_s
             try:

@@ -73,6 +73,8 @@ def test_timeline_counts_every_token_of_the_window_once() -> None:
     total = sum(rate * width for rate, width in zip(line.generated_tokens_per_s, widths, strict=True))
     assert total == pytest.approx(8)  # the warm-up's at 3.0 too, its one at 0.1 not
     assert max(line.in_flight) == 5  # from 4.0, when one ended, to 4.1
+    warm_up = [make_record(9 + i, tokens_s=[0.1, 0.2], is_counted=False) for i in range(9)]
+    assert timeline(make_outcome([*warm_up, *TRACE])).in_flight == line.in_flight
     failed = sum(rate * width for rate, width in zip(line.failed_per_s, widths, strict=True))
     assert failed == pytest.approx(3)
 

@@ -43,6 +43,35 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert statistics.stdev(gaps) == pytest.approx(0.05, rel=0.1)
 
 
+@pytest.mark.parametrize("s", [0.0, 1.0, 20.0])
+def test_distinct_names_are_drawn_in_proportion_from_those_that_are_left(s: float) -> None:
+    """However rare the others are; of two, the second is the other one."""
+    names, numbers = [f"a{k}" for k in range(6)], random.Random(1)
+    popularity = Popularity(names, s)
+    drawn = [popularity.draw_distinct(numbers, 3) for _ in range(3000)]
+    assert all(len(set(each)) == 3 for each in drawn)
+    assert set(popularity.draw_distinct(numbers, 6)) == set(names)
+    weights = [k**-s for k in range(1, 7)]
+    first = Counter(each[0] for each in drawn)
+    assert [first[name] / 3000 for name in names] == pytest.approx(
+        [w / sum(weights) for w in weights], abs=0.04
+    )
+    second = [each[1] for each in drawn if each[0] == "a0"]
+    expected = weights[1] / sum(weights[1:])
+    assert second.count("a1") / len(second) == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\n \n", "no line"), (b"\xff\xfe", "UTF-8"), (None, "No such")], ids=str
+)
+def test_file_without_prompts_is_refused_at_once(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(PreconditionError, match=reason):
+        plan_requests(LoadConfig(target="x", prompt_file=file), ALL_KINDS)
+
+
 def test_closed_loops_plan_no_arrivals() -> None:
     assert {each.due_s for each in plan(10)} == {None}
 

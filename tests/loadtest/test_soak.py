@@ -8,12 +8,14 @@ import random
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from server_fixture import Served, serving_server
 
 from fusionserve.client import AsyncClient
 from fusionserve.errors import AbortedError, InternalError
 from fusionserve.loadtest.background_task import background_task
+from fusionserve.loadtest.soak import run
 from fusionserve.loadtest.soak.__main__ import main
 from fusionserve.loadtest.soak.record import SoakRecord
 from fusionserve.loadtest.soak.requests import SoakRequest, Tokens, draw_requests, references
@@ -137,3 +139,20 @@ def test_soak_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {visit["kind"] for visit in report["visits"]} == set(kinds)
     assert (tmp_path / "soak.png").stat().st_size > 10_000
     assert "checks passed" in capsys.readouterr().out
+
+
+def test_soak_whose_server_dies_ends_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe = run._describe
+
+    def kill(samples: Samples, record: SoakRecord) -> str:
+        if record.now_s > 4:
+            for child in psutil.Process().children():
+                if "serve" in child.cmdline():
+                    child.kill()
+        return describe(samples, record)
+
+    monkeypatch.setattr(run, "_describe", kill)
+    assert main(["--minutes", "5", "--requests", "4", "--out", str(tmp_path), "--hostile"]) == 1
+    report = json.loads((tmp_path / "soak.json").read_text())
+    broken = {check["name"] for check in report["checks"] if not check["is_kept"]}
+    assert "problem: exit code" in broken and not report["visits"]

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusionserve.loadtest import model_shapes
+from fusionserve.loadtest.bench import system_process
 from fusionserve.loadtest.bench.artifacts import make_files
 from fusionserve.loadtest.bench.bench_run import BenchRun, run_workload
 from fusionserve.loadtest.bench.floor import MachineLimit
@@ -78,6 +80,28 @@ def test_a_process_that_ends_is_quoted(tmp_path: Path) -> None:
     try:
         with pytest.raises(SystemFailedError, match=r"ended with status 1: .*No module named no_such_module"):
             process.load(setup)
+    finally:
+        process.close()
+
+
+def test_a_system_without_an_answer_is_ended_with_what_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "busy_driver.py").write_text(
+        "import subprocess, sys\nsubprocess.Popen(['sleep', '60'])\nsys.stdin.read()\n"
+    )
+    monkeypatch.setattr(system_process, "_START_TIMEOUT_S", 2.0)
+    variables = {"PYTHONPATH": str(tmp_path)}
+    process = SystemProcess(SYSTEMS[OURS].python(tmp_path), "busy_driver", variables, tmp_path / "log")
+    setup = make_setup(SYSTEMS[TRANSFORMERS], WORKLOAD, make_files(WORKLOAD, tmp_path), 1)
+    try:
+        family = [psutil.Process(process._process.pid)]
+        while len(family) < 2:
+            family = [family[0], *family[0].children()]
+        with pytest.raises(SystemFailedError, match="no answer within 2 s"):
+            process.load(setup)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
     finally:
         process.close()
 
