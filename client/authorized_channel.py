@@ -12,7 +12,10 @@ def authorized(channel: ChannelT, token: str | None) -> ChannelT:
     """What stubs may be made of in place of `channel`, of grpc or grpc.aio, to send `token` with every call.
 
     Not grpc's call credentials: those refuse a channel without TLS, as to a server on the same machine.
+    Raises ValueError for a token that no header can carry.
     """
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError("a token has printable ASCII characters only, and no spaces")
     return channel if token is None else cast(ChannelT, _AuthorizedChannel(channel, token))
 
 

@@ -45,7 +45,13 @@ def _options(max_attempts: int) -> list[tuple[str, Any]]:
         ("grpc.max_reconnect_backoff_ms", 5000),
     ]
     if max_attempts > 1:
-        options.append(("grpc.service_config", json.dumps(_service_config(max_attempts))))
+        options += [
+            ("grpc.service_config", json.dumps(_service_config(max_attempts))),
+            (
+                "grpc.per_rpc_retry_buffer_size",
+                MAX_MESSAGE_BYTES,
+            ),  # of requests over 256 KiB it would make one try
+        ]
     return options
 
 

@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         with stop_at_once() if name == "serve" else nullcontext():
-            return _command("version" if name == "--version" else name)(arguments[1:])
+            code = _command("version" if name == "--version" else name)(arguments[1:])
+            sys.stdout.flush()
+            return code
     except UsageError as error:
         return _fail(f"fusionserve: {error}", EXIT_USAGE)
     except CommandError as error:
@@ -57,8 +59,16 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader has gone, as `head` does. Without this Python complains once more as it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_FAILED
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        _drop_output()
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"fusionserve: {where}{error.strerror or error}", EXIT_FAILED)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

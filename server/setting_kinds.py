@@ -168,6 +168,23 @@ def parse_target(text: str) -> str:
     return text
 
 
+def parse_text(text: str) -> str:
+    """One that can be sent: a command line and the environment may have bytes that are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it is not UTF-8") from None
+    return text
+
+
+def parse_token(text: str) -> str:
+    """What a header can carry. A secret that is mounted as a variable often ends in a newline."""
+    token = text.strip()
+    if not token or not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError("it is empty, or not printable ASCII without spaces")
+    return token
+
+
 def parse_folder(text: str) -> Path:
     """A folder that exists."""
     folder = Path(text).expanduser()
@@ -220,7 +237,8 @@ def parse_shares(text: str) -> dict[str, float]:
     return shares
 
 
-TEXT = Kind("TEXT", str)
+TEXT = Kind("TEXT", parse_text)
+TOKEN = Kind("TEXT", parse_token)
 NAME = Kind("NAME", str)
 FILE = Kind("FILE", lambda text: Path(text).expanduser())
 NUMBER = Kind("X", parse_number, "{:g}".format)

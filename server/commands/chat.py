@@ -61,8 +61,11 @@ def _exchange(
 
 def _ask() -> str | None:
     """The next line, or None at the end of the input."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        print()
-        return None
+    while True:
+        try:
+            return kinds.parse_text(input("> ").strip())
+        except EOFError:
+            print()
+            return None
+        except ValueError:  # a UnicodeDecodeError is one
+            print("error: the line is not UTF-8", file=sys.stderr)

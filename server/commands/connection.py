@@ -20,7 +20,7 @@ CONNECTION_SETTINGS = (
     ),
     Setting(
         name="token",
-        kind=kinds.TEXT,
+        kind=kinds.TOKEN,
         help="bearer token; better in the environment than here, where other users of the machine see it",
     ),
     Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),

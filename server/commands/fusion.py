@@ -26,13 +26,9 @@ PICTURE = ".png"
 
 def parse_prompt(text: str) -> str:
     """A text that is not empty and can be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it is not UTF-8") from None
     if not text:
         raise ValueError("it is empty")
-    return text
+    return kinds.parse_text(text)
 
 
 def parse_picture(text: str) -> Path | str:

@@ -97,4 +97,7 @@ def _to_shares(members: Sequence[str], row: Sequence[float]) -> str:
 def _read_prompt() -> str:
     if sys.stdin.isatty():
         raise UsageError("no prompt: give --prompt TEXT or pipe one to standard input")
-    return sys.stdin.read()
+    try:
+        return kinds.parse_text(sys.stdin.read())
+    except ValueError:  # a UnicodeDecodeError is one
+        raise UsageError("standard input is not UTF-8") from None

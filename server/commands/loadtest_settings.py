@@ -171,8 +171,8 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     ),
     "server and output": (
         Setting(name="server", kind=kinds.TARGET, help="server to test", default="127.0.0.1:50051"),
-        _setting("token", kinds.TEXT, "bearer token; better in the environment, unseen by others"),
-        _setting("tls-ca", kinds.FILE, "use TLS, and trust the authorities in this file"),
+        Setting(name="token", kind=kinds.TOKEN, help="bearer token; better in the environment"),
+        Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file"),
         _setting("timeout", kinds.SECONDS, "time for each request", None, "as long as it takes"),
         _setting(
             "out", Kind("DIR", parse_report_folder), "folder for report.json, requests.jsonl and the plots"

@@ -6,13 +6,21 @@ import hashlib
 import secrets
 import sys
 
-from fusionserve.server import setting_kinds as kinds
-from fusionserve.server.setting_kinds import choice
+from fusionserve.limits import is_name
+from fusionserve.server.setting_kinds import Kind, choice
 from fusionserve.server.settings import CommandParser, Setting, add_settings, resolve
 
 _BYTES = 32
+
+
+def _parse_name(text: str) -> str:
+    if not is_name(text):
+        raise ValueError("a name is 1 to 63 of a-z 0-9 . _ -")
+    return text
+
+
 _SETTINGS = (
-    Setting(name="name", kind=kinds.NAME, help="whose token it is", default="default"),
+    Setting(name="name", kind=Kind("NAME", _parse_name), help="whose token it is", default="default"),
     Setting(name="role", kind=choice("read", "generate", "admin"), help="what it may do", default="generate"),
 )
 

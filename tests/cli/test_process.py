@@ -77,6 +77,10 @@ def test_version_names_what_it_runs_on() -> None:
         (("serve", "--dtype", "int3"), "fusionserve: --dtype: 'int3' is not one of auto, float32"),
         (("adapters", "list", "--server", ""), "fusionserve: --server: '' names no server"),
         (("adapters",), "fusionserve: the following arguments are required: ACTION"),
+        (("generate", "--prompt", "caf\udce9"), "fusionserve: --prompt: it is not UTF-8"),
+        (("generate", "--token", "a b"), "fusionserve: --token: it is empty, or not printable ASCII"),
+        (("token", "--name", "Team-B"), "fusionserve: --name: a name is 1 to 63 of a-z 0-9 . _ -"),
+        (("token", "--name", 'a"b'), "fusionserve: --name: a name is 1 to 63 of a-z 0-9 . _ -"),
     ],
 )
 def test_wrong_command_lines_exit_with_2_and_one_line(argv: tuple[str, ...], reason: str) -> None:
@@ -109,6 +113,21 @@ def test_no_server_exits_with_1() -> None:
     done = fusionserve("generate", "--prompt", "x", "--server", "127.0.0.1:1")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: UNAVAILABLE")
+
+
+def test_input_that_is_no_text_exits_with_2() -> None:
+    command = (*FUSIONSERVE, "generate", "--server", "127.0.0.1:1")
+    done = subprocess.run(command, input=b"caf\xe9", env=ENVIRONMENT, capture_output=True, timeout=30)
+    assert (done.returncode, done.stderr) == (2, b"fusionserve: standard input is not UTF-8\n")
+
+
+def test_output_that_cannot_be_written_exits_with_1_and_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            (*FUSIONSERVE, "token"), stdout=full, stderr=subprocess.PIPE, text=True, timeout=30
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[1:] == ["fusionserve: No space left on device"]  # behind the token
 
 
 def test_closed_pipe_is_no_error_message() -> None:

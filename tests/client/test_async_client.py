@@ -209,15 +209,22 @@ async def test_timeout_ends_the_call(served: Served, client: AsyncClient) -> Non
     await until_idle(served)
 
 
-async def test_retries_when_asked_to(served: Served) -> None:
+@pytest.mark.parametrize("prompt", ["x", "x" * (1 << 20)], ids=len)
+async def test_retries_when_asked_to(served: Served, prompt: str) -> None:
     address = str(served.app.grpc_address)
     full = engine_errors.CapacityError("full", retry_after_s=0.05)
     async with AsyncClient(address) as once, AsyncClient(address, max_attempts=3) as patient:
         served.engine.error = full
         with pytest.raises(ResourceExhaustedError):
-            await once.generate("x")
+            await once.generate(prompt)
         served.engine.error = full
-        assert (await patient.generate("x")).text
+        assert (await patient.generate(prompt)).text
+
+
+@pytest.mark.parametrize("token", ["a\n", "a b", "é"])
+async def test_token_that_no_header_carries_is_no_servers_fault(token: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII"):
+        AsyncClient("127.0.0.1:1", token=token)
 
 
 async def test_wait_ready_waits_for_the_engine() -> None:

@@ -109,7 +109,7 @@ def test_load_test_brings_its_token_and_tells_nobody(server: ServerProcess, tmp_
     command = [FUSIONSERVE, "loadtest", "--server", server.grpc, "--requests", "4", "--out", str(tmp_path)]
     done = subprocess.run(
         command,
-        env=os.environ | {"FUSIONSERVE_LOADTEST_TOKEN": SECRETS["team-a"]},
+        env=os.environ | {"FUSIONSERVE_TOKEN": SECRETS["team-a"]},
         capture_output=True,
         text=True,
         timeout=60,
