@@ -49,9 +49,9 @@ class BaseModule:
         return (self.d_out, self.d_in)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModules:
-    """What adapters are checked against; immutable and independent of the live module tree, so it may key plans.
+    """What adapters are checked against; immutable and independent of the live module tree.
 
     `model_name` is the served name, `checkpoint_name` the last part of the checkpoint's directory or hub id;
     either may be empty. `is_tied` says that embedding and head are one tensor in the base.
@@ -65,6 +65,10 @@ class BaseModules:
     is_tied: bool
     by_path: Mapping[str, BaseModule]
     fingerprint: str = ""  # of the base's weights, see base_fingerprint.py
+
+    def __hash__(self) -> int:
+        """Of what tells bases apart, for plans are kept by it; a mapping has no hash of its own."""
+        return hash((self.model_name, self.checkpoint_name, self.fingerprint))
 
     @property
     def embedding(self) -> BaseModule | None:

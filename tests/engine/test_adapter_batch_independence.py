@@ -26,6 +26,7 @@ from served_adapters import (
 
 from fusionserve import metrics
 from fusionserve.generation import Adaptation, GenerateParams, OutputOptions, SamplingParams
+from fusionserve.kernels.native_library import native_library
 
 pytestmark = pytest.mark.gpu
 
@@ -87,7 +88,7 @@ async def test_dora_beside_a_request_leaves_its_bits(model: Path, tmp_path: Path
             await until(lambda: len(engine._streams) == 2)
         beside, _ = await both
     found, expected = (outcome.finished.candidates[0].logprobs for outcome in (beside, alone))
-    if torch.cuda.is_available():  # whose libraries multiply one row otherwise than two
+    if torch.cuda.is_available() or native_library() is None:  # libraries multiply one row otherwise than two
         allowed = 1e-4 if dtype == "float32" else 0.05
         assert [each.chosen.logprob for each in found] == pytest.approx(
             [each.chosen.logprob for each in expected], abs=allowed
