@@ -80,6 +80,11 @@ class BaseModules:
         """The LM head."""
         return self._first(ModuleKind.LM_HEAD)
 
+    @property
+    def vocabulary_paths(self) -> tuple[str, ...]:
+        """Of the input embedding and the LM head."""
+        return tuple(path for path, module in self.by_path.items() if module.is_vocabulary)
+
     def _first(self, kind: ModuleKind) -> BaseModule | None:
         return next((module for module in self.by_path.values() if module.kind is kind), None)
 

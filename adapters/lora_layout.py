@@ -76,14 +76,19 @@ def _to_copy(
 ) -> Copy | None:
     """A as it is, B and its bias times the scaling; None for what are no rank rows."""
     path, role = plan.places[spec.name]
-    if role not in (TensorRole.SHRINK, TensorRole.EXPAND, TensorRole.BIAS):
+    if path not in places:
         return None
     module, place = plan.modules[path], places[path]
-    start, rows, columns, scale = place.shrink, module.rank * module.module.d_in, 1, 1.0
-    if role is not TensorRole.SHRINK:
-        start, rows, columns, scale = place.expand, module.module.d_out, module.rank, module.scaling
-    if role is TensorRole.BIAS:
-        start, columns = start + module.rank * module.module.d_out, 1
+    rank, d_in, d_out = module.rank, module.module.d_in, module.module.d_out
+    match role:
+        case TensorRole.SHRINK:
+            start, rows, columns, scale = place.shrink, rank * d_in, 1, 1.0
+        case TensorRole.EXPAND:
+            start, rows, columns, scale = place.expand, d_out, rank, module.scaling
+        case TensorRole.BIAS:
+            start, rows, columns, scale = place.expand + rank * d_out, d_out, 1, module.scaling
+        case _:
+            return None
     return Copy(
         source=spec.start - block_start,
         target=start * dtype.itemsize,

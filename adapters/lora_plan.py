@@ -135,10 +135,9 @@ def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> L
 
 def _find_modules_to_save(config: LoRAConfig, base: BaseModules) -> dict[str, str]:
     """The names in modules_to_save by the path each stands for; PEFT compares the end of the path."""
-    whole = [module.path for module in (base.embedding, base.lm_head) if module is not None]
     found: dict[str, str] = {}
     for name in config.modules_to_save:
-        paths = [path for path in whole if path.endswith(name)]
+        paths = [path for path in base.vocabulary_paths if path.endswith(name)]
         if not paths:
             raise unsupported(f"modules_to_save {quoted(name)}; only the LM head and the input embedding are")
         found |= dict.fromkeys(paths, name)
@@ -148,7 +147,7 @@ def _find_modules_to_save(config: LoRAConfig, base: BaseModules) -> dict[str, st
 def _with_tied(declared: Mapping[str, str], config: LoRAConfig, base: BaseModules) -> set[str]:
     """With ensure_weight_tying PEFT saves embedding and head though only one of them is named."""
     if declared and config.ensure_weight_tying and base.is_tied:
-        return {module.path for module in (base.embedding, base.lm_head) if module is not None}
+        return set(base.vocabulary_paths)
     return set(declared)
 
 
@@ -220,9 +219,8 @@ def _check_tied(changed: Collection[str], config: LoRAConfig, base: BaseModules)
     """With ensure_weight_tying a tied embedding and head are changed alike, so PEFT writes both."""
     if not (config.ensure_weight_tying and base.is_tied):
         return
-    tied = [module.path for module in (base.embedding, base.lm_head) if module is not None]
-    missing = [path for path in tied if path not in changed]
-    if missing and len(missing) < len(tied):
+    missing = [path for path in base.vocabulary_paths if path not in changed]
+    if missing and len(missing) < len(base.vocabulary_paths):
         raise ArtifactError(
             f"ensure_weight_tying changes {quoted(missing[0])} as well, but the weights file does not have it",
             reason="TENSOR_MISSING",

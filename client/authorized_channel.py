@@ -14,9 +14,14 @@ def authorized(channel: ChannelT, token: str | None) -> ChannelT:
     Not grpc's call credentials: those refuse a channel without TLS, as to a server on the same machine.
     Raises ValueError for a token that no header can carry.
     """
-    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError("a token has printable ASCII characters only, and no spaces")
-    return channel if token is None else cast(ChannelT, _AuthorizedChannel(channel, token))
+    return channel if token is None else cast(ChannelT, _AuthorizedChannel(channel, checked_token(token)))
+
+
+def checked_token(token: str) -> str:
+    """The token. Raises ValueError if no header can carry it."""
+    if not token or " " in token or not (token.isascii() and token.isprintable()):
+        raise ValueError("a token has printable ASCII characters only, no spaces, and at least one")
+    return token
 
 
 class _AuthorizedChannel:

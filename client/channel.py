@@ -47,10 +47,8 @@ def _options(max_attempts: int) -> list[tuple[str, Any]]:
     if max_attempts > 1:
         options += [
             ("grpc.service_config", json.dumps(_service_config(max_attempts))),
-            (
-                "grpc.per_rpc_retry_buffer_size",
-                MAX_MESSAGE_BYTES,
-            ),  # of requests over 256 KiB it would make one try
+            # Of requests over 256 KiB it would else make one try.
+            ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         ]
     return options
 

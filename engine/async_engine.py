@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager, suppress
+from functools import cached_property
 from itertools import count
 
 from fusionserve.adapter_status import AdapterStatus, FusionStatus
@@ -57,9 +58,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_WAITING_CALLS = 64  # to tokenize, and to load
 _LAST_WORDS_S = 1.0
-_MAX_WORKERS = (
-    16  # threads; more than those that can hang on the disks of adapters and fusions, of which there are six
-)
+_MAX_WORKERS = 16  # threads; on the disks of adapters and fusions six can hang
 
 
 class AsyncEngine:
@@ -169,6 +168,11 @@ class AsyncEngine:
 
     def model_info(self) -> ModelInfo:
         """The base model and the engine's limits."""
+        return self._model_info
+
+    @cached_property
+    def _model_info(self) -> ModelInfo:
+        """It stays the same, and counting the weights takes a look at each."""
         config, base = self._config, self._base
         return ModelInfo(
             name=config.model_name,

@@ -185,8 +185,9 @@ def can_be_recorded(base: BaseModel) -> bool:
     The experts of transformers multiply with torch's `grouped_mm`, which reads the groups' sizes on the host unless all
     is in bfloat16.
     """
-    has_experts = any(parameter.dim() == 3 for parameter in base.model.parameters())
-    return base.device.type == "cuda" and (base.dtype is torch.bfloat16 or not has_experts)
+    if base.device.type != "cuda" or base.dtype is torch.bfloat16:
+        return base.device.type == "cuda"
+    return not any(parameter.dim() == 3 for parameter in base.model.parameters())  # experts
 
 
 class _Graph:

@@ -45,13 +45,13 @@ def server_process(flags: Flags, log: TextIO | None = None) -> Iterator[ServerPr
     command = [str(Path(sys.executable).with_name("fusionserve")), "serve"]
     command += [text for flag, value in flags.items() for text in (flag, str(value))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    _end_on_sigterm()
     try:
-        assert process.stdout is not None
-        ready = process.stdout.readline().split()
-        if not ready:
-            raise SystemExit("the server did not start")
-        yield ServerProcess(process, ready[1].removeprefix("grpc="), ready[2].removeprefix("metrics="))
+        with _ended_by_sigterm():
+            assert process.stdout is not None
+            ready = process.stdout.readline().split()
+            if not ready:
+                raise SystemExit("the server did not start")
+            yield ServerProcess(process, ready[1].removeprefix("grpc="), ready[2].removeprefix("metrics="))
     finally:
         process.terminate()
         try:
@@ -63,10 +63,17 @@ def server_process(flags: Flags, log: TextIO | None = None) -> Iterator[ServerPr
             process.stdout.close()
 
 
-def _end_on_sigterm() -> None:
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
     """Has a measurement that is told to end do so by an exception, so that it stops its server on the way."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def process_memory(process_id: int) -> dict[str, float]:

@@ -177,14 +177,6 @@ def parse_text(text: str) -> str:
     return text
 
 
-def parse_token(text: str) -> str:
-    """What a header can carry. A secret that is mounted as a variable often ends in a newline."""
-    token = text.strip()
-    if not token or not (token.isascii() and token.isprintable()) or " " in token:
-        raise ValueError("it is empty, or not printable ASCII without spaces")
-    return token
-
-
 def parse_folder(text: str) -> Path:
     """A folder that exists."""
     folder = Path(text).expanduser()
@@ -238,7 +230,6 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 TEXT = Kind("TEXT", parse_text)
-TOKEN = Kind("TEXT", parse_token)
 NAME = Kind("NAME", str)
 FILE = Kind("FILE", lambda text: Path(text).expanduser())
 NUMBER = Kind("X", parse_number, "{:g}".format)

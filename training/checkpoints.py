@@ -28,7 +28,9 @@ def mark_complete(checkpoint: Path, seconds: float) -> None:
 def remove_older(work_dir: Path, best: Path | None) -> None:
     """Leaves two complete checkpoints, the newest and the best or the one before; what goes no longer counts first."""
     complete = [path for path in _checkpoints_in(work_dir) if (path / _MARKER).is_file()]
-    kept = {complete[-1], best if best in complete[:-1] else complete[-2]} if len(complete) > 1 else complete
+    if len(complete) < 3:
+        return
+    kept = complete[-1], best if best in complete[:-1] else complete[-2]
     for path in complete:
         if path not in kept:
             (path / _MARKER).unlink()

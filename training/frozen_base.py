@@ -36,6 +36,12 @@ class FrozenBase:
     name: str  # how an artifact names it: without folders
     modules: BaseModules
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text it reads; None if it does not say."""
+        most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return most
+
 
 def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") -> FrozenBase:
     """Loads a folder, a hub id, or with None the embedded base. Raises TrainingError if it cannot be had."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,22 +116,20 @@ def _read(placed: PlacedFusion, text: str, number: int) -> InspectedText:
     model = placed.base.model
     model.eval()  # type: ignore[no-untyped-call]
     ids = torch.tensor([token_ids], device=model.device)
-    model(input_ids=ids, use_cache=False, **_few_logits(placed))
+    model(input_ids=ids, use_cache=False, logits_to_keep=_num_logits(placed))
     weights = torch.stack(list(placed.fusion.weights.values())).double()
     mean_entropy = max(0.0, float(entropy(weights).mean()))  # of a single member it is rounded to -0
     return InspectedText(text, token_ids, texts, weights.cpu().numpy(), mean_entropy)
 
 
-def _few_logits(placed: PlacedFusion) -> dict[str, int]:
-    """Nobody reads logits, and there would be a vocabulary of them per token; an attention at the head sees all."""
+def _num_logits(placed: PlacedFusion) -> int:
+    """Tokens with logits, a vocabulary each, which nobody reads: one; an attention at the head sees all, which 0 is."""
     head = placed.base.modules.lm_head
-    attends_at_head = head is not None and head.path in placed.fusion.attention_paths
-    can_leave_out = "logits_to_keep" in inspect.signature(placed.base.model.forward).parameters
-    return {"logits_to_keep": 1} if can_leave_out and not attends_at_head else {}
+    return 0 if head is not None and head.path in placed.fusion.attention_paths else 1
 
 
 def _check_length(base: FrozenBase, num_tokens: int, number: int) -> None:
-    most = getattr(base.model.config, "max_position_embeddings", None)
+    most = base.max_tokens
     if num_tokens == 0:
         raise InvalidRequestError(f"prompt {number} has no tokens", field="prompt")
     if most is not None and num_tokens > most:

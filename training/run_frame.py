@@ -90,7 +90,7 @@ class RunFrame:
 
 
 def _check_length(base: FrozenBase, data: TrainingData) -> None:
-    most = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    most = base.max_tokens
     longest = max((int(row.positions.max()) + 1 for row in (*data.train, *data.held_out)), default=0)
     if most is not None and longest > most:
         raise TrainingError(f"an example has {longest} tokens; {base.name} reads {most}: lower --max-tokens")

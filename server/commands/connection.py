@@ -9,9 +9,14 @@ from pathlib import Path
 import grpc
 
 from fusionserve.client import Client, ClientError
+from fusionserve.client.authorized_channel import checked_token
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import FailedCallError, UsageError
+from fusionserve.server.setting_kinds import Kind
 from fusionserve.server.settings import Setting, Values
+
+# A secret that is mounted as a variable often ends in a newline.
+TOKEN = Kind("TEXT", lambda text: checked_token(text.strip()))
 
 CONNECTION_SETTINGS = (
     Setting(name="server", kind=kinds.TARGET, help="server to call", default="127.0.0.1:50051"),
@@ -20,7 +25,7 @@ CONNECTION_SETTINGS = (
     ),
     Setting(
         name="token",
-        kind=kinds.TOKEN,
+        kind=TOKEN,
         help="bearer token; better in the environment than here, where other users of the machine see it",
     ),
     Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),

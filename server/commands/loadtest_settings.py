@@ -11,6 +11,7 @@ from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_TEMPERATURE, is_name
 from fusionserve.loadtest_config import KINDS, LoadConfig, ServerAccess, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
+from fusionserve.server.commands.connection import TOKEN
 from fusionserve.server.setting_kinds import Kind, integer
 from fusionserve.server.settings import Setting, Values, config_setting
 
@@ -171,7 +172,7 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     ),
     "server and output": (
         Setting(name="server", kind=kinds.TARGET, help="server to test", default="127.0.0.1:50051"),
-        Setting(name="token", kind=kinds.TOKEN, help="bearer token; better in the environment"),
+        Setting(name="token", kind=TOKEN, help="bearer token; better in the environment"),
         Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file"),
         _setting("timeout", kinds.SECONDS, "time for each request", None, "as long as it takes"),
         _setting(

@@ -82,6 +82,8 @@ def test_fingerprint_is_the_same_in_every_type(stored: torch.dtype, prefix: str,
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON)).to(stored)
     model.model.embed_tokens.weight.data *= 0.01
+    model.save_pretrained(tmp_path / "parts", max_shard_size="4KB")
+    assert (tmp_path / "parts" / "model.safetensors.index.json").is_file()
     model.save_pretrained(tmp_path)
     found = {
         describe_base_modules(
@@ -90,9 +92,14 @@ def test_fingerprint_is_the_same_in_every_type(stored: torch.dtype, prefix: str,
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     assert found == {describe_base_modules(model).fingerprint}
+    in_parts = AutoModelForCausalLM.from_pretrained(tmp_path / "parts", dtype=torch.float16)
+    assert {describe_base_modules(in_parts, directory=tmp_path / "parts").fingerprint} == found
     file = tmp_path / "model.safetensors"
     save_file({name.replace("model.", prefix, 1): t for name, t in load_file(file).items()}, file)
     model = model.to(torch.float16)
+    for stray in ("consolidated.safetensors", "adapter_model.safetensors"):  # not what transformers reads
+        save_file({name: torch.zeros_like(t) for name, t in load_file(file).items()}, tmp_path / stray)
+    (tmp_path / "zz.safetensors").write_bytes(b"no such file")
     assert {describe_base_modules(model, directory=tmp_path).fingerprint} == found
     assert describe_base_modules(model).fingerprint not in found
 

@@ -78,7 +78,7 @@ def test_version_names_what_it_runs_on() -> None:
         (("adapters", "list", "--server", ""), "fusionserve: --server: '' names no server"),
         (("adapters",), "fusionserve: the following arguments are required: ACTION"),
         (("generate", "--prompt", "caf\udce9"), "fusionserve: --prompt: it is not UTF-8"),
-        (("generate", "--token", "a b"), "fusionserve: --token: it is empty, or not printable ASCII"),
+        (("generate", "--token", "a b"), "fusionserve: --token: a token has printable ASCII characters only"),
         (("token", "--name", "Team-B"), "fusionserve: --name: a name is 1 to 63 of a-z 0-9 . _ -"),
         (("token", "--name", 'a"b'), "fusionserve: --name: a name is 1 to 63 of a-z 0-9 . _ -"),
     ],

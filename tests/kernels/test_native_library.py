@@ -67,6 +67,7 @@ def test_sources_compile_for_other_processors(processor: str) -> None:
 def test_folder_that_goes_as_one_looks_is_left_to_whose_it_is(tmp_path: Path) -> None:
     (tmp_path / "build-of-another").symlink_to("nowhere")
     native_library._remove_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["build-of-another"]
 
 
 def test_library_is_built_once_and_kept(built: Built) -> None:
