@@ -26,6 +26,16 @@ PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_MAGNITUDE = 1e6
 
 
+def pageable_memory(num_bytes: int) -> Tensor:
+    """As torch allocates it."""
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def pinned_memory(num_bytes: int) -> Tensor:
+    """For a pool on a GPU, which copies from it while the host goes on."""
+    return pageable_memory(num_bytes).pin_memory()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPolicy:
     """What the server asks of every adapter it loads."""
@@ -33,7 +43,7 @@ class LoadPolicy:
     dtype: torch.dtype  # the one the adapter pool computes in
     max_rank: int  # rank rows in one module
     allow_base_mismatch: bool = False
-    pins_rows: bool = False  # for a pool on a GPU
+    new_memory: Callable[[int], Tensor] = pageable_memory  # uint8 [bytes], for its rank rows
 
 
 def load_lora_weights(
@@ -109,8 +119,7 @@ class _Assembly:
         self._base_step = base_step
         self._base_weight = base_weight
         self._plan, self._layout = plan, layout
-        rows = torch.empty(layout.num_numbers, dtype=policy.dtype)
-        self._rows = rows.pin_memory() if policy.pins_rows else rows
+        self._rows = policy.new_memory(layout.num_numbers * policy.dtype.itemsize).view(policy.dtype)
         self._modules = {path: self._place(path, module) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from fusionserve.adapters.adapter import AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.dora import column_scales
-from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights, pinned_memory
+from fusionserve.adapters.spare_memory import SpareMemory
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
+
+_MOST_SPARE = 8  # parts of the host budget: what the next load takes comes on top of it
 
 
 class AdapterLoader:
@@ -16,11 +19,12 @@ class AdapterLoader:
     def __init__(self, config: EngineConfig, base: BaseModel) -> None:
         self._base = base
         self._budget_bytes = config.adapter_host_bytes
+        self._spare = SpareMemory(config.adapter_host_bytes // _MOST_SPARE)
         self._policy = LoadPolicy(
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
-            pins_rows=base.device.type == "cuda",
+            new_memory=pinned_memory if base.device.type == "cuda" else self._spare.take,
         )
 
     def load(self, directory: ArtifactDirectory) -> AdapterContent:
@@ -38,4 +42,5 @@ class AdapterLoader:
             base_step=base.base_step,
         )
         base.pool.prepare(weights.modules)
+        self._spare.refill_soon()
         return AdapterContent(weights, column_scales(weights, base.base_weight))

@@ -30,7 +30,7 @@ from lora_files import (
 from pinned_memory import count_pinned, is_pinned
 from torch import Tensor
 
-from fusionserve.adapters.lora_loader import WEIGHTS_FILE
+from fusionserve.adapters.lora_loader import WEIGHTS_FILE, pinned_memory
 from fusionserve.errors import ArtifactError, CapacityError, FusionServeError
 
 A = f"{PREFIX}{Q_PROJ}.lora_A.weight"
@@ -100,7 +100,7 @@ def test_rank_rows_lie_in_pinned_memory_for_a_pool_on_a_gpu(
     pinned = count_pinned(monkeypatch)
     expected = load_directory(directory)
     assert not pinned
-    weights = load_directory(directory, pins_rows=True)
+    weights = load_directory(directory, new_memory=pinned_memory)
     assert weights.nbytes == expected.nbytes
     for path, lora in weights.modules.items():
         for name in ("shrink", "expand", "shrink_bias"):
@@ -297,3 +297,15 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     refusal_of(directory)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_memory_of_another_adapter_leaves_no_trace(tmp_path: Path) -> None:
+    """Whatever was there before is overwritten, between its parts, too, as far as anybody reads."""
+    config = make_config(lora_bias=True)
+    directory = write_adapter(tmp_path, config=config, tensors={**PAIR, BIAS: ONES})
+    expected = load_directory(directory)
+    weights = load_directory(directory, new_memory=lambda num_bytes: torch.full((num_bytes,), 0xFF).byte())
+    for path, module in expected.modules.items():
+        for name in ("shrink", "expand", "shrink_bias"):
+            found, wanted = getattr(weights.modules[path], name), getattr(module, name)
+            assert found is wanted is None or torch.equal(found, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
-from fusionserve.adapters.lora_loader import WEIGHTS_FILE, LoadPolicy, load_lora_weights
+from fusionserve.adapters.lora_loader import WEIGHTS_FILE, LoadPolicy, load_lora_weights, pageable_memory
 from fusionserve.adapters.lora_weights import LoRAWeights
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,7 +103,7 @@ def load_directory(
     budget_bytes: int = 1 << 30,
     model: nn.Module | None = None,
     allow_base_mismatch: bool = False,
-    pins_rows: bool = False,
+    new_memory: Callable[[int], Tensor] = pageable_memory,
 ) -> LoRAWeights:
     """The loader with roomy limits; base weights come from `model`."""
 
@@ -114,7 +114,7 @@ def load_directory(
         return weight
 
     policy = LoadPolicy(
-        dtype=dtype, max_rank=max_rank, allow_base_mismatch=allow_base_mismatch, pins_rows=pins_rows
+        dtype=dtype, max_rank=max_rank, allow_base_mismatch=allow_base_mismatch, new_memory=new_memory
     )
     with open_directory(directory) as opened:
         return load_lora_weights(
