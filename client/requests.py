@@ -64,6 +64,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     fusion_weights: Literal["mean", "per_token", "per_module"] | None
+    stream_interval: int | None  # tokens in a chunk, at least
     num_candidates: int | None
     priority: int | None
     cache_salt: str | None

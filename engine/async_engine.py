@@ -144,7 +144,7 @@ class AsyncEngine:
         self._refuse_unless_open(params)
         with self._open.opened(params), ExitStack() as held:
             generation = await self._admit(params, held)
-            stream = self._streams[generation] = GenerationStream()
+            stream = self._streams[generation] = GenerationStream(params.output.stream_interval)
             self._thread.post(lambda engine: engine.add(generation))
             try:
                 async for event in stream.events():

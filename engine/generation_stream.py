@@ -12,9 +12,14 @@ from fusionserve.generation import GenerationChunk, GenerationEvent, GenerationF
 
 
 class GenerationStream:
-    """Takes events from the engine and gives them to one reader; chunks that the reader was too slow for are joined."""
+    """Takes events from the engine and gives them to one reader; chunks that the reader was too slow for are joined.
 
-    def __init__(self) -> None:
+    So are those with less than `interval` tokens, except a candidate's first one and whatever comes before the end.
+    """
+
+    def __init__(self, interval: int = 1) -> None:
+        self._interval = interval
+        self._begun: set[int] = set()  # candidates that had a chunk
         self._pending: deque[GenerationEvent | FusionServeError] = deque()
         self._arrived = asyncio.Event()
 
@@ -23,7 +28,8 @@ class GenerationStream:
         if isinstance(event, GenerationChunk):
             event = self._join_pending(event)
         self._pending.append(event)
-        self._arrived.set()
+        if not isinstance(event, GenerationChunk) or self._is_due(event):
+            self._arrived.set()
 
     async def events(self) -> AsyncIterator[GenerationEvent]:
         """Yields events up to the finished one; raises the error that ended the request instead, if there is one."""
@@ -37,6 +43,11 @@ class GenerationStream:
             yield event
             if isinstance(event, GenerationFinished):
                 return
+
+    def _is_due(self, chunk: GenerationChunk) -> bool:
+        is_first = chunk.candidate_index not in self._begun
+        self._begun.add(chunk.candidate_index)
+        return is_first or len(chunk.token_ids) >= self._interval
 
     def _join_pending(self, chunk: GenerationChunk) -> GenerationChunk:
         """Takes an unread chunk of the same candidate out of the queue and puts `chunk` behind it."""

@@ -115,11 +115,15 @@ class FusionWeightDetail(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputOptions:
-    """What is reported besides text: None is nothing, 0 the chosen token only, N also the N most likely ones."""
+    """What is reported besides text: None is nothing, 0 the chosen token only, N also the N most likely ones.
+
+    A chunk has `stream_interval` tokens of its candidate, or more; its first and last ones do not wait for that.
+    """
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     fusion_weights: FusionWeightDetail = FusionWeightDetail.NONE
+    stream_interval: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

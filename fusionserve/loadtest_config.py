@@ -129,6 +129,7 @@ class LoadConfig:
     prompt_file: Path | None = None  # its lines are the prompts, instead of random token ids
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
+    stream_interval: int = 1  # tokens in a message, at least
     service_levels: ServiceLevels = ServiceLevels()
 
     @property

@@ -26,6 +26,7 @@ class PlannedRequest:
     output_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    stream_interval: int = 1
 
     def options(self, cache_salt: str) -> GenerateOptions:
         """What the client sends besides the prompt: as many tokens as planned, drawn by a seed of its own.
@@ -38,6 +39,7 @@ class PlannedRequest:
             seed=self.index,
             max_new_tokens=self.output_tokens,
             ignore_eos=True,
+            stream_interval=self.stream_interval,
             cache_salt=cache_salt,
         )
         if self.kind == LORA:
@@ -100,6 +102,7 @@ def _plan(config: LoadConfig, catalog: Catalog, source: _PromptSource) -> Iterat
             output_tokens=config.output_lengths.draw(outputs),
             temperature=config.temperature,
             top_p=config.top_p,
+            stream_interval=config.stream_interval,
         )
 
 

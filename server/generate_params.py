@@ -202,8 +202,9 @@ def _to_time_limit_s(stopping: inference_pb2.StoppingCriteria) -> float | None:
 def _to_output(request: inference_pb2.GenerateRequest) -> OutputOptions:
     given = {field.name: value for field, value in request.output.ListFields()}
     given.pop("fusion_weights", None)
-    for name, count in given.items():
-        checks.check_between(f"output.{name}", count, 0, limits.MAX_LOGPROBS)
+    ranges = {"stream_interval": (1, limits.MAX_STREAM_INTERVAL)}
+    for name, number in given.items():
+        checks.check_between(f"output.{name}", number, *ranges.get(name, (0, limits.MAX_LOGPROBS)))
     return OutputOptions(**given, fusion_weights=_to_fusion_weights(request))
 
 

@@ -79,7 +79,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def config_setting(env_prefix: str = "FUSIONSERVE_") -> Setting:
     """The setting that names the configuration file."""
-    text = "YAML file whose keys are the names of these flags, without the dashes in front"
+    text = "YAML file with these names as keys"
     return Setting(name="config", kind=setting_kinds.FILE, help=text, env_prefix=env_prefix)
 
 

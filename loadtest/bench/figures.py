@@ -16,6 +16,7 @@ from fusionserve.loadtest.bench.systems import (
     OURS_INT4,
     OURS_INT8,
     OURS_WIRE,
+    OURS_WIRE_BY_4,
     PEFT,
     TRANSFORMERS,
     VLLM,
@@ -85,6 +86,8 @@ RATIOS = (
     Ratio("int8 mixed / int8 base", (OURS_INT8, MIXED), (OURS_INT8, BASE), {}),
     Ratio("gRPC / in process, base", (OURS_WIRE, BASE), (OURS, BASE), {"W1": 0.95}),
     Ratio("gRPC / in process, mixed", (OURS_WIRE, MIXED), (OURS, MIXED), {"W1": 0.95}),
+    Ratio("gRPC by 4 tokens / in process, base", (OURS_WIRE_BY_4, BASE), (OURS, BASE)),
+    Ratio("gRPC by 4 tokens / in process, mixed", (OURS_WIRE_BY_4, MIXED), (OURS, MIXED)),
 )
 
 

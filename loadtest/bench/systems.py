@@ -18,6 +18,7 @@ OURS_BARE = "ours-no-adapters"
 OURS_INT8 = "ours-int8"
 OURS_INT4 = "ours-int4"
 OURS_WIRE = "ours-grpc"
+OURS_WIRE_BY_4 = "ours-grpc-by-4"
 TRANSFORMERS = "transformers"
 PEFT = "peft"
 VLLM = "vllm"
@@ -99,6 +100,7 @@ SYSTEMS = {
             for name, bits in ((OURS_INT8, "int8"), (OURS_INT4, "int4"))
         ),
         System(name=OURS_WIRE, driver="wire", kinds=(BASE, MIXED, FUSION, SAMPLED)),
+        System(name=OURS_WIRE_BY_4, driver="wire", kinds=(BASE, MIXED), options={"stream_interval": "4"}),
         System(name=TRANSFORMERS, driver="hugging_face", kinds=(BASE, SAMPLED), options={"peft": "no"}),
         System(name=PEFT, driver="hugging_face", kinds=(MIXED,), options={"peft": "yes"}),
         System(

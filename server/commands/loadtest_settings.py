@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_TEMPERATURE, is_name
+from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_STREAM_INTERVAL, MAX_TEMPERATURE, is_name
 from fusionserve.loadtest_config import KINDS, LoadConfig, ServerAccess, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
@@ -163,6 +163,12 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
             "draw from the tokens that sum to this probability",
             DEFAULTS["top_p"],
         ),
+        _setting(
+            "stream-interval",
+            integer(1, MAX_STREAM_INTERVAL),
+            "tokens in a message, at least",
+            DEFAULTS["stream_interval"],
+        ),
     ),
     "service levels, for goodput": (
         _setting("slo-ttft", kinds.SECONDS, "time to first token, at most"),
@@ -228,6 +234,7 @@ def to_load_config(values: Values) -> LoadConfig:
         prompt_file=values["prompt-file"],
         temperature=values["temperature"],
         top_p=values["top-p"],
+        stream_interval=values["stream-interval"],
         service_levels=ServiceLevels(
             ttft_s=values["slo-ttft"],
             itl_s=values["slo-itl"],

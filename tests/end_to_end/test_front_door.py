@@ -60,6 +60,24 @@ def test_stream_is_the_generation_in_pieces(client: Client) -> None:
     assert last.adaptation.members[0].digest == client.adapters.get("perl").digest
 
 
+def test_a_stream_by_several_tokens_has_as_few_messages(client: Client) -> None:
+    """With what goes with each token, and for every candidate."""
+    options = {**SEEDED, "num_candidates": 2, "logprobs": 1}
+    expected = client.generate("sub new {", **options).candidates
+    *earlier, last = client.stream("sub new {", stream_interval=10, **options)
+    assert isinstance(last, Generation)
+    assert last.candidates == expected
+    for candidate in expected:
+        chunks = [
+            each for each in earlier if isinstance(each, GenerationChunk) and each.index == candidate.index
+        ]
+        assert len(chunks[0].token_ids) < 10
+        assert len(chunks) <= 5, "the first, two of ten, what the other candidate took with it, the last"
+        assert "".join(each.text for each in chunks) == candidate.text
+        for name in ("token_ids", "logprobs"):
+            assert sum((getattr(each, name) for each in chunks), ()) == getattr(candidate, name)
+
+
 def test_reload_and_unload_leave_other_streams_alone(client: Client) -> None:
     expected = client.generate("The", **LONG).candidates
     client.generate("The", adapter="spanish", **GREEDY)

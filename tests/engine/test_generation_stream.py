@@ -90,6 +90,43 @@ async def test_equal_chunks_of_two_candidates_stay_apart() -> None:
     assert first.token_ids == second.token_ids == (7, 7)
 
 
+async def test_chunks_have_as_many_tokens_as_asked_for() -> None:
+    """A candidate's first token comes at once, the last ones with the end, and nothing is lost or told twice."""
+    stream = GenerationStream(4)
+    told: list[tuple[int, ...]] = []
+
+    async def read() -> None:
+        async for event in stream.events():
+            if isinstance(event, GenerationChunk):
+                told.append(event.token_ids)
+
+    reader = asyncio.create_task(read())
+    for event in (STARTED, *(make_chunk(0, token_id) for token_id in range(11)), FINISHED):
+        stream.push(event)
+        for _ in range(3):
+            await asyncio.sleep(0)
+    await asyncio.wait_for(reader, 5)
+    assert told == [(0,), (1, 2, 3, 4), (5, 6, 7, 8), (9, 10)]
+
+
+async def test_first_token_of_every_candidate_comes_at_once() -> None:
+    stream = GenerationStream(100)
+    async with aclosing(stream.events()) as events:
+        for index in (0, 1):
+            stream.push(make_chunk(index, 7))
+            assert await asyncio.wait_for(anext(events), 5) == make_chunk(index, 7)
+        stream.push(make_chunk(0, 8))
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        stream.push(DeadlineError("too late"))
+        assert await asyncio.wait_for(waiting, 5) == make_chunk(0, 8), (
+            "an error does not take what came before"
+        )
+        with pytest.raises(DeadlineError):
+            await asyncio.wait_for(anext(events), 5)
+
+
 async def test_queue_of_a_reader_that_never_reads_stays_bounded() -> None:
     stream = GenerationStream()
     stream.push(STARTED)

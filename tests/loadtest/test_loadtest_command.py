@@ -40,7 +40,7 @@ def test_every_flag_reaches_the_run(tmp_path: Path) -> None:
         "--mix": "base=1,lora=0.5", "--adapters": "a,b", "--fusions": "f", "--zipf": 1.1, "--blend-size": 3,
         "--prompt-file": prompts, "--output-tokens": "lognormal:20:0.5:99", "--slo-ttft": "300ms",
         "--slo-itl": "0.2", "--slo-tpot": "50ms", "--slo-e2e": "4s", "--server": "host:1", "--timeout": "9s",
-        "--temperature": "0.7", "--top-p": "0.9",
+        "--temperature": "0.7", "--top-p": "0.9", "--stream-interval": 5,
     }  # fmt: skip
     assert config(*(str(text) for pair in flags.items() for text in pair)) == LoadConfig(
         target="host:1",
@@ -59,6 +59,7 @@ def test_every_flag_reaches_the_run(tmp_path: Path) -> None:
         prompt_file=prompts,
         temperature=0.7,
         top_p=0.9,
+        stream_interval=5,
         output_lengths=parse_lengths("lognormal:20:0.5:99"),
         service_levels=ServiceLevels(ttft_s=0.3, itl_s=0.2, tpot_s=0.05, e2e_s=4.0),
     )
@@ -78,6 +79,7 @@ def test_every_flag_reaches_the_run(tmp_path: Path) -> None:
         (("--adapters", "../a"), "--adapters: '../a' is not a name"),
         (("--zipf", "-1"), "--zipf: '-1' is not from 0 to 20"),
         (("--temperature", "101"), "--temperature: '101' is not from 0 to 100"),
+        (("--stream-interval", "0"), "--stream-interval: 0 is not from 1 to 1024"),
         (("--top-p", "0"), "--top-p: '0' is not above 0 and up to 1"),
         (("--prompt-tokens", "0"), "--prompt-tokens: '0' is not N, LOW..HIGH"),
         (("--prompt-file", "/nowhere"), "--prompt-file: there is no file '/nowhere'"),

@@ -88,6 +88,10 @@ def test_sampling_is_the_runs_with_a_seed_for_each_request() -> None:
     assert len({each["seed"] for each in options}) == 3
 
 
+def test_every_request_asks_for_the_runs_interval() -> None:
+    assert [each.options("salt")["stream_interval"] for each in plan(2, stream_interval=5)] == [5, 5]
+
+
 def test_kinds_name_what_they_are_adapted_by() -> None:
     for request in plan(200, blend_size=3):
         options = request.options("salt")

@@ -96,6 +96,8 @@ REFUSED = [
     (stopping(time_limit=Duration(seconds=-1)), "stopping.time_limit", "OUT_OF_RANGE"),
     (output(logprobs=10**6), "output.logprobs", "OUT_OF_RANGE"),
     (output(prompt_logprobs=21), "output.prompt_logprobs", "OUT_OF_RANGE"),
+    (output(stream_interval=0), "output.stream_interval", "OUT_OF_RANGE"),
+    (output(stream_interval=1025), "output.stream_interval", "OUT_OF_RANGE"),
     (adapter(""), "adapter.name", "ADAPTER_ID_INVALID"),
     *(
         (adapter(name), "adapter.name", "ADAPTER_ID_INVALID")
@@ -125,7 +127,7 @@ ACCEPTED = [
     sampling(logit_bias=dict.fromkeys(range(1024), -100.0)),
     stopping(max_new_tokens=1, min_new_tokens=1, stop=["x" * 256] * 16, stop_token_ids=range(64)),
     stopping(max_new_tokens=2**32 - 1, time_limit=Duration(nanos=1)),
-    output(logprobs=20, prompt_logprobs=0),
+    output(logprobs=20, prompt_logprobs=0, stream_interval=1024),
     make_request(request_id="x" * 128, num_candidates=16, priority=-1000, cache_salt="s" * 256),
     adapter("a" * 63, scale=-100),
     adapter("0.a_b-c", scale=0),

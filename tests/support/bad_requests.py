@@ -223,8 +223,9 @@ def _stopping() -> Iterator[Case]:
 
 def _output() -> Iterator[Case]:
     options = inference_pb2.OutputOptions
-    for name in ("logprobs", "prompt_logprobs"):
-        for number in (21, 10**6, 2**32 - 1):
+    numbers = {"logprobs": (21,), "prompt_logprobs": (21,), "stream_interval": (0, 1025)}
+    for name, bad in numbers.items():
+        for number in (*bad, 10**6, 2**32 - 1):
             yield _bad(
                 f"{name} {number}",
                 generation(output=options(**{name: number})),

@@ -58,6 +58,7 @@ class Wire:
             seed=stream,
             max_new_tokens=job.new_tokens,
             ignore_eos=True,
+            stream_interval=int(self._setup.options.get("stream_interval", 1)),
         )
         if job.kind == MIXED:
             options["adapter"] = Path(self._setup.adapters[self._setup.adapter_of(stream)]).name
