@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 from fusionserve.adapters.artifact_directory import (
     ArtifactDirectory,
@@ -32,16 +32,20 @@ from fusionserve.errors import (
     NotFoundError,
     UnavailableError,
 )
+from fusionserve.kernels.threads import borrowed_core
 from fusionserve.kernels.torch_errors import is_out_of_memory
 from fusionserve.metrics import HostMetrics
 
 DEFAULT_LOAD_TIMEOUT_S = 120.0
+_BORROWED_S = 0.05  # at most: storage may be slow, and then the core lies idle
 _MAX_CONCURRENT_LOADS = 2
 _MAX_LEASE_ATTEMPTS = 8
 _MEMORY_RETRY_S = 5.0
 _SLOW_RETRY_S = 5.0
 
 S = TypeVar("S")  # what is told of one name
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +367,16 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             resource_name=name,
             reason=f"{self._noun.upper()}_NOT_FOUND",
         )
+
+
+async def on_borrowed_core(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Awaits `function` on a worker thread, which borrows a core of the engine's to read or to fold."""
+
+    def run() -> T:
+        with borrowed_core(_BORROWED_S):
+            return function(*arguments, **options)
+
+    return await asyncio.to_thread(run)
 
 
 def open_source(source: ArtifactSource) -> ArtifactDirectory:

@@ -15,7 +15,7 @@ from fusionserve.adapters.lora_config import check_base_model, read_lora_config
 from fusionserve.adapters.lora_layout import LoRALayout, lay_out
 from fusionserve.adapters.lora_plan import LoRAPlan, ModulePlan, TensorRole, plan_lora
 from fusionserve.adapters.lora_weights import LoRAWeights, ModuleLoRA
-from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec, tensor_in
+from fusionserve.adapters.safetensors_file import SafetensorsFile, TensorSpec, read_ahead, tensor_in
 from fusionserve.errors import ArtifactError, CapacityError
 from fusionserve.kernels.measured_copy import copy_measured, pieces
 
@@ -70,11 +70,19 @@ def load_lora_weights(
         check_base_model(config, (base.model_name, base.checkpoint_name))
     _refuse_pickle(directory)
     with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
+        read_ahead(opened)
         file = SafetensorsFile(opened)
         plan = plan_lora(file.header, config, base)
         _check_size(plan, policy, budget_bytes)
         layout = lay_out(file.header, plan, policy.dtype)
         return _Assembly(plan, layout, policy, base_weight, base_step).run(file)
+
+
+def read_plan(directory: ArtifactDirectory, base: BaseModules) -> LoRAPlan:
+    """What the adapter in `directory` would take, from its configuration and header alone. Raises ArtifactError."""
+    config = read_lora_config(directory)
+    with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
+        return plan_lora(SafetensorsFile(opened).header, config, base)
 
 
 def _refuse_pickle(directory: ArtifactDirectory) -> None:

@@ -77,7 +77,6 @@ class SafetensorsFile:
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self._hash = hashlib.sha256()
-        _read_ahead(file)
         self.header = self._read_header(os.fstat(file.fileno()).st_size)
         self._is_hashed = False
         reach_failpoint("artifact.header")
@@ -152,8 +151,8 @@ class SafetensorsFile:
         return buffer
 
 
-def _read_ahead(file: io.FileIO) -> None:
-    """Asks the system to begin reading, as much as it thinks fit, while the header is parsed."""
+def read_ahead(file: io.FileIO) -> None:
+    """Asks the system to begin reading all of it, as much as it thinks fit, while the header is parsed."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):  # a file system without
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

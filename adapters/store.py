@@ -14,10 +14,10 @@ from fusionserve.adapters.artifact_store import (
     DEFAULT_LOAD_TIMEOUT_S,
     ArtifactSource,
     ArtifactStore,
+    on_borrowed_core,
     open_source,
 )
 from fusionserve.adapters.host_registry import RegistryEntry
-from fusionserve.adapters.load_turns import on_borrowed_core
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import HeldByFusionsError

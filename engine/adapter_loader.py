@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from fusionserve.adapters.adapter import AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.dora import column_scales
-from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights, pinned_memory
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights, pinned_memory, read_plan
 from fusionserve.adapters.spare_memory import SpareMemory
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
@@ -27,6 +29,14 @@ class AdapterLoader:
             new_memory=pinned_memory if base.device.type == "cuda" else self._spare.take,
         )
 
+    def adapted_modules(self, directory: ArtifactDirectory) -> Collection[str]:
+        """The paths of the modules whose rank rows it would take, from its header. Raises as `load` does."""
+        return read_plan(directory, self._base.modules).modules
+
+    def prepare(self, paths: Iterable[str]) -> None:
+        """Gets the memory for these modules' rank rows in the pool, once. Raises MemoryError."""
+        self._base.pool.prepare(paths)
+
     def load(self, directory: ArtifactDirectory) -> AdapterContent:
         """Reads and checks an adapter, and gets what else it needs, so that no step waits for that.
 
@@ -41,6 +51,6 @@ class AdapterLoader:
             base_weight=base.base_weight,
             base_step=base.base_step,
         )
-        base.pool.prepare(weights.modules)
+        self.prepare(weights.modules)
         self._spare.refill_soon()
         return AdapterContent(weights, column_scales(weights, base.base_weight))

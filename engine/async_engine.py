@@ -28,6 +28,7 @@ from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.generation_stream import GenerationStream
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.open_requests import OpenRequests, SharedRoom
+from fusionserve.engine.pool_memory import PoolMemory
 from fusionserve.engine.request import Generation
 from fusionserve.errors import (
     AbortedError,
@@ -78,11 +79,11 @@ class AsyncEngine:
         self._failed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._fusion_labels = FusionLabels(adapter_labels.limit)
-        uids = count(1)
+        uids, loader = count(1), AdapterLoader(config, base)
         self._store = AdapterStore(
             AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids),
             config.adapter_dirs,
-            AdapterLoader(config, base).load,
+            loader.load,
             lambda name: self._fusions.holds(name),
             config.load_timeout_s,
         )
@@ -112,6 +113,7 @@ class AsyncEngine:
         self.engine, self._cache_memory = build_engine(
             config, base, self._release, adapter_labels, FusionMetrics(self._fusion_labels)
         )
+        self._pool_memory = PoolMemory(config.adapter_dirs, loader)
         self._thread = EngineThread(self.engine, self._deliver_soon, self._die_soon)
 
     @classmethod
@@ -136,6 +138,7 @@ class AsyncEngine:
             with self._failing_start("fusion", name):
                 await self._fusions.load_from(name, directory)
         await self._warm_up()
+        self._pool_memory.get_soon()
         self._cache_memory.get_soon()
         self._watching = asyncio.create_task(self._watch())
 
@@ -253,6 +256,7 @@ class AsyncEngine:
     async def close(self) -> None:
         """Stops the engine thread; requests still open end with UnavailableError."""
         self._is_draining = True
+        self._pool_memory.stop()
         self._cache_memory.stop()
         if self._watching is not None:
             self._watching.cancel()

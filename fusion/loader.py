@@ -11,7 +11,7 @@ from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_errors import bad_tensor, quoted
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.adapters.lora_weights import LoRAWeights
-from fusionserve.adapters.safetensors_file import SafetensorsFile
+from fusionserve.adapters.safetensors_file import SafetensorsFile, read_ahead
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, CapacityError, UnavailableError
 from fusionserve.fusion.artifact import WEIGHTS_FILE
@@ -139,6 +139,7 @@ def read_fusion_params(
     UNEXPECTED_TENSOR, TENSOR_MISSING, SHAPE_MISMATCH, NOT_FINITE, and what reading a safetensors file raises.
     """
     with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
+        read_ahead(opened)
         file = SafetensorsFile(opened)
         _check_tensors(file, tensor_shapes(config, base))
         tensors = {}

@@ -15,11 +15,11 @@ from fusionserve.adapters.artifact_store import (
     DEFAULT_LOAD_TIMEOUT_S,
     ArtifactSource,
     ArtifactStore,
+    on_borrowed_core,
     open_source,
 )
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.host_registry import RegistryEntry
-from fusionserve.adapters.load_turns import on_borrowed_core
 from fusionserve.adapters.store import AdapterStore, FusionHold
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, NotFoundError

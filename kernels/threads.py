@@ -7,12 +7,18 @@ and give the core to nobody meanwhile, neither to the native kernels' helpers no
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from fusionserve.kernels.native_library import native_library
+
+_CORES_A_TURN = 4  # with so many, a second core is lent
+
+_turns = threading.Semaphore(max(1, (os.cpu_count() or 1) // _CORES_A_TURN))
 
 
 def compute_alone() -> None:
@@ -28,14 +34,18 @@ def borrowed_core(at_most_s: float) -> Iterator[None]:
     """Has the native kernels do without one of their helpers while the block computes, at most so long.
 
     The engine goes on with the cores that are left. Without this it stops whenever the system gives a helper's core to
-    the block in the middle of a piece of work, and with memory to read one core of two does more than half.
+    the block in the middle of a piece of work, and with memory to read one core of two does more than half. Where cores
+    are few, blocks take turns: side by side, two would both be done when the second one is, and take two cores. A block
+    that is not done in its time waits for a disk, and the next one does not wait for that.
     """
     library = native_library()
-    if library is None:
-        yield
-        return
-    library.lend_core(ctypes.c_int64(round(at_most_s * 1e6)))
+    is_in_turn = _turns.acquire(timeout=at_most_s)
+    if library is not None:
+        library.lend_core(ctypes.c_int64(round(at_most_s * 1e6)))
     try:
         yield
     finally:
-        library.take_core_back()
+        if library is not None:
+            library.take_core_back()
+        if is_in_turn:
+            _turns.release()

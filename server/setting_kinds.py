@@ -31,7 +31,7 @@ SWITCH_VALUES = {"on": True, "true": True, "yes": True, "1": True} | {
     "no": False,
     "0": False,
 }
-QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 OFF = "off"
 

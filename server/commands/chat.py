@@ -23,7 +23,10 @@ Messages = list[dict[str, str]]
 
 
 def main(argv: list[str]) -> int:
-    """Answers each line until the end of the input, with the conversation so far in mind."""
+    """Answers each line until the end of the input, with the conversation so far in mind.
+
+    A script that pipes its lines in learns from the exit status, 1, that one had no answer.
+    """
     parser = CommandParser(
         prog="fusionserve chat", description="Talk with the model; end with Ctrl-D, start anew with /reset."
     )
@@ -34,17 +37,21 @@ def main(argv: list[str]) -> int:
     with connected(values) as client:
         if not client.model().has_chat_template:
             raise FailedCallError("the model has no chat template; use `fusionserve generate`")
-        _converse(client, opening, options)
-    return 0
+        has_answered_all = _converse(client, opening, options)
+    return 0 if has_answered_all or sys.stdin.isatty() else 1
 
 
-def _converse(client: Client, opening: Messages, options: GenerateOptions) -> None:
-    history = list(opening)
+def _converse(client: Client, opening: Messages, options: GenerateOptions) -> bool:
+    """True if no line was left without an answer."""
+    history, has_answered_all = list(opening), True
     while (line := _ask()) is not None:
         if line == "/reset":
             history = list(opening)
         elif line:
-            history += _exchange(client, history, {"role": "user", "content": line}, options)
+            exchanged = _exchange(client, history, {"role": "user", "content": line}, options)
+            history += exchanged
+            has_answered_all &= bool(exchanged)
+    return has_answered_all
 
 
 def _exchange(

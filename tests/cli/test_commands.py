@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
@@ -188,8 +189,20 @@ async def test_chat_survives_a_refused_turn(
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("too much\nless\n"))
     outcome = await shell.run("chat", "--temperature", "-1")
-    assert outcome.code == 0
+    assert outcome.code == 1, "a script is told"
     assert outcome.err.count("error: INVALID_ARGUMENT") == 2
+
+
+async def test_chat_of_a_person_ends_well_whatever_was_refused(
+    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_template = FakeEngine.model_info
+    monkeypatch.setattr(
+        FakeEngine, "model_info", lambda self: replace(without_template(self), has_chat_template=True)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("too much\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert (await shell.run("chat", "--temperature", "-1")).code == 0
 
 
 async def test_chat_keeps_the_history(shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

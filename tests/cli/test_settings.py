@@ -165,6 +165,8 @@ def test_wrong_environment_is_refused_with_its_name(monkeypatch: pytest.MonkeyPa
         ("--threads", "0"),
         ("--threads", "1.5"),
         ("--drain-grace", "soon"),
+        ("--drain-grace", "9" * 400),
+        ("--kv-cache-size", "9" * 400),
         ("--reflection", "maybe"),
         ("--log-level", "loud"),
         ("--thread", "1"),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from fusionserve.kernels import threads
 from fusionserve.kernels.argmax import argmax
 from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.norms import RMSNorm, normalize, reference_normalize
+from fusionserve.kernels.threads import borrowed_core
 
 NUM_CALLERS, NUM_CALLS = 6, 200
 NUM_ROWS, WIDTH = 64, 1024  # enough to be shared among threads
@@ -67,7 +72,7 @@ def helped(loan):
 
 print(helped(nullcontext()), helped(borrowed_core(60)), helped(borrowed_core(0.1)), helped(nullcontext()))
 with borrowed_core(60):
-    with borrowed_core(60):
+    with borrowed_core(0.1):  # which has waited for its turn so long
         pass
     print(helped(nullcontext()))
 """
@@ -82,3 +87,40 @@ def test_a_lent_core_is_left_alone_until_the_loan_ends() -> None:
     free, lent, late, after, lent_twice = map(float, run.stdout.split())
     # A helper gives its core away as it watches, so that it gets little where others are busy.
     assert max(lent, lent_twice) < 0.2 * min(free, late, after), run.stdout
+
+
+def test_blocks_that_borrow_a_core_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_turns", threading.Semaphore(1))
+    spans: list[tuple[float, float]] = []
+
+    def compute() -> None:
+        with borrowed_core(60):
+            started_s = time.monotonic()
+            time.sleep(0.01)
+            spans.append((started_s, time.monotonic()))
+
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(compute) for _ in range(3)]:
+            done.result()
+    assert all(begin >= end for (_, end), (begin, _) in pairwise(spans))
+
+
+def test_nobody_waits_for_a_block_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_turns", threading.Semaphore(1))
+    hung, begun = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        with borrowed_core(0.01):
+            begun.set()
+            assert hung.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(hang)
+        assert begun.wait(60)
+        for _ in range(2):
+            with borrowed_core(0.01):
+                assert not hanging.done()
+        hung.set()
+        hanging.result()
+    assert threads._turns.acquire(timeout=0), "the turn is given back"
+    assert not threads._turns.acquire(timeout=0), "and once"
