@@ -48,13 +48,17 @@ class PoolMemory:
     def _paths(self) -> Iterator[str]:
         """Module paths, some of them more than once."""
         for root in self._roots:
-            names: Sequence[str] = ()
-            with suppress(FusionServeError):
-                names = list_artifact_names(root, ADAPTER_CONFIG)[:_LOOKED_AT]
-            for name in names:
+            for name in _names(root):
                 yield from self._paths_of(root, name)
 
     def _paths_of(self, root: Path, name: str) -> Collection[str]:
+        """None for what cannot be loaded: a request for it is told why."""
         with suppress(FusionServeError), open_artifact_directory(root, name) as directory:
             return self._loader.adapted_modules(directory)
         return ()
+
+
+def _names(root: Path) -> Sequence[str]:
+    with suppress(FusionServeError):
+        return list_artifact_names(root, ADAPTER_CONFIG)[:_LOOKED_AT]
+    return ()

@@ -105,7 +105,7 @@ def _draw(draws: random.Random) -> Kill:
             return Kill("start", draws.uniform(0, 6))
         case "traffic":
             return Kill("traffic", draws.uniform(0, 1.5))
-    return Kill(draws.choice(_POINTS), draws.randrange(12))
+    return Kill(draws.choice(_POINTS), draws.randrange(24))  # the first ten artifacts are opened as it starts
 
 
 def _kill(kill: Kill, cache: Path, draws: random.Random) -> str:

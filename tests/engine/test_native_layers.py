@@ -104,7 +104,9 @@ async def test_layers_that_one_call_has_computed_are_not_called(
         return compute(layer, *args)
 
     monkeypatch.setattr(DecoderLayer, "compute", spy)
-    async with running_engine(EMBEDDED_MODEL, (), model_name="fusionserve-tiny", dtype="bfloat16") as engine:
+    async with running_engine(
+        EMBEDDED_MODEL, None, model_name="fusionserve-tiny", dtype="bfloat16"
+    ) as engine:
         await collect_all(engine, [make_params("1", Adaptation(), make_prompt(1, 8), num_tokens=3)])
     counts = Counter(called)
     assert len(counts) == (0 if is_native else AutoConfig.from_pretrained(EMBEDDED_MODEL).num_hidden_layers)

@@ -158,10 +158,10 @@ async def test_bfloat16_gets_the_same_tokens_alone(folders: Path, monkeypatch: p
 async def test_embedded_base_gets_in_triton_what_the_cpu_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     params = make_params("r", Adaptation(), make_prompt(0, 12), num_tokens=2, output=OUTPUT)
     options = {"quantize": "int4", "model_name": "fusionserve-tiny"}
-    async with running_engine(EMBEDDED_MODEL, (), **options) as engine:
+    async with running_engine(EMBEDDED_MODEL, None, **options) as engine:
         expected = await collect(engine, params)
     serve_in_triton(monkeypatch)
-    async with running_engine(EMBEDDED_MODEL, (), device=DEVICE.type, **options) as engine:
+    async with running_engine(EMBEDDED_MODEL, None, device=DEVICE.type, **options) as engine:
         assert_near([await collect(engine, params)], [expected], EMBEDDED)
 
 

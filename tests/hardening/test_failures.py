@@ -97,9 +97,10 @@ def test_loop_that_stands_still_ends_the_process() -> None:
 
 
 def test_each_failure_is_told_to_whom_it_belongs_and_passes() -> None:
-    # The warm-up and the reference take some 300 steps, so that the two streams share the one that lacks memory.
+    # The warm-up and the reference take some 300 steps, so that the two streams share the one that lacks memory. Two
+    # files of each of five adapters are opened meanwhile, for the pool's memory.
     failpoints = (
-        "artifact.open=1*oserror;artifact.header=1*raise;host.publish=1*memory;engine.step=560+1*memory"
+        "artifact.open=10+1*oserror;artifact.header=5+1*raise;host.publish=1*memory;engine.step=560+1*memory"
     )
     with server_process(failpoints=failpoints) as server, Client(server.grpc, timeout_s=60) as client:
         _, alone = last_of(client)

@@ -265,7 +265,7 @@ def load_engine(config: EngineConfig, copies: Copies | None = None) -> TestedEng
 
 @asynccontextmanager
 async def running_engine(
-    model: Path, root: Path, copies: Copies | None = None, **options: object
+    model: Path, root: Path | None, copies: Copies | None = None, **options: object
 ) -> AsyncIterator[TestedEngine]:
     """A started engine; at the end nothing may be left of any request."""
     config = EngineConfig(
@@ -273,7 +273,7 @@ async def running_engine(
             "model": str(model),
             "model_name": "tiny",
             "dtype": "float32",
-            "adapter_dirs": (root,),
+            "adapter_dirs": () if root is None else (root,),
             "kv_cache_bytes": 4 << 20,
             "adapter_pool_ranks": 64,
             "num_threads": 1,  # the model is tiny, and waiting for a second core costs more than it gives
