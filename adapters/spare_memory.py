@@ -29,9 +29,8 @@ class SpareMemory:
 
     def __init__(self, most_kept_bytes: int) -> None:
         self._most_kept_bytes = most_kept_bytes
-        self._kept: deque[mmap.mmap] = deque(
-            maxlen=1
-        )  # its operations are atomic: a tensor may be let go anywhere
+        # A tensor may be let go anywhere, also while a lock is held: a deque's operations are atomic.
+        self._kept: deque[mmap.mmap] = deque(maxlen=1)
         self._last_bytes = 0
 
     def take(self, num_bytes: int) -> Tensor:

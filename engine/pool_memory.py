@@ -22,7 +22,7 @@ _BORROWED_S = 0.02  # at most, for the rows of a module
 
 
 class PoolMemory:
-    """The pool's rows for the modules that the adapters under `roots` change. On a GPU there is nothing to do."""
+    """The pool's rows for the modules that the adapters under `roots` change. On a GPU the pool needs none ahead."""
 
     def __init__(self, roots: Sequence[Path], loader: AdapterLoader) -> None:
         self._roots = roots
