@@ -14,7 +14,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from fusionserve.kernels.huge_pages import populate
+from fusionserve.kernels.huge_pages import new_mapping, populate
 from fusionserve.kernels.threads import borrowed_core
 
 _PAUSE_S = 0.1  # until the request that a load was for is likely to have its first token
@@ -38,7 +38,7 @@ class SpareMemory:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         self._last_bytes = num_bytes
-        memory = self._take_kept() or _map(num_bytes)
+        memory = self._take_kept() or new_mapping(num_bytes)
         view = memoryview(memory)  # what the tensor, and whatever is made of it, holds on to
         weakref.finalize(view, self._keep, memory).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8)
@@ -70,16 +70,9 @@ class SpareMemory:
         if self._kept or not 0 < num_bytes <= self._most_kept_bytes:
             return
         try:
-            memory = _map(num_bytes)
+            memory = new_mapping(num_bytes)
         except MemoryError:  # then the next load says so
             return
         with borrowed_core(_BORROWED_S):
             if populate(torch.frombuffer(memory, dtype=torch.uint8)):
                 self._keep(memory)
-
-
-def _map(num_bytes: int) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no room for {num_bytes} bytes") from error

@@ -28,6 +28,7 @@ class AdapterLoader:
             allow_base_mismatch=config.allow_base_mismatch,
             new_memory=pinned_memory if base.device.type == "cuda" else self._spare.take,
         )
+        self.prepares_pool = base.device.type == "cpu"  # a GPU's pool needs nothing ahead
 
     def adapted_modules(self, directory: ArtifactDirectory) -> Collection[str]:
         """The paths of the modules whose rank rows it would take, from its header. Raises as `load` does."""

@@ -6,50 +6,44 @@ say so in the headers of their weights files.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fusionserve.adapters.artifact_directory import list_artifact_names, open_artifact_directory
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.engine.adapter_loader import AdapterLoader
+from fusionserve.engine.memory_ahead import MemoryAhead, Piece
 from fusionserve.errors import FusionServeError
-from fusionserve.kernels.threads import borrowed_core
 
 _LOOKED_AT = 8  # adapters of a folder; most adapt what the others do
-_BORROWED_S = 0.02  # at most, for the rows of a module
 
 
-class PoolMemory:
-    """The pool's rows for the modules that the adapters under `roots` change. On a GPU the pool needs none ahead."""
+class PoolMemory(MemoryAhead):
+    """The pool's rows for the modules that the adapters under `roots` change; a disk that hangs keeps its thread.
+
+    On a GPU no folder is looked at, for the pool needs nothing ahead.
+    """
 
     def __init__(self, roots: Sequence[Path], loader: AdapterLoader) -> None:
-        self._roots = roots
+        super().__init__("adapter-pool-memory")
+        self._roots = roots if loader.prepares_pool else ()
         self._loader = loader
-        self._is_stopped = threading.Event()
 
-    def get_soon(self) -> None:
-        """Begins on a thread of its own, which a disk that hangs may keep for ever."""
-        threading.Thread(target=self._get, name="adapter-pool-memory", daemon=True).start()
-
-    def stop(self) -> None:
-        """Has the thread end with the module at hand."""
-        self._is_stopped.set()
-
-    def _get(self) -> None:
-        with suppress(MemoryError):  # then the first load says so
-            for path in self._paths():
-                if self._is_stopped.is_set():
-                    return
-                with borrowed_core(_BORROWED_S):
-                    self._loader.prepare([path])
-
-    def _paths(self) -> Iterator[str]:
-        """Module paths, some of them more than once."""
+    def _pieces(self) -> Iterator[Piece]:
+        """A module each, some of them more than once."""
         for root in self._roots:
             for name in _names(root):
-                yield from self._paths_of(root, name)
+                for path in self._paths_of(root, name):
+                    yield partial(self._prepare, path)
+
+    def _prepare(self, path: str) -> bool:
+        try:
+            self._loader.prepare([path])
+        except MemoryError:  # the first load says so
+            return False
+        return True
 
     def _paths_of(self, root: Path, name: str) -> Collection[str]:
         """None for what cannot be loaded: a request for it is told why."""

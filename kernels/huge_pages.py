@@ -79,6 +79,14 @@ def populate(tensor: Tensor) -> bool:
     return advised == 0
 
 
+def new_mapping(num_bytes: int) -> mmap.mmap:
+    """Private memory, zeros, that the system hands over where it is written to. Raises MemoryError."""
+    try:
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no room for {num_bytes} bytes") from error
+
+
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
@@ -86,10 +94,7 @@ def _libc() -> ctypes.CDLL:
 
 def _map(num_bytes: int) -> Tensor:
     """Zeros [num_bytes] from the beginning of a huge page on."""
-    try:
-        mapping = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"no room for {num_bytes} bytes") from error
+    mapping = new_mapping(num_bytes + HUGE_PAGE_BYTES)
     with suppress(OSError):  # a kernel without them: the same memory in small pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -18,7 +18,13 @@ from fusionserve.kernels.native_library import native_library
 
 _CORES_A_TURN = 4  # with so many, a second core is lent
 
-_turns = threading.Semaphore(max(1, (os.cpu_count() or 1) // _CORES_A_TURN))
+
+def _num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_turns = threading.Semaphore(max(1, _num_cores() // _CORES_A_TURN))
 
 
 def compute_alone() -> None:
@@ -39,13 +45,14 @@ def borrowed_core(at_most_s: float) -> Iterator[None]:
     that is not done in its time waits for a disk, and the next one does not wait for that.
     """
     library = native_library()
+    if library is None:
+        yield
+        return
     is_in_turn = _turns.acquire(timeout=at_most_s)
-    if library is not None:
-        library.lend_core(ctypes.c_int64(round(at_most_s * 1e6)))
+    library.lend_core(ctypes.c_int64(round(at_most_s * 1e6)))
     try:
         yield
     finally:
-        if library is not None:
-            library.take_core_back()
+        library.take_core_back()
         if is_in_turn:
             _turns.release()

@@ -172,6 +172,17 @@ async def test_adapters_live(shell: Shell, served: Served) -> None:
     assert (await shell.run("adapters", "get", "gamma")).code == 1
 
 
+@pytest.fixture
+def chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has one."""
+    without_template = FakeEngine.model_info
+
+    def model_info(self: FakeEngine) -> ModelInfo:
+        return replace(without_template(self), has_chat_template=True)
+
+    monkeypatch.setattr(FakeEngine, "model_info", model_info)
+
+
 async def test_chat_needs_a_template(shell: Shell) -> None:
     outcome = await shell.run("chat")
     assert (outcome.code, outcome.err) == (
@@ -180,38 +191,25 @@ async def test_chat_needs_a_template(shell: Shell) -> None:
     )
 
 
-async def test_chat_survives_a_refused_turn(
-    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_template = FakeEngine.model_info
-    monkeypatch.setattr(
-        FakeEngine, "model_info", lambda self: replace(without_template(self), has_chat_template=True)
-    )
+@pytest.mark.usefixtures("chat_template")
+async def test_chat_survives_a_refused_turn(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("too much\nless\n"))
     outcome = await shell.run("chat", "--temperature", "-1")
     assert outcome.code == 1, "a script is told"
     assert outcome.err.count("error: INVALID_ARGUMENT") == 2
 
 
+@pytest.mark.usefixtures("chat_template")
 async def test_chat_of_a_person_ends_well_whatever_was_refused(
-    shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_template = FakeEngine.model_info
-    monkeypatch.setattr(
-        FakeEngine, "model_info", lambda self: replace(without_template(self), has_chat_template=True)
-    )
     monkeypatch.setattr("sys.stdin", io.StringIO("too much\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     assert (await shell.run("chat", "--temperature", "-1")).code == 0
 
 
+@pytest.mark.usefixtures("chat_template")
 async def test_chat_keeps_the_history(shell: Shell, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_template = FakeEngine.model_info
-
-    def model_info(self: FakeEngine) -> ModelInfo:
-        return replace(with_template(self), has_chat_template=True)
-
-    monkeypatch.setattr(FakeEngine, "model_info", model_info)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n/reset\nagain\n"))
     assert (await shell.run("chat", "--system", "be brief", "--max-new-tokens", "1")).code == 0
     system = ("system", "be brief")

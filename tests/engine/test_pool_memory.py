@@ -59,6 +59,16 @@ async def test_what_is_no_adapter_is_passed_over(
     assert set(asked) == CHANGED
 
 
+async def test_no_folder_is_looked_at_for_a_pool_that_needs_nothing_ahead(
+    engine: TestedEngine, root: Path, asked: list[str]
+) -> None:
+    loader = engine_loader(engine)
+    loader.prepares_pool = False
+    PoolMemory([root], loader).get_soon()
+    wait_for_thread()
+    assert not asked
+
+
 async def test_it_can_be_stopped(engine: TestedEngine, root: Path, asked: list[str]) -> None:
     memory = PoolMemory([root], engine_loader(engine))
     memory.stop()

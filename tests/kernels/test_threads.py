@@ -89,6 +89,7 @@ def test_a_lent_core_is_left_alone_until_the_loan_ends() -> None:
     assert max(lent, lent_twice) < 0.2 * min(free, late, after), run.stdout
 
 
+@pytest.mark.skipif(native_library() is None, reason="there is no native library")
 def test_blocks_that_borrow_a_core_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_turns", threading.Semaphore(1))
     spans: list[tuple[float, float]] = []
@@ -105,6 +106,7 @@ def test_blocks_that_borrow_a_core_take_turns(monkeypatch: pytest.MonkeyPatch) -
     assert all(begin >= end for (_, end), (begin, _) in pairwise(spans))
 
 
+@pytest.mark.skipif(native_library() is None, reason="there is no native library")
 def test_nobody_waits_for_a_block_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_turns", threading.Semaphore(1))
     hung, begun = threading.Event(), threading.Event()
