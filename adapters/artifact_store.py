@@ -16,12 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
-from fusionserve.adapters.artifact_directory import (
-    ArtifactDirectory,
-    list_artifact_names,
-    open_artifact_directory,
-    open_directory,
-)
+from fusionserve.adapters.artifact_sources import ArtifactSource, ArtifactSources
 from fusionserve.adapters.disk_slots import DiskSlots
 from fusionserve.adapters.host_registry import C, HostRegistry, L, RegistryEntry
 from fusionserve.errors import (
@@ -46,18 +41,6 @@ _SLOW_RETRY_S = 5.0
 S = TypeVar("S")  # what is told of one name
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class ArtifactSource:
-    """Where a name's files are: `relative` under `root`, or `root` itself if the operator named it.
-
-    Whatever comes from there on demand must have the `digest`, if the command to load it named one.
-    """
-
-    root: Path
-    relative: str | None
-    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +79,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     ) -> None:
         self.registry = registry
         self._noun = noun
-        self._config_file = config_file
-        self._roots = roots
         self._metrics = host_metrics
-        self._sources: dict[str, ArtifactSource] = {}  # of loaded names, so that an evicted one can come back
+        self._sources = ArtifactSources(roots, config_file)
         self._loads: dict[str, _Flight[L]] = {}
         self._reading = DiskSlots(_MAX_CONCURRENT_LOADS, load_timeout_s)
         self._listing = DiskSlots(1, load_timeout_s)
@@ -129,8 +110,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """What is told of a name that is on disk only."""
 
     @abstractmethod
-    def _to_withdrawn_status(self, entry: RegistryEntry[L], *, on_disk: bool) -> S:
-        """The last word on an unloaded version: AVAILABLE if its name would load again on demand."""
+    def _to_withdrawn_status(self, name: str, entry: RegistryEntry[L] | None, *, on_disk: bool) -> S:
+        """The last word on an unloaded version, or one evicted before: AVAILABLE if it would load again on demand."""
 
     def _on_published(self, loaded: L) -> None:
         """Notes that what `_read` held on to is the published version's."""
@@ -173,7 +154,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     async def unload(self, name: str, on_retired: Callable[[L], None]) -> S:
         """Withdraws `name` at once and waits until the last lease on any version of it ends.
 
-        `on_retired` is called in between for each version. Raises NotFoundError if none is loaded.
+        `on_retired` is called in between for each version. A name that was evicted is forgotten if it would come back
+        from elsewhere than its own folder. Raises NotFoundError if there is neither.
         """
         if name in self._loads:
             await asyncio.wait([self._loads[name].task])
@@ -181,14 +163,15 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         loop = asyncio.get_running_loop()
         gone = asyncio.Semaphore(0)
         entries = self.registry.retire(name, partial(loop.call_soon_threadsafe, gone.release))
-        if not entries:
+        is_known = self._sources.is_elsewhere(name)
+        self._sources.forget(name)
+        if not entries and not is_known:
             raise NotFoundError(
                 f"{self._noun} {name} is not loaded",
                 resource_type=self._noun,
                 resource_name=name,
                 reason=f"{self._noun.upper()}_NOT_LOADED",
             )
-        self._sources.pop(name, None)
         for entry in entries:
             on_retired(entry.loaded)
         for _ in entries:
@@ -196,14 +179,14 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         on_disk = False
         with suppress(UnavailableError):  # it is unloaded all the same
             on_disk = name in await self._list()
-        return self._to_withdrawn_status(entries[0], on_disk=on_disk)
+        return self._to_withdrawn_status(name, entries[0] if entries else None, on_disk=on_disk)
 
     async def status(self, name: str, device_uids: frozenset[int]) -> S:
         """What is known of one name. Raises NotFoundError, UnavailableError."""
         entry = self.registry.get(name)
         if entry is not None:
             return self._to_status(entry, device_uids)
-        if name in self._loads or name in self._sources or name in await self._list():
+        if name in self._loads or self._sources.is_elsewhere(name) or name in await self._list():
             return self._on_disk(name)
         raise self._unknown(name)
 
@@ -211,7 +194,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """All names, loaded and on disk, sorted by name. Raises UnavailableError."""
         on_disk = await self._list()
         loaded = {e.loaded.name: self._to_status(e, device_uids) for e in self.registry.entries()}
-        names = {*loaded, *self._loads, *self._sources, *on_disk}
+        names = {*loaded, *self._loads, *self._sources.elsewhere(), *on_disk}
         return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
 
     async def close(self, grace_s: float) -> None:
@@ -234,7 +217,13 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             loaded = self.registry.lease(name)
             if loaded is not None:
                 return loaded
-            await self._load_once(name, _ON_DEMAND)
+            flight = self._loads.get(name)
+            if flight is not None and flight.wish is not _ON_DEMAND:
+                await asyncio.wait(
+                    [flight.task]
+                )  # what is wrong with another's wish is not this one's failure
+            else:
+                await self._load_once(name, _ON_DEMAND)
         raise self._unstable(name)
 
     async def _load_once(self, name: str, wish: _Wish) -> L:
@@ -264,7 +253,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             failure = _out_of_memory() if is_out_of_memory(error) else InternalError("a load failed")
             self._metrics.load_failures.labels(failure.reason).inc()
             raise failure from error
-        self._sources[name] = found
+        self._sources.remember(name, found)
         self._metrics.loads.inc()
         self._metrics.load_seconds.observe(time.monotonic() - started_s)
         return loaded
@@ -294,13 +283,23 @@ class ArtifactStore(ABC, Generic[C, L, S]):
 
     async def _find_and_read(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
         found = await self._find(name, wish)
+        try:
+            return found, await self._read(name, found)
+        except NotFoundError:
+            known = self._sources.known(name)
+            if wish.path is not None or known is None or found.relative is None:
+                raise
+        # It is no longer where it was loaded from. What it must be stays, until somebody says otherwise.
+        if known.digest is None:
+            self._sources.forget(name)
+        found = replace(found, root=await self._find_root(name, found.relative))
         return found, await self._read(name, found)
 
     async def _find(self, name: str, wish: _Wish) -> ArtifactSource:
         if wish.directory is not None:
             return ArtifactSource(wish.directory, None)
-        if wish.path is None and name in self._sources:
-            known = self._sources[name]
+        known = self._sources.known(name)
+        if wish.path is None and known is not None:
             return known if wish is _ON_DEMAND else replace(known, digest=wish.digest)
         path = name if wish.path is None else wish.path
         return ArtifactSource(await self._find_root(name, path), path, wish.digest)
@@ -313,35 +312,19 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             )
 
     async def _find_root(self, name: str, path: str) -> Path:
-        return await asyncio.to_thread(self._root_of, name, path)
-
-    def _root_of(self, name: str, path: str) -> Path:
-        """The first root with an artifact at the relative `path`, or else the first with a directory there."""
-        found = None
-        for root in self._roots:
-            with suppress(NotFoundError), open_artifact_directory(root, path) as directory:
-                if directory.has_file(self._config_file):
-                    return root
-                found = found or root
-        if found is None:
+        root = await asyncio.to_thread(self._sources.root_of, path)
+        if root is None:
             raise self._unknown(name)
-        return found
+        return root
 
     async def _list(self) -> set[str]:
         """The names on disk. Raises UnavailableError."""
         try:
-            return await self._listing.run(lambda: asyncio.to_thread(self._names_on_disk), lambda _: None)
+            return await self._listing.run(
+                lambda: asyncio.to_thread(self._sources.names_on_disk), lambda _: None
+            )
         except TimeoutError:
             raise self._too_slow(f"the {self._noun} folders", "listed") from None
-
-    def _names_on_disk(self) -> set[str]:
-        names: set[str] = set()
-        for root in self._roots:
-            try:
-                names.update(list_artifact_names(root, self._config_file))
-            except NotFoundError:  # a root that was removed has none
-                continue
-        return names
 
     def _on_disk(self, name: str) -> S:
         return self._to_unloaded_status(name, is_loading=name in self._loads)
@@ -377,13 +360,6 @@ async def on_borrowed_core(function: Callable[P, T], *arguments: P.args, **optio
             return function(*arguments, **options)
 
     return await asyncio.to_thread(run)
-
-
-def open_source(source: ArtifactSource) -> ArtifactDirectory:
-    """Opens the directory of a source; the caller closes it. Raises what opening raises."""
-    if source.relative is None:
-        return open_directory(source.root)
-    return open_artifact_directory(source.root, source.relative)
 
 
 def _out_of_memory() -> CapacityError:

@@ -86,6 +86,10 @@ class FusedSegment:
         end_row = row_start + rows.num_member_rows
         self.segment = Segment(start, end, row_start, end_row, rows.num_rows, self._coefficients)
 
+    def begin_step(self) -> None:
+        """Forgets the weights of the step before, which may be NaN: rows of zeros may meet them before an attention."""
+        self._coefficients.zero_()
+
     def attends_at(self, path: str) -> bool:
         """True if this module's attention must run before its rows are added."""
         module = self._rows.modules.get(path)

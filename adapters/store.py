@@ -10,12 +10,11 @@ from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, AdapterStatus, Residency
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.artifact_sources import ArtifactSource
 from fusionserve.adapters.artifact_store import (
     DEFAULT_LOAD_TIMEOUT_S,
-    ArtifactSource,
     ArtifactStore,
     on_borrowed_core,
-    open_source,
 )
 from fusionserve.adapters.host_registry import RegistryEntry
 from fusionserve.adapters.registry import AdapterRegistry
@@ -53,7 +52,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         return await on_borrowed_core(self._read_now, source)
 
     def _read_now(self, source: ArtifactSource) -> AdapterContent:
-        with open_source(source) as directory:
+        with source.open() as directory:
             return self._load_content(directory)
 
     def _digest_of(self, content: AdapterContent) -> str:
@@ -95,11 +94,13 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         state = AdapterState.LOADING if is_loading else AdapterState.AVAILABLE
         return AdapterStatus(name=name, state=state, residency=Residency.DISK)
 
-    def _to_withdrawn_status(self, entry: RegistryEntry[Adapter], *, on_disk: bool) -> AdapterStatus:
+    def _to_withdrawn_status(
+        self, name: str, entry: RegistryEntry[Adapter] | None, *, on_disk: bool
+    ) -> AdapterStatus:
         return AdapterStatus(
-            name=entry.loaded.name,
-            version=entry.loaded.version,
-            digest=entry.loaded.digest,
+            name=name,
+            version=0 if entry is None else entry.loaded.version,
+            digest="" if entry is None else entry.loaded.digest,
             state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
             residency=Residency.DISK,
         )

@@ -220,6 +220,7 @@ class _Graph:
         _copy(queries.blocks, singles.blocks[:num_tokens])
         if self.items is not None and tables is not None:
             _fill_tables(self.items.tables, tables)
+            self.items.begin_step()
 
 
 def _fill_tables(buffers: RankTables, tables: RankTables) -> None:

@@ -40,15 +40,14 @@ class DecoderLayer:
 
     def compute(self, x: Tensor, angles: Sequence[Angles], batch: AttentionBatch) -> Tensor:
         """x [num_tokens, hidden] -> that shape, maybe that memory."""
-        norms, mlp, inner = self._settings.norms, self._mlp, None
-        if mlp is not None and self._settings.is_parallel:
-            inner = mlp.inner(_normalized(norms.before_mlp, x))
+        norms, mlp = self._settings.norms, self._mlp
+        for_mlp = _normalized(norms.before_mlp, x) if self._settings.is_parallel else None
         attended = self._attend(_normalized(norms.before_attention, x), angles[self._angles], batch)
         x = self._add_product(self._output, attended, x, norms.after_attention)
         if mlp is None:
             return self.add_mixture(x)
-        if inner is None:
-            inner = mlp.inner(_normalized(norms.before_mlp, x))
+        # Of a parallel layer, too, behind its attention, where a fusion may have its weights from.
+        inner = mlp.inner(_normalized(norms.before_mlp, x) if for_mlp is None else for_mlp)
         return self._add_product(mlp.down, inner, x, norms.after_mlp)
 
     def add_mixture(self, x: Tensor) -> Tensor:

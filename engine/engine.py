@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fusionserve import metrics
 from fusionserve.adapters.resident import Resident
 from fusionserve.engine.chunk_result import ChunkResult
-from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.engine.fusion_metrics import FusionMetrics
 from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request, RequestStatus
@@ -21,7 +20,6 @@ from fusionserve.engine.scheduler import Scheduler
 from fusionserve.engine.step_execution import Runner, StepExecution, StepResults
 from fusionserve.engine.step_pipeline import StepPipeline
 from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, FusionServeError, InternalError
-from fusionserve.fusion.fusion import Fusion
 from fusionserve.generation import (
     Candidate,
     FinishReason,
@@ -169,18 +167,12 @@ class Engine:
                 metrics.PREFIX_HIT_TOKENS.inc(chunk.start)
 
     def _update(self, results: Iterable[ChunkResult], now_s: float) -> None:
-        fused: dict[Fusion, list[ChunkWeights]] = {}
-        for result in results:
-            generation = result.chunk.request.generation
-            if result.chunk.request.status is not RequestStatus.RUNNING:
-                continue  # ended before the step was read, or by an earlier result of it
-            fusion, weights = generation.adaptation.fusion, result.fusion_weights
-            if fusion is not None and weights is not None:
-                fused.setdefault(fusion, []).append(weights)
-            with self._ending_alone(generation):
-                self._update_one(result, now_s)
-        for fusion, chunks in fused.items():
-            self._fusion_metrics.count_tokens(fusion, chunks)
+        running = [each for each in results if _is_running(each)]  # the others ended before the step was read
+        self._fusion_metrics.count_tokens(running)
+        for result in running:
+            if _is_running(result):  # else an earlier result ended it
+                with self._ending_alone(result.chunk.request.generation):
+                    self._update_one(result, now_s)
 
     def _update_one(self, result: ChunkResult, now_s: float) -> None:
         request = result.chunk.request
@@ -397,3 +389,7 @@ def _fusion_weights(generation: Generation) -> FusionWeights | None:
     if fusion is None or not first.reports_fusion_weights:
         return None
     return first.fusion_report.finish(fusion.config.weight_names, generation.params.output.fusion_weights)
+
+
+def _is_running(result: ChunkResult) -> bool:
+    return result.chunk.request.status is RequestStatus.RUNNING

@@ -58,6 +58,7 @@ class FusedPlanner:
         excluded = [(r[0].request.generation.adaptation.excluded, r[1]) for r in ranges]
         key = (start, end, row_start, rows, *excluded)
         segment = known.get(key) or FusedSegment(start, end, row_start, rows, _allowed(ranges))
+        segment.begin_step()
         self._segments[key] = segment
         return FusedChunks(segment, ranges)
 

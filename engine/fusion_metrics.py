@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fusionserve import metrics
+from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fused_weights import ChunkWeights, mean_and_entropy
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.metrics import FusionLabels
@@ -21,11 +22,21 @@ class FusionMetrics:
         """Counts one request."""
         metrics.FUSION_REQUESTS.labels(self._labels.label(fusion.name)).inc()
 
-    def count_tokens(self, fusion: Fusion, chunks: Sequence[ChunkWeights]) -> None:
-        """Counts the tokens of a step's chunks with their entropy and the weight of each member.
+    def count_tokens(self, results: Iterable[ChunkResult]) -> None:
+        """Counts the tokens of a step with their entropy and the weight of each member, before a request of it ends.
 
-        Left out are those whose weights are not finite: their request ends, but a counter would never be one again.
+        With a request its fusion may go, and with that the series it is counted in. Left out are tokens whose weights
+        are not finite: their request ends, but a counter would never be one again.
         """
+        chunks: dict[Fusion, list[ChunkWeights]] = {}
+        for result in results:
+            fusion, weights = result.chunk.request.generation.adaptation.fusion, result.fusion_weights
+            if fusion is not None and weights is not None:
+                chunks.setdefault(fusion, []).append(weights)
+        for fusion, of_fusion in chunks.items():
+            self._count_chunks(fusion, of_fusion)
+
+    def _count_chunks(self, fusion: Fusion, chunks: Sequence[ChunkWeights]) -> None:
         label = self._labels.label(fusion.name)
         mean, entropy = mean_and_entropy(chunks)
         if not math.isfinite(total := float(entropy.sum())):

@@ -33,11 +33,6 @@ class ScoreRows:
         """The same in pinned memory."""
         return ScoreRows(self.shrink.pin_memory(), self.shrink_bias.pin_memory())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both tensors."""
-        return self.shrink.nbytes + self.shrink_bias.nbytes
-
 
 @torch.no_grad()
 def fold_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,8 +41,14 @@ class FoldedFusion:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of its own tensors; the members' are counted with the members."""
-        folded = [tensor for tensors in self.values.values() for tensor in tensors if tensor is not None]
-        return sum(rows.nbytes for rows in self.scores.values()) + sum(tensor.nbytes for tensor in folded)
+        return sum(rows.nbytes for rows in self.own_rows())
+
+    def own_rows(self) -> Iterator[Tensor]:
+        """Its own tensors: what is folded, in the type that is served."""
+        for rows in self.scores.values():
+            yield from (rows.shrink, rows.shrink_bias)
+        for of_members in self.values.values():
+            yield from (rows for rows in of_members if rows is not None)
 
     def pinned(self) -> FoldedFusion:
         """The same with its own rows in pinned memory; the members' are the members' business."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,13 +60,17 @@ def read_fusion(directory: ArtifactDirectory, base: BaseModules, policy: FusionP
 def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: FusionPolicy) -> FoldedFusion:
     """Checks the members, in the fusion's order, and the size, and folds the fusion over them.
 
-    Raises ArtifactError: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE; CapacityError (FUSION_TOO_BIG) if
-    it fits neither budget nor pool.
+    Raises ArtifactError: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE, NOT_FINITE; CapacityError
+    (FUSION_TOO_BIG) if it fits neither budget nor pool.
     """
     check_members(fusion.config, members)
     num_rows = plan_rows(fusion.config, fusion.params, members).num_rows
     _check_size(num_rows, count_bytes(fusion.config, fusion.params, members, policy.dtype), policy)
     folded = fold_fusion(fusion.config, fusion.digest, fusion.params, members, policy.dtype)
+    if not all(largest_magnitude(rows) < math.inf for rows in folded.own_rows()):
+        raise ArtifactError(
+            "folded over its members, the fusion has numbers beyond its type", reason="NOT_FINITE"
+        )
     return folded.pinned() if policy.pins_rows else folded
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, FusionMemberStatus, FusionStatus, Residency
 from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.artifact_sources import ArtifactSource
 from fusionserve.adapters.artifact_store import (
     DEFAULT_LOAD_TIMEOUT_S,
-    ArtifactSource,
     ArtifactStore,
     on_borrowed_core,
-    open_source,
 )
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.host_registry import RegistryEntry
@@ -72,7 +71,7 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         return FusionContent(folded, members)
 
     def _read_now(self, source: ArtifactSource) -> ReadFusion:
-        with open_source(source) as directory:
+        with source.open() as directory:
             return read_fusion(directory, self._base, self._policy)
 
     async def _lease_members(self, config: FusionConfig) -> tuple[Adapter, ...]:
@@ -131,11 +130,13 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         state = AdapterState.LOADING if is_loading else AdapterState.AVAILABLE
         return FusionStatus(name=name, state=state, residency=Residency.DISK)
 
-    def _to_withdrawn_status(self, entry: RegistryEntry[Fusion], *, on_disk: bool) -> FusionStatus:
+    def _to_withdrawn_status(
+        self, name: str, entry: RegistryEntry[Fusion] | None, *, on_disk: bool
+    ) -> FusionStatus:
         return FusionStatus(
-            name=entry.loaded.name,
-            version=entry.loaded.version,
-            digest=entry.loaded.digest,
+            name=name,
+            version=0 if entry is None else entry.loaded.version,
+            digest="" if entry is None else entry.loaded.digest,
             state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
             residency=Residency.DISK,
         )

@@ -87,6 +87,10 @@ class RankItems:
             num_modules if fusion_width else 0, num_fused, fusion_width + 1, dtype=scratch, device=device
         )
 
+    def begin_step(self) -> None:
+        """Forgets the weights of the step before, which may be NaN: rows of zeros may meet them before an attention."""
+        self._shares.zero_()
+
     def add_(self, x: Tensor, parts: GroupParts, outputs: Sequence[Tensor]) -> None:
         """y += its low-rank part for x [num_tokens, d_in] and each y [num_tokens, d_out], all contiguous."""
         assert x.is_contiguous() and all(y.is_contiguous() and len(y) == len(x) for y in outputs)

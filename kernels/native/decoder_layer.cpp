@@ -89,18 +89,19 @@ public:
     Pass(const DecoderLayer& layer, const Step& step, Number* x) : layer(layer), step(step), x(x) {
         static thread_local Lines<Number> workspace;
         const Index heads = is_fused(layer.queries_keys_values) ? query_width + 2 * kv_width : 0;
-        const Index pair = is_pair_fused() ? 2 * inner : 0;
-        normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(heads, pair)));
+        const Index pair = is_pair_fused() ? 2 * inner : 0, ahead = layer.is_parallel ? hidden : 0;
+        normalized = workspace.make_room(n * (hidden + 2 * query_width + 2 * kv_width + inner + std::max(heads, pair) + ahead));
         query = normalized + n * hidden;
         key = query + n * query_width;
         value = key + n * kv_width;
         attended = value + n * kv_width;
         gated = attended + n * query_width;
         fused = gated + n * inner;
+        for_mlp = fused + n * std::max(heads, pair);
     }
 
     void run() const {
-        if (layer.is_parallel) project_gated(normalized_by(layer.before_mlp));
+        if (layer.is_parallel) normalize(x, layer.before_mlp, for_mlp, n * hidden, false);
         project_heads(normalized_by(layer.before_attention));
         if (layer.query_norm.weight) normalize(query, layer.query_norm, query, n * query_width, false);
         if (layer.key_norm.weight) normalize(key, layer.key_norm, key, n * kv_width, false);
@@ -112,7 +113,8 @@ public:
         add_projected(layer.output, attended, query_width, layer.after_attention);
 
         if (!has_mlp()) return;
-        if (!layer.is_parallel) project_gated(normalized_by(layer.before_mlp));
+        // Of a parallel layer, too, behind its attention, as transformers has it: what a fusion's weights come from is there.
+        project_gated(layer.is_parallel ? for_mlp : normalized_by(layer.before_mlp));
         add_projected(layer.down, gated, inner, layer.after_mlp);
     }
 
@@ -199,7 +201,7 @@ private:
     const Index n = step.num_tokens, hidden = layer.output.parts[0].d_out;
     const Index inner = has_mlp() ? layer.gate_and_up.parts[0].d_out / (is_pair_fused() ? 2 : 1) : 0;
     const Index query_width = layer.num_heads * layer.dim, kv_width = layer.num_kv_heads * layer.dim;
-    Number *normalized, *query, *key, *value, *attended, *gated, *fused;
+    Number *normalized, *query, *key, *value, *attended, *gated, *fused, *for_mlp;
 };
 
 template <typename Number>

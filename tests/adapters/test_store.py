@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from loose_adapters import FIRST, make_content, make_lora
 
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
-from fusionserve.adapters import artifact_store
+from fusionserve.adapters import artifact_sources
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.registry import AdapterRegistry
@@ -243,6 +244,61 @@ async def test_evicted_adapter_comes_back_from_where_it_was(disk: Disk) -> None:
     store.registry.release([default])
 
 
+async def test_evicted_name_that_came_from_elsewhere_is_forgotten_by_an_unload(disk: Disk) -> None:
+    disk.write("hidden/a", "4")
+    disk.write("b", "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    await store.load("a", "hidden/a", pin=False, replace=False)
+    store.registry.release(await store.lease(["b"]))
+    assert [status.name for status in await store.statuses(frozenset())] == ["a", "b"]
+    gone = await store.unload("a", _forget)
+    assert (gone.name, gone.version, gone.state) == ("a", 0, AdapterState.DRAINING)
+    assert [status.name for status in await store.statuses(frozenset())] == ["b"]
+    for failing in (store.lease(["a"]), store.status("a", frozenset()), store.unload("a", _forget)):
+        with pytest.raises(NotFoundError):
+            await failing
+
+
+@pytest.mark.parametrize("digest", [None, digest_of("4")])
+async def test_evicted_adapter_is_found_where_it_has_moved(disk: Disk, digest: str | None) -> None:
+    disk.write("a", "4")
+    disk.write("b", "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    await store.load("a", None, pin=False, replace=False, digest=digest)
+    store.registry.release(await store.lease(["b"]))
+    (disk.roots[0] / "a").rename(disk.roots[1] / "a")
+    store.registry.release(await store.lease(["a"]))
+    store.registry.release(await store.lease(["b"]))
+    shutil.rmtree(disk.roots[1] / "a")
+    for _ in range(2):
+        with pytest.raises(NotFoundError) as caught:
+            await store.lease(["a"])
+        assert (caught.value.resource_type, caught.value.resource_name) == ("adapter", "a")
+    disk.write("a", "3")  # another one
+    if digest is None:
+        store.registry.release(await store.lease(["a"]))
+    else:
+        with pytest.raises(ChecksumError):
+            await store.lease(["a"])
+
+
+@pytest.mark.parametrize("wish", [{"path": "typo"}, {"path": None, "digest": digest_of("2")}])
+async def test_use_does_not_fail_by_what_is_wrong_with_a_command(
+    disk: Disk, store: AdapterStore, wish: dict[str, str | None]
+) -> None:
+    disk.write("a", "1")
+    disk.write("typo", "broken")
+    disk.gate.clear()
+    command = asyncio.create_task(store.load("a", wish.pop("path"), pin=False, replace=False, **wish))
+    await reading(disk, 1)
+    lease = asyncio.create_task(store.lease(["a"]))
+    await asyncio.sleep(0.01)
+    disk.gate.set()
+    store.registry.release(await lease)
+    with pytest.raises((ArtifactError, ChecksumError)):
+        await command
+
+
 async def test_digest_is_asked_for_again_after_an_eviction(disk: Disk) -> None:
     disk.write("a", "5")
     disk.write("b", "5")
@@ -273,7 +329,7 @@ def hung_listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         gate.wait(20)
         return []
 
-    monkeypatch.setattr(artifact_store, "list_artifact_names", list_names)
+    monkeypatch.setattr(artifact_sources, "list_artifact_names", list_names)
     yield waiting
     gate.set()
 

@@ -25,11 +25,9 @@ from served_adapters import (
     write_lora,
     write_model,
 )
-from served_fusions import read_members, write_fusion
+from served_fusions import unfolded_logprobs, write_fusion
 
 from fusionserve.adapter_status import AdapterState
-from fusionserve.adapters.artifact_directory import open_directory
-from fusionserve.adapters.base_modules import describe_base_modules
 from fusionserve.errors import (
     ArtifactError,
     InvalidRequestError,
@@ -38,9 +36,8 @@ from fusionserve.errors import (
     StartupError,
 )
 from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
-from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
-from fusionserve.fusion.unfolded import UnfoldedFusion
 from fusionserve.generation import Adaptation, FusionWeightDetail, FusionWeights, OutputOptions
+from fusionserve.metrics import REGISTRY
 
 pytestmark = pytest.mark.gpu
 
@@ -105,19 +102,6 @@ async def greedy(engine: TestedEngine, adaptation: Adaptation, **options: object
     return (await collect(engine, params)).tokens
 
 
-def unfolded_logprobs(adapters: Path, root: Path, name: str, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Log-probabilities [tokens, vocab] of transformers' model with the unfolded fusion in place."""
-    model = make_model("llama")
-    base = describe_base_modules(model, model_name="tiny")
-    with open_directory(root / name) as directory:
-        config = in_call_order(read_fusion_config(directory), base)
-        params, _ = read_fusion_params(directory, config, base)
-    members = read_members(adapters, tuple(member.name for member in config.members))
-    UnfoldedFusion(model, config, params, members)
-    with torch.inference_mode():
-        return torch.log_softmax(model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0], dim=-1)
-
-
 @pytest.mark.parametrize("name", ["mix", "duo"])
 async def test_served_fusion_equals_the_unfolded_model(
     engine: TestedEngine, adapters: Path, fusions: Path, name: str
@@ -130,7 +114,7 @@ async def test_served_fusion_equals_the_unfolded_model(
         output=OutputOptions(logprobs=3, prompt_logprobs=0),
     )
     outcome = await collect(engine, params)
-    expected = unfolded_logprobs(adapters, fusions, name, (*PROMPT, *outcome.tokens))
+    expected = unfolded_logprobs(make_model("llama"), adapters, fusions / name, (*PROMPT, *outcome.tokens))
     for position, row in enumerate(outcome.finished.candidates[0].logprobs, len(PROMPT) - 1):
         assert row.chosen.token_id == int(expected[position].argmax())
         for token in (row.chosen, *row.top):
@@ -259,6 +243,24 @@ async def test_weights_are_of_their_tokens_also_after_a_step_beside_dora(
     assert len(expected.tokens) == len(found.tokens)
     for theirs, ours in zip(expected.tokens, found.tokens, strict=True):
         assert ours.weights == pytest.approx(theirs.weights, abs=1e-4)
+
+
+async def test_fusion_unloaded_while_it_is_used_leaves_no_series(engine: TestedEngine) -> None:
+    running = asyncio.create_task(collect(engine, make_params("long", fusion("mix"), PROMPT, num_tokens=60)))
+    await until(lambda: engine.engine.scheduler.running)
+    await engine.unload_fusion("mix", force=False)
+    await running
+    assert REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"}) is None
+
+
+async def test_fusion_that_overflows_when_it_is_folded_is_refused(
+    engine: TestedEngine, adapters: Path, fusions: Path
+) -> None:
+    write_fusion(fusions, "bad", MEMBERS[:1], adapters, seed=3, temperature=1e-40)
+    with pytest.raises(ArtifactError) as caught:
+        await engine.load_fusion("bad", None, pin=False, replace=False)
+    assert caught.value.reason == "NOT_FINITE"
+    assert engine.registry.num_leases == 0
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from delayed_copies import DelayedCopies
 from device_kernels import DEVICE, serve_in_triton
 from served_adapters import (
@@ -32,6 +33,7 @@ from served_adapters import (
 from served_fusions import write_fusion
 
 from fusionserve.engine.decode_graphs import GraphSize
+from fusionserve.errors import NotFoundError
 from fusionserve.fusion.config import Scope
 from fusionserve.generation import (
     Adaptation,
@@ -69,7 +71,8 @@ async def serving(
     async with running_engine(folders / "model", folders / "adapters", copies, **options) as engine:
         yield engine
         for name in ("mix", "duo"):
-            await engine.unload_fusion(name, force=False)
+            with suppress(NotFoundError):
+                await engine.unload_fusion(name, force=False)
 
 
 def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
@@ -119,6 +122,38 @@ async def test_mixed_batch_in_triton_gets_the_tokens_and_weights_of_the_cpu(
     for ours, theirs in zip(found, expected, strict=True):
         assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
     assert weights_of(found[-1])
+
+
+@pytest.mark.parametrize("way", ["natively", "in Triton"])
+async def test_weights_that_were_not_finite_reach_no_later_step(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules ahead of the first attention have rows of zeros for the fusion, which NaN must not meet."""
+    write_model(tmp_path / "model")
+    for seed, name in enumerate(MEMBERS):
+        write_lora(tmp_path / "adapters" / name, seed=seed)
+    modules = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(2))
+    write_fusion(tmp_path / "fusions", "mix", MEMBERS, tmp_path / "adapters", seed=1, modules=modules)
+    if way == "in Triton":
+        serve_in_triton(monkeypatch)
+    request = make_params("one", Adaptation("fusion", fusion="mix"), make_prompt(0, 1), num_tokens=4)
+    async with serving(tmp_path, DEVICE.type if way == "in Triton" else "cpu") as engine:
+        await collect(engine, make_params("rows", lora("ada"), make_prompt(1, 4), num_tokens=2))
+        expected = await collect(engine, request)
+        assert poison_weights(engine)
+        assert (await collect(engine, request)).tokens == expected.tokens
+
+
+def poison_weights(engine: TestedEngine) -> int:
+    """Makes what the next step could take for the fusion weights of a layer before NaN; how many tensors that is."""
+    runner = engine.runner._runner
+    kept = [segment._coefficients for segment in runner._fused._segments.values()]
+    if runner._graphs is not None:
+        kept += [graph.items._shares for graph in runner._graphs._graphs.values() if graph.items is not None]
+    with torch.inference_mode():
+        for weights in kept:
+            weights.fill_(float("nan"))
+    return len(kept)
 
 
 async def test_attention_at_the_head_is_no_part_of_the_weights_in_triton_either(

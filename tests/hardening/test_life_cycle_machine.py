@@ -277,8 +277,6 @@ class LifeCycle(RuleBasedStateMachine):
         for status in self.world.run(self.engine.list_adapters()):
             if status.state is AdapterState.READY:
                 self.world.run(self.engine.unload_adapter(status.name, force=False))
-        # A name whose last version was evicted remembers where it came from until it is unloaded.
-        self.engine._store._sources.clear()
         self.world.run(check_at_rest(self.engine))
         assert self.engine.registry.used_bytes == 0
 
