@@ -12,13 +12,12 @@ from types import TracebackType
 from fusionserve.adapters.artifact_errors import quoted
 from fusionserve.errors import ArtifactError, FusionServeError, NotFoundError, UnavailableError
 from fusionserve.failpoints import reach_failpoint
-from fusionserve.limits import is_name
+from fusionserve.limits import MAX_PATH_PARTS, is_name
 
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = (
     os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 )  # non-blocking: a pipe must not hang us
-_MAX_PATH_PARTS = 16
 
 
 class ArtifactDirectory:
@@ -45,7 +44,7 @@ class ArtifactDirectory:
             reach_failpoint("artifact.open")
             descriptor = os.open(name, _FILE_FLAGS, dir_fd=self._descriptor)
         except FileNotFoundError:
-            raise ArtifactError(f"the adapter has no {name}", reason=missing_reason) from None
+            raise ArtifactError(f"there is no {name}", reason=missing_reason) from None
         except OSError as error:
             raise _to_error(error, name) from None
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -127,7 +126,7 @@ def _may_be_artifact(entry: os.DirEntry[str], root_descriptor: int, config_file:
 def _split_path(name: str) -> list[str]:
     parts = name.split("/")
     unsafe = any(part in ("", ".", "..") or "\\" in part or not part.isprintable() for part in parts)
-    if unsafe or len(parts) > _MAX_PATH_PARTS:
+    if unsafe or len(parts) > MAX_PATH_PARTS:
         raise _escape(quoted(name))
     return parts
 
@@ -178,4 +177,4 @@ def _no_directory(name: str) -> NotFoundError:
 
 
 def _escape(what: str) -> ArtifactError:
-    return ArtifactError(f"{what} is a link or leads out of the adapter root", reason="ADAPTER_PATH_ESCAPE")
+    return ArtifactError(f"{what} is a link or leads out of its root folder", reason="ADAPTER_PATH_ESCAPE")

@@ -38,7 +38,7 @@ class SpareMemory:
         if num_bytes == 0:
             return torch.empty(0, dtype=torch.uint8)
         self._last_bytes = num_bytes
-        memory = self._take_kept() or new_mapping(num_bytes)
+        memory = self._take_kept(num_bytes) or new_mapping(num_bytes)
         view = memoryview(memory)  # what the tensor, and whatever is made of it, holds on to
         weakref.finalize(view, self._keep, memory).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8)
@@ -54,12 +54,12 @@ class SpareMemory:
         """Bytes that are at hand."""
         return sum(map(len, self._kept))
 
-    def _take_kept(self) -> mmap.mmap | None:
+    def _take_kept(self, num_bytes: int) -> mmap.mmap | None:
         try:
             memory = self._kept.pop()
         except IndexError:
             return None
-        return memory if len(memory) == self._last_bytes else None
+        return memory if len(memory) == num_bytes else None  # `_last_bytes` may be another load's by now
 
     def _keep(self, memory: mmap.mmap) -> None:
         if len(memory) == self._last_bytes <= self._most_kept_bytes:

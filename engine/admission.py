@@ -14,7 +14,13 @@ from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.engine.tokenizer import Tokenizer
-from fusionserve.errors import CapacityError, InvalidRequestError, PreconditionError
+from fusionserve.errors import (
+    CapacityError,
+    DeadlineError,
+    InvalidRequestError,
+    PreconditionError,
+    UnavailableError,
+)
 from fusionserve.fusion.fusion import Fusion
 from fusionserve.fusion.store import FusionStore
 from fusionserve.generation import Adaptation, ChatPrompt, GenerateParams, Prompt, TextPrompt, TokenPrompt
@@ -49,6 +55,8 @@ class Admission:
         self._pool_ranks = pool_ranks
         self._max_text_bytes = max(_LEAST_MAX_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_context_tokens)
         # Two lanes, so that a book does not hold up a question.
+        self._limits: set[asyncio.Timeout] = set()  # of the requests that are being admitted
+        self.has_ended = False
         self._short_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
 
@@ -56,8 +64,29 @@ class Admission:
         """Tokenizes, checks, and leases the adapters, loading them if need be.
 
         `take_tokens(n)` is called before the leases with the most tokens the request may come to have; it may refuse.
-        Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, and what loading an adapter raises.
+        Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, DeadlineError, what loading an
+        adapter raises, and UnavailableError if `end` is called before it is done.
         """
+        limit = asyncio.timeout_at(params.deadline_s)
+        self._limits.add(limit)
+        try:
+            async with limit:
+                return await self._admit(params, take_tokens)
+        except TimeoutError:
+            if self.has_ended:
+                raise shutting_down() from None
+            raise DeadlineError("the deadline passed before the request was admitted") from None
+        finally:
+            self._limits.discard(limit)
+
+    def end(self) -> None:
+        """Ends the requests that are being admitted; whoever is admitted all the same must not be run."""
+        self.has_ended = True
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(0.0)
+
+    async def _admit(self, params: GenerateParams, take_tokens: Callable[[int], None]) -> Generation:
         arrival_s = time.monotonic()
         prompt_ids = await self.encode(params.prompt, add_special_tokens=True)
         self._check_prompt(prompt_ids)
@@ -206,6 +235,11 @@ class Admission:
             include_stop=stopping.include_stop,
         )
         return Request(generation, index, text)
+
+
+def shutting_down() -> UnavailableError:
+    """What a request is told that comes too late, or takes too long."""
+    return UnavailableError("the server is shutting down", reason="DRAINING")
 
 
 def _count_bytes(prompt: TextPrompt | ChatPrompt) -> int:

@@ -19,7 +19,7 @@ from fusionserve.adapters.store import AdapterStore
 from fusionserve.config import EngineConfig
 from fusionserve.daemon_thread import in_daemon_thread
 from fusionserve.engine.adapter_loader import AdapterLoader
-from fusionserve.engine.admission import Admission
+from fusionserve.engine.admission import Admission, shutting_down
 from fusionserve.engine.base_model import BaseModel, dtype_name, load_base_model
 from fusionserve.engine.engine import Output
 from fusionserve.engine.engine_build import build_engine
@@ -32,7 +32,6 @@ from fusionserve.engine.pool_memory import PoolMemory
 from fusionserve.engine.request import Generation
 from fusionserve.errors import (
     AbortedError,
-    DeadlineError,
     FusionServeError,
     InvalidRequestError,
     StartupError,
@@ -247,7 +246,8 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._open.wait_idle(), grace_s)
         except TimeoutError:
-            self._thread.post(lambda engine: engine.abort_all(_shutting_down()))
+            self._admission.end()
+            self._thread.post(lambda engine: engine.abort_all(shutting_down()))
             with suppress(
                 TimeoutError
             ):  # a client that does not read keeps its call open; the server ends that
@@ -260,10 +260,11 @@ class AsyncEngine:
         self._cache_memory.stop()
         if self._watching is not None:
             self._watching.cancel()
-        last_words_s = _LAST_WORDS_S if self._failed.is_set() else None
-        await in_daemon_thread("stop-engine", lambda: self._thread.stop(last_words_s))
+        # Nobody watches any more: a step that hangs is left behind here.
+        left_s = 0.0 if self._failed.is_set() else self._config.step_timeout_s - self._thread.busy_for_s()
+        await in_daemon_thread("stop-engine", lambda: self._thread.stop(max(left_s, _LAST_WORDS_S)))
         self._is_closed = True
-        self._end_streams(_shutting_down())
+        self._end_streams(shutting_down())
         self._admission.close()
         await self._fusions.close(_LAST_WORDS_S)
         await self._store.close(_LAST_WORDS_S)
@@ -274,21 +275,18 @@ class AsyncEngine:
         def take_tokens(num_tokens: int) -> None:
             held.enter_context(self._open.holding_tokens(params.adaptation.flow, num_tokens))
 
-        try:
-            async with asyncio.timeout_at(params.deadline_s):
-                generation = await self._admission.admit(params, take_tokens)
-        except TimeoutError:
-            raise DeadlineError("the deadline passed before the request was admitted") from None
-        if self._failed.is_set() or self._is_closed:  # nobody is left to run it or to end its stream
+        generation = await self._admission.admit(params, take_tokens)
+        # Nobody may be left to run it or to end its stream.
+        if self._failed.is_set() or self._is_closed or self._admission.has_ended:
             self._release(generation.adaptation)
-            raise _engine_failed() if self._failed.is_set() else _shutting_down()
+            raise _engine_failed() if self._failed.is_set() else shutting_down()
         return generation
 
     def _refuse_unless_open(self, params: GenerateParams) -> None:
         if self._failed.is_set():
             raise _engine_failed()
         if self._is_draining:
-            raise _shutting_down()
+            raise shutting_down()
         for term in params.adaptation.terms:
             self._refuse_model_name(term.name, "adapter")
         if params.adaptation.fusion is not None:
@@ -384,10 +382,6 @@ class AsyncEngine:
 
 def _engine_failed() -> UnavailableError:
     return UnavailableError("the engine has failed", reason="ENGINE_FAILED")
-
-
-def _shutting_down() -> UnavailableError:
-    return UnavailableError("the server is shutting down", reason="DRAINING")
 
 
 def _leave_alone(resident: Resident) -> None:

@@ -15,9 +15,10 @@ class GenerationStream:
     """Takes events from the engine and gives them to one reader; chunks that the reader was too slow for are joined.
 
     So are those with less than `interval` tokens, except a candidate's first one and whatever comes before the end.
+    With None there are no chunks: the reader wants the result, and is woken for nothing else.
     """
 
-    def __init__(self, interval: int = 1) -> None:
+    def __init__(self, interval: int | None = 1) -> None:
         self._interval = interval
         self._begun: set[int] = set()  # candidates that had a chunk
         self._pending: deque[GenerationEvent | FusionServeError] = deque()
@@ -25,11 +26,14 @@ class GenerationStream:
 
     def push(self, event: GenerationEvent | FusionServeError) -> None:
         """Adds an event. Never blocks."""
-        if isinstance(event, GenerationChunk):
-            event = self._join_pending(event)
-        self._pending.append(event)
-        if not isinstance(event, GenerationChunk) or self._is_due(event):
+        if not isinstance(event, GenerationChunk):
+            self._pending.append(event)
             self._arrived.set()
+        elif self._interval is not None:
+            chunk = self._join_pending(event)
+            self._pending.append(chunk)
+            if self._is_due(chunk, self._interval):
+                self._arrived.set()
 
     async def events(self) -> AsyncIterator[GenerationEvent]:
         """Yields events up to the finished one; raises the error that ended the request instead, if there is one."""
@@ -44,10 +48,10 @@ class GenerationStream:
             if isinstance(event, GenerationFinished):
                 return
 
-    def _is_due(self, chunk: GenerationChunk) -> bool:
+    def _is_due(self, chunk: GenerationChunk, interval: int) -> bool:
         is_first = chunk.candidate_index not in self._begun
         self._begun.add(chunk.candidate_index)
-        return is_first or len(chunk.token_ids) >= self._interval
+        return is_first or len(chunk.token_ids) >= interval
 
     def _join_pending(self, chunk: GenerationChunk) -> GenerationChunk:
         """Takes an unread chunk of the same candidate out of the queue and puts `chunk` behind it."""

@@ -77,7 +77,7 @@ class ServerConfig:
     share_prefix_cache: bool = False  # between the names of the token file
     log_requests: str = "off"
     max_message_bytes: int = 4 * MEBIBYTE
-    max_request_s: float = 600.0  # deadline of a request that brings none
+    max_request_s: float = 600.0  # then a request ends, if its own deadline is not sooner
     write_timeout_s: float = 20.0  # a client that takes no message for so long gets no more
     keepalive_time_s: float = 5.0  # a connection that was silent for so long is pinged
     keepalive_timeout_s: float = 4.0  # and cut if the answer takes longer

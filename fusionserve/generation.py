@@ -118,12 +118,13 @@ class OutputOptions:
     """What is reported besides text: None is nothing, 0 the chosen token only, N also the N most likely ones.
 
     A chunk has `stream_interval` tokens of its candidate, or more; its first and last ones do not wait for that.
+    With None there are no chunks.
     """
 
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     fusion_weights: FusionWeightDetail = FusionWeightDetail.NONE
-    stream_interval: int = 1
+    stream_interval: int | None = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,17 +88,6 @@ class ServiceLevels:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServerAccess:
-    """What a server wants to see of its clients; apart from LoadConfig, which goes into the report."""
-
-    token: str | None = field(default=None, repr=False)
-    tls_ca: Path | None = None  # PEM; None talks in the clear
-
-
-IN_THE_CLEAR = ServerAccess()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadConfig:
     """A load test of the server at `target`.
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 from pathlib import Path
 
+from fusionserve.client.server_access import IN_THE_CLEAR, ServerAccess
 from fusionserve.errors import PreconditionError
 from fusionserve.loadtest.generate_load import generate_load
 from fusionserve.loadtest.load_report import Json, to_report, to_request_line
 from fusionserve.loadtest.outcome import Outcome
 from fusionserve.loadtest.plots import draw_plots
 from fusionserve.loadtest.text_report import to_text
-from fusionserve.loadtest_config import IN_THE_CLEAR, LoadConfig, ServerAccess
+from fusionserve.loadtest_config import LoadConfig
 
 REPORT, REQUESTS = "report.json", "requests.jsonl"
 

@@ -9,15 +9,14 @@ import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
-import grpc
-
 from fusionserve.client import AsyncClient
+from fusionserve.client.server_access import IN_THE_CLEAR, ServerAccess
 from fusionserve.loadtest.catalog import read_catalog
 from fusionserve.loadtest.load_run import LoadRun
 from fusionserve.loadtest.outcome import Outcome
 from fusionserve.loadtest.progress import shown_progress
 from fusionserve.loadtest.request_plan import plan_requests
-from fusionserve.loadtest_config import IN_THE_CLEAR, LoadConfig, ServerAccess
+from fusionserve.loadtest_config import LoadConfig
 
 
 async def generate_load(config: LoadConfig, access: ServerAccess = IN_THE_CLEAR) -> Outcome:
@@ -26,7 +25,7 @@ async def generate_load(config: LoadConfig, access: ServerAccess = IN_THE_CLEAR)
     Raises PreconditionError if the server cannot do what `config` wants, ClientError if it cannot be asked. What
     happens to requests is no error: it is in the outcome.
     """
-    async with AsyncClient(config.target, credentials=_to_credentials(access), token=access.token) as client:
+    async with AsyncClient(config.target, credentials=access.credentials, token=access.token) as client:
         catalog = await read_catalog(client, config)
         run = LoadRun(client, config, plan_requests(config, catalog))
         started_at, cpu_s = datetime.now(UTC), time.process_time()
@@ -60,7 +59,3 @@ async def _stopped_by_interrupt(stop: Callable[[], None]) -> AsyncIterator[None]
     finally:
         with contextlib.suppress(ValueError, RuntimeError):
             loop.remove_signal_handler(signal.SIGINT)
-
-
-def _to_credentials(access: ServerAccess) -> grpc.ChannelCredentials | None:
-    return None if access.tls_ca is None else grpc.ssl_channel_credentials(access.tls_ca.read_bytes())

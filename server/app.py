@@ -51,6 +51,8 @@ async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_en
     async with loop_watched(engine_config.step_timeout_s), loop_measured():
         code = await _serve(engine_config, server_config, load_engine)
         is_at_work = is_thread_alive(_LOADER) or is_thread_alive(_ENGINE) or not await _workers_end()
+        if is_thread_alive(_ENGINE):  # it was told to stop long ago
+            code = EXIT_ENGINE_FAILED
     if is_at_work:
         # Told to stop while loading, or hung: native code cannot be interrupted, and crashes if Python ends around it.
         sys.stdout.flush()

@@ -7,9 +7,8 @@ import re
 from collections.abc import Sized
 
 from fusionserve.errors import InvalidRequestError
-from fusionserve.limits import is_name
+from fusionserve.limits import MAX_PATH_LENGTH, MAX_PATH_PARTS, is_name
 
-MAX_PATH_LENGTH = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -84,10 +83,10 @@ def check_path(field: str, path: str, what: str = "adapter") -> None:
     """Raises ADAPTER_PATH_INVALID, or FUSION_PATH_INVALID, unless `path` is relative and names every folder."""
     parts = path.split("/")
     is_plain = path.isprintable() and "\\" not in path and len(path) <= MAX_PATH_LENGTH
-    if not is_plain or any(part in ("", ".", "..") for part in parts):
+    if not is_plain or len(parts) > MAX_PATH_PARTS or any(part in ("", ".", "..") for part in parts):
         raise InvalidRequestError(
-            f"{field} must be relative to one of the server's {what} folders, without empty parts, "
-            '"." and ".."',
+            f"{field} must be relative to one of the server's {what} folders, at most {MAX_PATH_PARTS} deep, "
+            'without empty parts, "." and ".."',
             field=field,
             reason=f"{what.upper()}_PATH_INVALID",
         )

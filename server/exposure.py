@@ -33,6 +33,14 @@ def check_exposure(address: ListenAddress, config: ServerConfig) -> None:
     logger.warning("INSECURE: %s can be reached from other machines and has no %s", address, lacks)
 
 
+def tell_of_metrics(address: ListenAddress) -> None:
+    """Warns if other machines can read the metrics, which have neither TLS nor tokens."""
+    if not is_loopback(address):
+        logger.warning(
+            "metrics at %s can be read from other machines: they have no TLS and no tokens", address
+        )
+
+
 def is_loopback(address: ListenAddress) -> bool:
     """True if only this machine can connect: whatever the name stands for is a loopback address."""
     try:

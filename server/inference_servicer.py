@@ -63,7 +63,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         with RequestOutcome(request, context, self._log) as outcome, self._limits.open_generation(caller()):
             engine = self._gate.admit()
             params = self._to_params(request, context)
-            finished = await _last_event(engine, params)
+            finished = await _result(engine, params)
             outcome.observe(finished)
             return await _built(to_generate_response, finished)
 
@@ -146,8 +146,9 @@ def _num_entries(event: GenerationFinished) -> int:
     return sum(len(c.logprobs) for c in event.candidates) + len(event.prompt_logprobs) + len(weights)
 
 
-async def _last_event(engine: EngineFacade, params: GenerateParams) -> GenerationFinished:
+async def _result(engine: EngineFacade, params: GenerateParams) -> GenerationFinished:
     last: GenerationEvent | None = None
+    params = replace(params, output=replace(params.output, stream_interval=None))
     async with aclosing(engine.generate(params)) as events:
         async for event in events:
             last = event

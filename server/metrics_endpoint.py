@@ -16,6 +16,7 @@ from prometheus_client import Info, ProcessCollector
 
 from fusionserve import __version__
 from fusionserve.metrics import REGISTRY
+from fusionserve.server.exposure import tell_of_metrics
 from fusionserve.server.listen_address import ListenAddress
 from fusionserve.server.memory_collector import MemoryCollector
 from fusionserve.server.metrics_snapshot import MetricsSnapshot
@@ -39,6 +40,7 @@ class MetricsEndpoint:
     def __init__(self, address: ListenAddress) -> None:
         self._server = _Server(address)
         self.address = ListenAddress(address.host, self._server.socket.getsockname()[1])
+        tell_of_metrics(self.address)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True
         )

@@ -100,7 +100,7 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         "fair_weights",
         "fair-weights",
         kinds.SHARES,
-        "shares of the server under load: of an adapter, of base, of fusion:NAME",
+        "shares of the server under load: of an adapter, base, fusion:NAME, blend:A+B",
         "1 for each",
     ),
     **_engine(
@@ -187,7 +187,12 @@ SERVER_SETTINGS: Mapping[str, Setting] = {
         "enable_channelz", "channelz", kinds.SWITCH, "show the state of connections to clients that ask"
     ),
     **_server("max_message_bytes", "max-message-size", size(1 << 10, 512 << 20), "largest request taken"),
-    **_server("max_request_s", "max-request-time", kinds.TIME_LIMIT, "deadline of requests that bring none"),
+    **_server(
+        "max_request_s",
+        "max-request-time",
+        kinds.TIME_LIMIT,
+        "most time for a request; its own deadline may be sooner",
+    ),
     **_server(
         "write_timeout_s",
         "write-timeout",

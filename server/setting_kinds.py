@@ -165,7 +165,7 @@ def parse_target(text: str) -> str:
     """What a client can be pointed at: HOST:PORT, or another form of gRPC's."""
     if not text.strip():
         raise ValueError(f"{text!r} names no server")
-    return text
+    return parse_text(text)
 
 
 def parse_text(text: str) -> str:
@@ -210,7 +210,7 @@ def _parse_named(text: str, what: str, config_file: str) -> tuple[str, Path]:
 def parse_weights(text: str) -> dict[str, float]:
     """NAME=WEIGHT pairs, separated by commas."""
     weights: dict[str, float] = {}
-    for pair in text.split(","):
+    for pair in parse_text(text).split(","):
         name, equals, weight = pair.strip().partition("=")
         if not equals or not name:
             raise ValueError(f"{pair!r} is not NAME=WEIGHT")
@@ -230,7 +230,7 @@ def parse_shares(text: str) -> dict[str, float]:
 
 
 TEXT = Kind("TEXT", parse_text)
-NAME = Kind("NAME", str)
+NAME = Kind("NAME", parse_text)
 FILE = Kind("FILE", lambda text: Path(text).expanduser())
 NUMBER = Kind("X", parse_number, "{:g}".format)
 SECONDS = Kind("DURATION", parse_seconds, "{:g}s".format)

@@ -115,7 +115,7 @@ class ArtifactCommand(Generic[ItemT]):
         for name, (text, settings) in actions.items():
             action = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
             if name != "list":
-                action.add_argument("name", metavar="NAME", help=f"the {noun}'s name")
+                action.add_argument("name", metavar="NAME", type=_name, help=f"the {noun}'s name")
             add_settings(action, (*settings, *self._shared()))
         return parser
 
@@ -123,6 +123,13 @@ class ArtifactCommand(Generic[ItemT]):
 def to_size(num_bytes: int) -> str:
     """Bytes as a person reads them; a dash for none."""
     return f"{num_bytes / (1 << 20):.1f}MiB" if num_bytes else "-"
+
+
+def _name(text: str) -> str:
+    try:
+        return kinds.parse_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _act(life: Life[ItemT], arguments: argparse.Namespace, values: Values) -> list[ItemT]:

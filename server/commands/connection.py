@@ -45,7 +45,7 @@ def connected(values: Values) -> Iterator[Client]:
     """A client of the server that the settings name; its errors leave as FailedCallError."""
     client = Client(
         values["server"],
-        credentials=_to_credentials(values),
+        credentials=to_credentials(values),
         token=values["token"],
         timeout_s=values["timeout"],
         max_attempts=values["max-attempts"],
@@ -57,7 +57,7 @@ def connected(values: Values) -> Iterator[Client]:
             raise FailedCallError(str(error)) from error
 
 
-def _to_credentials(values: Values) -> grpc.ChannelCredentials | None:
+def to_credentials(values: Values) -> grpc.ChannelCredentials | None:
     """TLS as the settings say; None is none. Raises UsageError for a file that cannot be read."""
     authority, certificate, key = (_read(values[name]) for name in ("tls-ca", "tls-cert", "tls-key"))
     if (certificate is None) != (key is None):

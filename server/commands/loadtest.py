@@ -43,9 +43,14 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=_one_screen,
+        add_help=False,
     )
     for title, settings in GROUPS.items():
-        add_settings(parser.add_argument_group(title), settings)
+        group = parser.add_argument_group(title)
+        add_settings(group, settings)
+    group.add_argument(
+        "-h", "--help", action="help", help="show this page"
+    )  # a group of its own takes two lines
     return parser
 
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fusionserve.client.server_access import ServerAccess
 from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_STREAM_INTERVAL, MAX_TEMPERATURE, is_name
-from fusionserve.loadtest_config import KINDS, LoadConfig, ServerAccess, ServiceLevels, parse_lengths
+from fusionserve.loadtest_config import KINDS, LoadConfig, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
-from fusionserve.server.commands.connection import TOKEN
+from fusionserve.server.commands.connection import TOKEN, to_credentials
 from fusionserve.server.setting_kinds import Kind, integer
 from fusionserve.server.settings import Setting, Values, config_setting
 
@@ -180,6 +181,8 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
         Setting(name="server", kind=kinds.TARGET, help="server to test", default="127.0.0.1:50051"),
         Setting(name="token", kind=TOKEN, help="bearer token; better in the environment"),
         Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file"),
+        Setting(name="tls-cert", kind=kinds.FILE, help="certificate to show"),
+        Setting(name="tls-key", kind=kinds.FILE, help="its private key"),
         _setting("timeout", kinds.SECONDS, "time for each request", None, "as long as it takes"),
         _setting(
             "out", Kind("DIR", parse_report_folder), "folder for report.json, requests.jsonl and the plots"
@@ -200,10 +203,7 @@ SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
 
 def to_server_access(values: Values) -> ServerAccess:
     """What the server wants to see. Raises UsageError for a file that cannot be read."""
-    tls_ca = values["tls-ca"]
-    if tls_ca is not None and not tls_ca.is_file():
-        raise UsageError(f"{tls_ca}: there is no such file")
-    return ServerAccess(token=values["token"], tls_ca=tls_ca)
+    return ServerAccess(token=values["token"], credentials=to_credentials(values))
 
 
 def to_load_config(values: Values) -> LoadConfig:

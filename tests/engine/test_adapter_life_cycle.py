@@ -365,3 +365,14 @@ class TestMemory:
             assert [reference() for reference in weights] == [None, None, None]
         finally:
             gc.enable()
+
+
+async def test_request_that_waits_for_a_load_is_told_when_the_drain_is_over(engine: TestedEngine) -> None:
+    with engine.slow_loads():
+        waiting = asyncio.create_task(collect(engine, make_params("late", lora("a"))))
+        await until(lambda: engine.num_reads == 1)
+        await engine.drain(0.05)
+        with pytest.raises(UnavailableError) as caught:
+            await asyncio.wait_for(waiting, 5)
+        assert caught.value.reason == "DRAINING"
+    await until(lambda: not engine._store._loads)

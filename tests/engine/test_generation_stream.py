@@ -167,3 +167,15 @@ async def test_reader_waits_without_spinning_until_an_event_comes() -> None:
         assert not waiting.done(), "the event is given once"
         stream.push(FINISHED)
         await asyncio.wait_for(waiting, 5)
+
+
+async def test_who_wants_the_result_alone_is_woken_for_nothing_else() -> None:
+    stream = GenerationStream(interval=None)
+    reader = asyncio.create_task(read_all(stream))
+    stream.push(STARTED)
+    await asyncio.sleep(0)
+    for token_id in range(3):
+        stream.push(make_chunk(0, token_id))
+        assert not stream._arrived.is_set()
+    stream.push(FINISHED)
+    assert await reader == [STARTED, FINISHED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,19 @@ def test_hung_step_ends_streams_and_the_process() -> None:
         assert_stops_with_1(server, within_s=30)
     assert "in one step for over 3 s" in server.log
     assert "in execute" in server.log, "the stack of the hung thread is told"
+
+
+def test_told_to_stop_while_a_step_hangs_the_process_ends() -> None:
+    with server_process(
+        *("--step-timeout", "6s", "--drain-grace", "0.2s"), failpoints="engine.step=20+sleep(60)"
+    ) as server:
+        with ThreadPoolExecutor(1) as pool, Client(server.grpc, timeout_s=60) as client:
+            stream = pool.submit(last_of, client)
+            time.sleep(2)  # it hangs by now
+            server.process.send_signal(signal.SIGTERM)
+            _, error = stream.result(30)
+            assert isinstance(error, ClientError)
+        assert server.wait() == 1
 
 
 def test_dead_engine_ends_streams_and_the_process() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from fusionserve.client import Client
 from fusionserve.loadtest.serving import serving
@@ -77,3 +78,25 @@ def test_an_interrupt_reports_what_there_is(server: str) -> None:
         out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     assert "stopped early" in out
+
+
+def test_a_server_that_wants_certificates_is_tested_with_one(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    for name, issued in (
+        ("server", authority.issue_cert("127.0.0.1")),
+        ("client", authority.issue_cert("me")),
+    ):
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    trusts = ("--tls-ca", str(tmp_path / "ca.pem"))
+    shows = ("--tls-cert", str(tmp_path / "client.pem"), "--tls-key", str(tmp_path / "client.key"))
+    flags = {"--tls-cert": "server.pem", "--tls-key": "server.key", "--tls-client-ca": "ca.pem"}
+    requests = ("--mix", "base=1", "--requests", "2", "--strict")
+    with serving({flag: tmp_path / name for flag, name in flags.items()}) as (target, _):
+        done = loadtest(target, *trusts, *shows, *requests)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = loadtest(target, *trusts, *requests)
+        assert done.returncode == 1 and done.stderr.startswith("error: UNAVAILABLE")
+        done = loadtest(target, *trusts, *shows[:2], *requests)
+        assert (done.returncode, done.stderr) == (2, "fusionserve: --tls-cert and --tls-key go together\n")

@@ -18,7 +18,7 @@ from server_fixture import Served, serving_server
 from fusionserve.client import AsyncClient, UnavailableError
 from fusionserve.config import ServerConfig
 from fusionserve.errors import StartupError
-from fusionserve.server.exposure import check_exposure, is_loopback
+from fusionserve.server.exposure import check_exposure, is_loopback, tell_of_metrics
 from fusionserve.server.listen_address import ListenAddress
 from fusionserve.server.tls import to_credentials
 from fusionserve.v1 import inference_pb2, inference_pb2_grpc
@@ -180,3 +180,6 @@ def test_only_loopback_is_open_without_tls_and_tokens(
         assert caught.value.reason == "INSECURE_LISTEN"
         check_exposure(address, ServerConfig(allow_insecure=True, **lacking))  # type: ignore[arg-type]
     assert ("INSECURE" in caplog.text) is not is_local
+    caplog.clear()
+    tell_of_metrics(address)
+    assert ("metrics at" in caplog.text) is not is_local

@@ -345,7 +345,22 @@ def _adaptations() -> Iterator[Case]:
         yield Case(name, GENERATE, request.SerializeToString(), "NOT_FOUND", reason, resource=kind)
 
 
-PATHS = ("..", "/", "/etc", "a/../b", "./a", "a//b", "", "a/", "~/a\0", "a\\b", "a\nb", "x" * 1025, "\u2028")
+PATHS = (
+    "..",
+    "/",
+    "/etc",
+    "a/../b",
+    "./a",
+    "a//b",
+    "",
+    "a/",
+    "~/a\0",
+    "a\\b",
+    "a\nb",
+    "x" * 1025,
+    "\u2028",
+    "/".join("x" * 17),
+)
 
 
 def _artifact_names() -> Iterator[Case]:

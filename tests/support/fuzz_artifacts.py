@@ -73,7 +73,7 @@ class MemoryDirectory:
     def open_file(self, name: str, *, missing_reason: str) -> io.FileIO:
         """The file, from a descriptor without a path."""
         if name not in self._files:
-            raise ArtifactError(f"the adapter has no {name}", reason=missing_reason)
+            raise ArtifactError(f"there is no {name}", reason=missing_reason)
         descriptor = os.memfd_create("artifact")
         os.write(descriptor, self._files[name])
         os.lseek(descriptor, 0, os.SEEK_SET)

@@ -92,7 +92,8 @@ class AdapterServiceServicer(object):
 
     def UnloadAdapter(self, request, context):
         """Withdraws an adapter: new requests for it are refused at once, running ones finish on it, and the answer comes when
-        they have. FAILED_PRECONDITION if a loaded fusion has it as a member.
+        they have. FAILED_PRECONDITION if a loaded fusion has it as a member. NOT_FOUND if it is not loaded; but one that was
+        evicted, and would come back from another folder than that of its name or with a digest, is forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

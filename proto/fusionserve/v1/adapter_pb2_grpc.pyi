@@ -40,7 +40,8 @@ class AdapterServiceStub:
     """
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]
     """Withdraws an adapter: new requests for it are refused at once, running ones finish on it, and the answer comes when
-    they have. FAILED_PRECONDITION if a loaded fusion has it as a member.
+    they have. FAILED_PRECONDITION if a loaded fusion has it as a member. NOT_FOUND if it is not loaded; but one that was
+    evicted, and would come back from another folder than that of its name or with a digest, is forgotten.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """Describes one adapter, loaded or available on disk."""
@@ -73,7 +74,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Withdraws an adapter: new requests for it are refused at once, running ones finish on it, and the answer comes when
-    they have. FAILED_PRECONDITION if a loaded fusion has it as a member.
+    they have. FAILED_PRECONDITION if a loaded fusion has it as a member. NOT_FOUND if it is not loaded; but one that was
+    evicted, and would come back from another folder than that of its name or with a digest, is forgotten.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one adapter, loaded or available on disk."""
@@ -115,7 +117,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_pb2.UnloadAdapterResponse]]:
         """Withdraws an adapter: new requests for it are refused at once, running ones finish on it, and the answer comes when
-        they have. FAILED_PRECONDITION if a loaded fusion has it as a member.
+        they have. FAILED_PRECONDITION if a loaded fusion has it as a member. NOT_FOUND if it is not loaded; but one that was
+        evicted, and would come back from another folder than that of its name or with a digest, is forgotten.
         """
 
     @_abc_1.abstractmethod
