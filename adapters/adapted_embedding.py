@@ -24,7 +24,7 @@ class AdaptedEmbedding(nn.Module):
         self._rows = rows
         self._cell = cell
         self._parts: GroupParts | None = None
-        self._scale = getattr(base, "embed_scale", 1.0)  # Gemma 3 multiplies inside the module
+        self._scale = _scale_of(base)
 
     @property
     def weight(self) -> Tensor:
@@ -68,3 +68,9 @@ class AdaptedEmbedding(nn.Module):
     ) -> None:
         u = shrink_embedding(token_ids, self._rows.shrink_rows[rows], self._rows.shrink_bias[rows])
         self._rows.expand_(y, weigh_(u, coefficients, left_out) * self._scale, rows)
+
+
+def _scale_of(base: nn.Embedding | PanelEmbedding) -> float:
+    """What the module multiplies its rows by, rounded as it does; Gemma's holds it in a tensor of another type."""
+    scale: Tensor | float = getattr(base, "embed_scale", 1.0)
+    return float(scale.to(base.weight.dtype)) if isinstance(scale, Tensor) else float(scale)

@@ -29,6 +29,10 @@ def check_config(config: PreTrainedConfig, max_context_tokens: int, max_step_tok
             raise _unsupported(
                 config, f"it has {layer_type} layers, and only full and sliding-window attention are served"
             )
+    if text_config.model_type == "olmoe" and _has_window(text_config, max_context_tokens):
+        raise _unsupported(
+            config, "its attention is told of a sliding window that its own mask does not have"
+        )
     if _tunes_temperature(text_config, max(max_context_tokens, max_step_tokens)):
         raise _unsupported(
             config,
@@ -46,11 +50,16 @@ def check_config(config: PreTrainedConfig, max_context_tokens: int, max_step_tok
 def num_windowed_layers(config: PreTrainedConfig, num_layers: int, max_context_tokens: int) -> int:
     """How many of `num_layers` attention layers a sliding window keeps from seeing a full context."""
     text_config = config.get_text_config()
-    window = getattr(text_config, "sliding_window", None)
-    if not window or window >= max_context_tokens:
+    if not _has_window(text_config, max_context_tokens):
         return 0
     layer_types = getattr(text_config, "layer_types", None)
     return list(layer_types).count("sliding_attention") if layer_types else num_layers
+
+
+def _has_window(config: PreTrainedConfig, max_context_tokens: int) -> bool:
+    """True if a sliding window is shorter than the context."""
+    window: int = getattr(config, "sliding_window", None) or max_context_tokens
+    return window < max_context_tokens
 
 
 def _is_wide_chunk(config: PreTrainedConfig, layer_type: str, max_context_tokens: int) -> bool:

@@ -243,7 +243,7 @@ class ScaledEmbedding(nn.Embedding):
 
     def __init__(self, weight: Tensor, embed_scale: float) -> None:
         super().__init__(*weight.shape, _weight=weight)
-        self.embed_scale = embed_scale
+        self.embed_scale = nn.Buffer(torch.tensor(embed_scale), persistent=False)
         self.requires_grad_(requires_grad=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MptConfig,
+    OlmoeConfig,
     PhimoeConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
@@ -102,6 +103,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     "window that attention is not told of": (
         lambda: PhimoeConfig(**_WINDOWED, num_local_experts=2),
         "PhimoeForCausalLM cannot be served: its sliding window does not go through the attention interface",
+    ),
+    "window that attention alone is told of": (
+        lambda: OlmoeConfig(**_WINDOWED, num_experts=2, num_experts_per_tok=1),
+        "models of the type olmoe cannot be served: its attention is told of a sliding window",
     ),
     "window in some layers that attention is not told of": (
         _qwen2_moe,

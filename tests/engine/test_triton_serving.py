@@ -15,6 +15,7 @@ import pytest
 import torch
 from delayed_copies import DelayedCopies
 from device_kernels import DEVICE, serve_in_triton
+from peft_adapters import randomize, save, wrap
 from served_adapters import (
     GREEDY,
     Outcome,
@@ -31,6 +32,7 @@ from served_adapters import (
     write_model,
 )
 from served_fusions import write_fusion
+from tiny_models import CONFIGS, make_tiny_model
 
 from fusionserve.engine.decode_graphs import GraphSize
 from fusionserve.errors import NotFoundError
@@ -184,7 +186,8 @@ async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
     folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Long enough for all to decode together: on a GPU few residents are copied ahead at a time.
-    plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN), num_tokens=24)
+    num_tokens = 24 if DEVICE.type == "cuda" else 8
+    plain = requests(OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN), num_tokens=num_tokens)
     async with serving(folders, "cpu") as engine:
         expected = await collect_all(engine, plain)
     serve_in_triton(monkeypatch)
@@ -201,6 +204,27 @@ async def test_steps_launched_ahead_give_the_tokens_and_weights_of_the_cpu(
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.tokens == theirs.tokens or index == 1
         assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
+
+
+async def test_scaled_embedding_is_adapted_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's holds its scale in a tensor, which a kernel would take for an address."""
+    config = CONFIGS["gemma3"]()
+    config.tie_word_embeddings = False
+    model = make_tiny_model(config)
+    model.save_pretrained(tmp_path / "model")
+    adapter = wrap(model, target_modules=["embed_tokens", "q_proj"], r=4, lora_alpha=4)
+    randomize(adapter, seed=1)
+    save(adapter, tmp_path / "adapters" / "ada")
+    both = [
+        make_params(f"{kind}", kind, make_prompt(0, 7), num_tokens=4) for kind in (lora("ada"), Adaptation())
+    ]
+    async with serving(tmp_path, "cpu") as engine:
+        expected = await collect_all(engine, both)
+    serve_in_triton(monkeypatch)
+    async with serving(tmp_path, DEVICE.type) as engine:
+        found = await collect_all(engine, both)
+    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    assert expected[0].tokens != expected[1].tokens
 
 
 def stopping_at(params: GenerateParams, token_id: int) -> GenerateParams:
