@@ -85,6 +85,7 @@ _REFUSED = {
     "use_qalora": "QALoRA (use_qalora)",
     "velora_config": "VeLoRA (velora_config), which keeps training state among its weights",
 }
+_VARIANTS = {"arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"}
 # These leave the base weights alone, so a loaded adapter is a plain one. All others subtract from the base.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -217,12 +218,14 @@ def _check_options(fields: Mapping[str, object]) -> None:
     if bias not in ("none", None):
         raise unsupported(f"bias {quoted(str(bias))}, which changes the base model's own biases")
     for key, value in fields.items():
-        if key in _READ or key in _HARMLESS or _is_off(value):
+        if key in _READ or key in _HARMLESS or _is_off(key, value):
             continue
         raise unsupported(_REFUSED.get(key) or f"the option {quoted(key)} is not known to this version")
 
 
-def _is_off(value: object) -> bool:
+def _is_off(key: str, value: object) -> bool:
+    if value == {} and key in _VARIANTS:  # PEFT takes it for a variant with all its defaults
+        return False
     return value is None or value is False or value in ("", [], {})
 
 

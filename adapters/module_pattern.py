@@ -223,11 +223,12 @@ class _Parser:
 
     def _class_member(self) -> _Accepts:
         first = self._take()
-        if first == "\\":
-            return self._escape()
+        escaped = self._escape() if first == "\\" else None
         following = self._source[self._at : self._at + 2]
         if len(following) < 2 or following[0] != "-" or following[1] == "]":
-            return lambda found: found == first
+            return escaped or (lambda found: found == first)
+        if escaped:
+            raise PatternError("a key has a class with a range that begins with an escape")
         self._take()
         last = self._take()
         if last == "\\" or last < first:

@@ -20,7 +20,6 @@ from fusionserve.adapters.base_modules import ModuleKind
 from fusionserve.adapters.lora_loader import WEIGHTS_FILE
 from fusionserve.training.adaptation_trainer import run_training
 from fusionserve.training.adapter_reading import read_adapter
-from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.data import TrainingData, load_data
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.run_frame import RunFrame
@@ -46,7 +45,7 @@ def train_adapter(
         _check_servable(model, base)
         trained = run_training(model, data, run, frame.checkpoint)
         summary = frame.summarize("adapter", run.out.name, model, trained, frame.judge(model))
-        with atomic_directory(run.out) as staging:
+        with frame.writing() as staging:
             _save(model, base, staging)
             read_adapter(staging, base)
             write_summary(staging, summary)

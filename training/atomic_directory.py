@@ -43,9 +43,15 @@ def _let_all_read(staging: Path) -> None:
 def _publish(staging: Path, directory: Path) -> None:
     """Renames; what stood there goes aside first, since no rename replaces a full directory."""
     aside = staging.with_name(f"{staging.name}.old")
-    if directory.exists():
+    had_old = directory.exists()
+    if had_old:
         directory.rename(aside)
-    staging.rename(directory)
+    try:
+        staging.rename(directory)
+    except OSError:
+        if had_old:
+            aside.rename(directory)
+        raise
     _sync(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)
 

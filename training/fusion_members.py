@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from fusionserve.adapters.base_modules import ModuleKind
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.errors import FusionServeError, TrainingError
-from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
+from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind, parse_fusion_config
 from fusionserve.fusion.loader import check_members
 from fusionserve.limits import is_name
 from fusionserve.training.adapter_reading import read_adapter
@@ -51,7 +52,16 @@ def make_fusion_config(run: FusionRun, base: FrozenBase, members: Sequence[LoRAW
         base_member=run.base_member,
     )
     check_members(config, members)
+    _check_readable(replace(config, training=dict(run.notes)))
     return config
+
+
+def _check_readable(config: FusionConfig) -> None:
+    """Raises TrainingError if the server would refuse the configuration, before hours are spent on it."""
+    try:
+        parse_fusion_config(config.to_json().encode())
+    except (FusionServeError, TypeError, ValueError) as error:
+        raise TrainingError(f"the server would refuse such a fusion: {error}") from error
 
 
 def _check_names(run: FusionRun) -> None:

@@ -21,7 +21,6 @@ from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fu
 from fusionserve.fusion.params import make_params
 from fusionserve.fusion.unfolded import TokenWeighing, UnfoldedFusion
 from fusionserve.training.adaptation_trainer import Hooks, run_training
-from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.data import TrainingData, load_data
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.fusion_members import make_fusion_config, read_members
@@ -54,7 +53,7 @@ def train_fusion(
         held_out_loss = frame.judge(base.model, watch.observe)
         summary = frame.summarize("fusion", run.name, base.model, trained, held_out_loss, watch.take())
     config = replace(config, training=_describe_training(run, summary))
-    with atomic_directory(run.out) as staging:
+    with frame.writing() as staging:
         save_fusion(staging, config, params)
         _check_servable(staging, base)
         write_summary(staging, summary)

@@ -81,8 +81,12 @@ def digest_rows(rows: Iterable[Row]) -> str:
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """A batch [rows, longest row]; the padding behind a row is a text of its own that nobody learns from."""
-    width = max(map(len, rows))
+    """A batch [rows, longest row]; the padding behind a row is a text of its own that nobody learns from.
+
+    Its positions are none that no example has: a model may have no more.
+    """
+    width, num_positions = max(map(len, rows)), 1 + max(int(row.positions.max()) for row in rows)
+    is_packed = any(row.positions[-1] != len(row) - 1 for row in rows)
     batch = {
         "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
         "labels": torch.full((len(rows), width), IGNORED),
@@ -95,8 +99,8 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
         batch["labels"][i, here] = torch.from_numpy(row.labels.astype(np.int64))
         batch["position_ids"][i, here] = torch.from_numpy(row.positions.astype(np.int64))
         batch["is_token"][i, here] = True
-        if row.positions[-1] != len(row) - 1:  # packed: the padding must not read as more of the last example
-            batch["position_ids"][i, len(row) :] = torch.arange(width - len(row))
+        if is_packed:  # the padding must not read as more of the last example
+            batch["position_ids"][i, len(row) :] = torch.arange(width - len(row)) % num_positions
     return batch
 
 
@@ -118,16 +122,28 @@ def _tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     token_ids: list[int] = []
     is_learned: list[bool] = []
     for i, piece in enumerate(example.pieces):
-        # What opens a text when it is served opens it here; what would end it comes once, below.
-        found = tokenizer.encode(piece.text, add_special_tokens=i == 0 and not example.is_chat, verbose=False)
-        if found and i == 0 and not example.is_chat and found[-1] == tokenizer.eos_token_id:
-            found = found[:-1]
+        found = _opening(piece.text, tokenizer, example) if i == 0 else _continuation(piece.text, tokenizer)
         token_ids += found
         is_learned += [piece.is_learned] * len(found)
     if not example.is_chat and tokenizer.eos_token_id is not None:
         token_ids.append(tokenizer.eos_token_id)
         is_learned.append(True)
     return token_ids, is_learned
+
+
+def _opening(text: str, tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """What opens a text when it is served opens it here; what would end it comes once, at the end of all."""
+    found: list[int] = tokenizer.encode(text, add_special_tokens=not example.is_chat, verbose=False)
+    return found[:-1] if found and not example.is_chat and found[-1] == tokenizer.eos_token_id else found
+
+
+def _continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text behind another. Some tokenizers (Llama 2's) put a space before a start."""
+    before, both, alone = (
+        tokenizer.encode(each, add_special_tokens=False, verbose=False) for each in ("\n", f"\n{text}", text)
+    )
+    found: list[int] = both[len(before) :] if both[: len(before)] == before else alone
+    return found
 
 
 def _to_row(token_ids: Sequence[int], is_learned: Sequence[bool]) -> Row:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -11,6 +12,7 @@ from fusionserve.adapters.weight_bytes import count_parameters, weight_bytes
 from fusionserve.artifact_folders import ADAPTER_CONFIG, FUSION_CONFIG
 from fusionserve.errors import TrainingError
 from fusionserve.training.adaptation_trainer import TrainedRun
+from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.checkpoints import prepare_work_dir, remove_work_dir
 from fusionserve.training.data import TrainingData
 from fusionserve.training.evaluation import Observe, evaluate_loss
@@ -31,6 +33,8 @@ class RunFrame:
         self, run: TrainingRun, base: FrozenBase, data: TrainingData, member_digests: Sequence[str] = ()
     ) -> None:
         _check_out(run.out)
+        if run.checkpoints.resolve().is_relative_to(run.out.resolve()):
+            raise TrainingError(f"the checkpoints would lie in {run.out}, which is replaced as a whole")
         _check_length(base, data)
         if run.data.packing:
             check_packing(base)
@@ -82,6 +86,13 @@ class RunFrame:
             history=trained.history,
             fusion=fusion,
         )
+
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """An empty directory that becomes the artifact at the end of the block, if there still is a place for one."""
+        with atomic_directory(self._run.out) as staging:
+            yield staging
+            _check_out(self._run.out)
 
     def close(self) -> None:
         """Removes the checkpoints, now that the artifact is written, unless they are wanted."""

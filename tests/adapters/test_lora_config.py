@@ -102,6 +102,7 @@ UNSUPPORTED = {
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "arrow": ({"arrow_config": {"top_k": 3}}, "arrow_config"),
     "kasa": ({"kasa_config": {"beta": 1}}, "kasa_config"),
+    "kasa as it is": ({"kasa_config": {}}, "kasa_config"),
     "monteclora": ({"monteclora_config": {"num_samples": 2}}, "monteclora_config"),
     "velora": ({"velora_config": {"num_groups": 2}}, "velora_config"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),

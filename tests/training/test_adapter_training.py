@@ -131,6 +131,12 @@ def test_a_folder_of_something_else_is_not_replaced(root: Path) -> None:
     assert (root / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+def test_checkpoints_do_not_lie_in_what_is_replaced(root: Path) -> None:
+    with pytest.raises(TrainingError, match="the checkpoints would lie in"):
+        train_adapter(run_in(root, out="nested", work_dir=root / "nested" / "work"))
+    assert not (root / "nested").exists()
+
+
 def test_a_lost_loss_ends_the_run_without_an_artifact(root: Path) -> None:
     config = optimization(10, learning_rate=1e30, max_grad_norm=0, warmup_share=0, eval_steps=5)
     with pytest.raises(TrainingError, match="lower the learning rate"):

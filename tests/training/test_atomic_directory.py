@@ -26,6 +26,25 @@ def test_what_was_there_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_name_that_cannot_be_had_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("0")
+    rename = Path.rename
+
+    def second_fails(path: Path, target: Path) -> Path:
+        if target.name == "out" and not path.name.endswith(".old"):
+            raise OSError("somebody else was faster")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(OSError, match="faster"), atomic_directory(tmp_path / "out") as staging:
+        (staging / "new").write_text("1")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_error_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("0")

@@ -178,6 +178,14 @@ def test_members_that_cannot_be_had_are_named(root: Path) -> None:
         train_fusion(replace(run, members=run.members * 2))
 
 
+@pytest.mark.parametrize(
+    "change", [{"d_key": 5000}, {"notes": {"loss": float("nan")}}, {"notes": {"at": object()}}]
+)
+def test_what_the_server_would_refuse_is_not_trained(root: Path, change: dict[str, object]) -> None:
+    with pytest.raises(TrainingError, match="the server would refuse such a fusion"):
+        train(root, **change)
+
+
 def test_a_dora_member_is_refused(root: Path) -> None:
     base = load_base(str(root / "base"))
     save(adapt(base.model, target_modules=["q_proj"], use_dora=True), root / "dora")

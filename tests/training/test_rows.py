@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_training import DIGITS, LETTERS, tiny_base, write_records, write_texts
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from fusionserve.errors import TrainingError
 from fusionserve.training import frozen_base
@@ -35,6 +37,31 @@ def test_prompts_are_not_learned_and_the_end_is(base: FrozenBase) -> None:
     answer = [*base.tokenizer.encode("123"), 0]
     assert row.labels.tolist() == [IGNORED] * (len(row) - len(answer)) + answer
     assert row.token_ids.tolist() == [*base.tokenizer.encode("abc"), *answer]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first"])
+def test_answers_are_learned_as_they_follow_their_prompts(scheme: str) -> None:
+    """A tokenizer like Llama 2's takes each text that it is given for a start, and puts a space there."""
+    vocab = {
+        token: i for i, token in enumerate(["<unk>", "</s>", "\n", "▁", *"abc123▁:", "▁a", "▁1", "ab", "▁ab"])
+    }
+    model = models.BPE(vocab, [("▁", "a"), ("▁", "1"), ("a", "b"), ("▁a", "b")], unk_token="<unk>")
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    for prompt, answer in (("a:\n", "12"), ("a:\n", "ab"), ("a:", " ab"), ("1\n", "\n1")):
+        (row,) = make_rows([answered(prompt, answer)], tokenizer, RowShape(64, packing=False), 0)
+        assert row.token_ids.tolist() == [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
+
+
+def test_padding_beside_packed_rows_has_positions_that_examples_have(base: FrozenBase) -> None:
+    shape = RowShape(40, packing=True)
+    rows = make_rows([text(LETTERS), *(text(DIGITS) for _ in range(8))], base.tokenizer, shape, 0)
+    packed = max(rows, key=len)
+    short = make_rows([text("ab")], base.tokenizer, RowShape(40, packing=False), 0)
+    positions = collate([packed, *short])["position_ids"]
+    assert positions.max() == packed.positions.max() < len(packed) - 1
+    assert positions[1, len(short[0])] == 0
 
 
 def test_running_text_is_cut_into_parts_without_loss(base: FrozenBase) -> None:
