@@ -57,7 +57,7 @@ class ArtifactSources:
         self._known.pop(name, None)
 
     def is_elsewhere(self, name: str) -> bool:
-        """True if what its name alone finds under the roots is not, or need not be, what it was loaded from."""
+        """True if the name alone does not say what to load: it came from another folder, or with a digest."""
         source = self._known.get(name)
         return source is not None and (source.relative != name or source.digest is not None)
 

@@ -110,7 +110,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """What is told of a name that is on disk only."""
 
     @abstractmethod
-    def _to_withdrawn_status(self, name: str, entry: RegistryEntry[L] | None, *, on_disk: bool) -> S:
+    def _to_withdrawn_status(self, name: str, loaded: L | None, *, on_disk: bool) -> S:
         """The last word on an unloaded version, or one evicted before: AVAILABLE if it would load again on demand."""
 
     def _on_published(self, loaded: L) -> None:
@@ -179,7 +179,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         on_disk = False
         with suppress(UnavailableError):  # it is unloaded all the same
             on_disk = name in await self._list()
-        return self._to_withdrawn_status(name, entries[0] if entries else None, on_disk=on_disk)
+        return self._to_withdrawn_status(name, entries[0].loaded if entries else None, on_disk=on_disk)
 
     async def status(self, name: str, device_uids: frozenset[int]) -> S:
         """What is known of one name. Raises NotFoundError, UnavailableError."""
@@ -219,9 +219,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
                 return loaded
             flight = self._loads.get(name)
             if flight is not None and flight.wish is not _ON_DEMAND:
-                await asyncio.wait(
-                    [flight.task]
-                )  # what is wrong with another's wish is not this one's failure
+                # What is wrong with another's wish is not this one's failure.
+                await asyncio.wait([flight.task])
             else:
                 await self._load_once(name, _ON_DEMAND)
         raise self._unstable(name)
@@ -286,12 +285,9 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         try:
             return found, await self._read(name, found)
         except NotFoundError:
-            known = self._sources.known(name)
-            if wish.path is not None or known is None or found.relative is None:
+            if wish.path is not None or found.relative is None or self._sources.known(name) is None:
                 raise
-        # It is no longer where it was loaded from. What it must be stays, until somebody says otherwise.
-        if known.digest is None:
-            self._sources.forget(name)
+        # It is no longer where it was loaded from; it may have moved to another root.
         found = replace(found, root=await self._find_root(name, found.relative))
         return found, await self._read(name, found)
 

@@ -94,13 +94,11 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         state = AdapterState.LOADING if is_loading else AdapterState.AVAILABLE
         return AdapterStatus(name=name, state=state, residency=Residency.DISK)
 
-    def _to_withdrawn_status(
-        self, name: str, entry: RegistryEntry[Adapter] | None, *, on_disk: bool
-    ) -> AdapterStatus:
+    def _to_withdrawn_status(self, name: str, loaded: Adapter | None, *, on_disk: bool) -> AdapterStatus:
         return AdapterStatus(
             name=name,
-            version=0 if entry is None else entry.loaded.version,
-            digest="" if entry is None else entry.loaded.digest,
+            version=loaded.version if loaded else 0,
+            digest=loaded.digest if loaded else "",
             state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
             residency=Residency.DISK,
         )

@@ -54,9 +54,9 @@ class Admission:
         self._default_max_new_tokens = default_max_new_tokens
         self._pool_ranks = pool_ranks
         self._max_text_bytes = max(_LEAST_MAX_TEXT_BYTES, MAX_BYTES_PER_TOKEN * max_context_tokens)
-        # Two lanes, so that a book does not hold up a question.
         self._limits: set[asyncio.Timeout] = set()  # of the requests that are being admitted
         self.has_ended = False
+        # Two lanes, so that a book does not hold up a question.
         self._short_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._long_texts = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-long")
 

@@ -30,6 +30,9 @@ class DecoderLayer:
 
     def __init__(self, form: LayerForm, angles: int) -> None:
         self._attention, self._settings, self._angles = form.attention, form.settings, angles
+        assert form.settings.norms.before_mlp or not form.settings.is_parallel, (
+            "the MLP's input must be its own"
+        )
         self._heads, self._output = Projections(form.heads), Projections([form.output])
         self._mlp = _MLPProducts(form.mlp) if isinstance(form.mlp, DenseMLP) else None
         self._mixture = None if isinstance(form.mlp, DenseMLP) else form.mlp

@@ -130,13 +130,11 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         state = AdapterState.LOADING if is_loading else AdapterState.AVAILABLE
         return FusionStatus(name=name, state=state, residency=Residency.DISK)
 
-    def _to_withdrawn_status(
-        self, name: str, entry: RegistryEntry[Fusion] | None, *, on_disk: bool
-    ) -> FusionStatus:
+    def _to_withdrawn_status(self, name: str, loaded: Fusion | None, *, on_disk: bool) -> FusionStatus:
         return FusionStatus(
             name=name,
-            version=0 if entry is None else entry.loaded.version,
-            digest="" if entry is None else entry.loaded.digest,
+            version=loaded.version if loaded else 0,
+            digest=loaded.digest if loaded else "",
             state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
             residency=Residency.DISK,
         )

@@ -40,7 +40,7 @@ _ENGINE = "engine"
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
-    """Serves until SIGTERM or SIGINT and returns the exit code: 0, or 1 if the engine died.
+    """Serves until SIGTERM or SIGINT and returns the exit code: 0, or 1 if the engine died or hangs.
 
     Raises StartupError if a port or the model cannot be had.
     """
@@ -51,7 +51,7 @@ async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_en
     async with loop_watched(engine_config.step_timeout_s), loop_measured():
         code = await _serve(engine_config, server_config, load_engine)
         is_at_work = is_thread_alive(_LOADER) or is_thread_alive(_ENGINE) or not await _workers_end()
-        if is_thread_alive(_ENGINE):  # it was told to stop long ago
+        if is_thread_alive(_ENGINE):  # it did not stop in its time: it hangs
             code = EXIT_ENGINE_FAILED
     if is_at_work:
         # Told to stop while loading, or hung: native code cannot be interrupted, and crashes if Python ends around it.

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -50,7 +50,8 @@ def _publish(staging: Path, directory: Path) -> None:
         staging.rename(directory)
     except OSError:
         if had_old:
-            aside.rename(directory)
+            with suppress(OSError):  # somebody else has the name now; the old one stays aside
+                aside.rename(directory)
         raise
     _sync(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)

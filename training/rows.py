@@ -83,7 +83,7 @@ def digest_rows(rows: Iterable[Row]) -> str:
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     """A batch [rows, longest row]; the padding behind a row is a text of its own that nobody learns from.
 
-    Its positions are none that no example has: a model may have no more.
+    It has only positions that examples have, since a model may have no more.
     """
     width, num_positions = max(map(len, rows)), 1 + max(int(row.positions.max()) for row in rows)
     is_packed = any(row.positions[-1] != len(row) - 1 for row in rows)
@@ -122,7 +122,11 @@ def _tokens_of(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     token_ids: list[int] = []
     is_learned: list[bool] = []
     for i, piece in enumerate(example.pieces):
-        found = _opening(piece.text, tokenizer, example) if i == 0 else _continuation(piece.text, tokenizer)
+        if i == 0:
+            found = _opening(piece.text, tokenizer, example)
+        else:
+            context = "\n" if piece.is_learned else _context_in(example.pieces[i - 1].text, tokenizer)
+            found = _continuation(piece.text, tokenizer, context)
         token_ids += found
         is_learned += [piece.is_learned] * len(found)
     if not example.is_chat and tokenizer.eos_token_id is not None:
@@ -137,10 +141,16 @@ def _opening(text: str, tokenizer: PreTrainedTokenizerBase, example: Example) ->
     return found[:-1] if found and not example.is_chat and found[-1] == tokenizer.eos_token_id else found
 
 
-def _continuation(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _context_in(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides how a given text behind this one is encoded: a special token at its end, if there is one."""
+    return next((token for token in tokenizer.get_added_vocab() if text.endswith(token)), "\n")
+
+
+def _continuation(text: str, tokenizer: PreTrainedTokenizerBase, context: str) -> list[int]:
     """The tokens of a text behind another. Some tokenizers (Llama 2's) put a space before a start."""
     before, both, alone = (
-        tokenizer.encode(each, add_special_tokens=False, verbose=False) for each in ("\n", f"\n{text}", text)
+        tokenizer.encode(each, add_special_tokens=False, verbose=False)
+        for each in (context, f"{context}{text}", text)
     )
     found: list[int] = both[len(before) :] if both[: len(before)] == before else alone
     return found

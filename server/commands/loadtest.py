@@ -45,12 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_one_screen,
         add_help=False,
     )
-    for title, settings in GROUPS.items():
-        group = parser.add_argument_group(title)
+    groups = [parser.add_argument_group(title) for title in GROUPS]
+    for group, settings in zip(groups, GROUPS.values(), strict=True):
         add_settings(group, settings)
-    group.add_argument(
-        "-h", "--help", action="help", help="show this page"
-    )  # a group of its own takes two lines
+    # In a group of its own, as argparse has it, it would take three lines of the page.
+    groups[-1].add_argument("-h", "--help", action="help", help="show this page")
     return parser
 
 

@@ -259,6 +259,23 @@ async def test_evicted_name_that_came_from_elsewhere_is_forgotten_by_an_unload(d
             await failing
 
 
+async def test_evicted_name_is_never_taken_for_another_of_that_name(disk: Disk) -> None:
+    disk.write("a", "3")
+    disk.write("hidden/a", "4")
+    disk.write("b", "5")
+    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    await store.load("a", "hidden/a", pin=False, replace=False)
+    store.registry.release(await store.lease(["b"]))
+    shutil.rmtree(disk.roots[0] / "hidden")
+    for _ in range(2):
+        with pytest.raises(NotFoundError):
+            await store.lease(["a"])
+    disk.write("hidden/a", "4")
+    (again,) = await store.lease(["a"])
+    assert again.weights.max_rank == 4
+    store.registry.release([again])
+
+
 @pytest.mark.parametrize("digest", [None, digest_of("4")])
 async def test_evicted_adapter_is_found_where_it_has_moved(disk: Disk, digest: str | None) -> None:
     disk.write("a", "4")
@@ -282,14 +299,14 @@ async def test_evicted_adapter_is_found_where_it_has_moved(disk: Disk, digest: s
             await store.lease(["a"])
 
 
-@pytest.mark.parametrize("wish", [{"path": "typo"}, {"path": None, "digest": digest_of("2")}])
+@pytest.mark.parametrize(("path", "digest"), [("typo", None), (None, digest_of("2"))])
 async def test_use_does_not_fail_by_what_is_wrong_with_a_command(
-    disk: Disk, store: AdapterStore, wish: dict[str, str | None]
+    disk: Disk, store: AdapterStore, path: str | None, digest: str | None
 ) -> None:
     disk.write("a", "1")
     disk.write("typo", "broken")
     disk.gate.clear()
-    command = asyncio.create_task(store.load("a", wish.pop("path"), pin=False, replace=False, **wish))
+    command = asyncio.create_task(store.load("a", path, pin=False, replace=False, digest=digest))
     await reading(disk, 1)
     lease = asyncio.create_task(store.lease(["a"]))
     await asyncio.sleep(0.01)

@@ -27,7 +27,7 @@ PARALLEL = ("gpt_neox", "phi", "cohere", "cohere2", "stablelm_parallel")
 HEADS = ("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")
 FAMILIES = (*PARALLEL, "gpt_neox_serial", "gpt2", "phi3", "gemma2", "olmo2")
 
-Ways = Callable[[pytest.MonkeyPatch], str]
+Way = Callable[[pytest.MonkeyPatch], str]
 
 
 def in_one_call(monkeypatch: pytest.MonkeyPatch) -> str:
@@ -65,14 +65,13 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:overflow encountered in exp"
-)  # of the interpreter: 1 / (1 + inf) is meant
+# Of the interpreter: 1 / (1 + inf) is meant.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize(
     ("family", "attention_at", "way"), CASES, ids=lambda value: getattr(value, "__name__", value)
 )
 async def test_fusion_of_a_layer_equals_the_unfolded_model(
-    family: str, attention_at: str, way: Ways, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, attention_at: str, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layer's weights come from its first module, or from what its attention makes, and reach its MLP."""
     model = make_tiny_model(CONFIGS[family]())

@@ -216,7 +216,8 @@ async def test_scaled_embedding_is_adapted_in_triton(tmp_path: Path, monkeypatch
     randomize(adapter, seed=1)
     save(adapter, tmp_path / "adapters" / "ada")
     both = [
-        make_params(f"{kind}", kind, make_prompt(0, 7), num_tokens=4) for kind in (lora("ada"), Adaptation())
+        make_params(name, kind, make_prompt(0, 7), num_tokens=4)
+        for name, kind in (("adapted", lora("ada")), ("base", Adaptation()))
     ]
     async with serving(tmp_path, "cpu") as engine:
         expected = await collect_all(engine, both)

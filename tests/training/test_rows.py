@@ -54,6 +54,18 @@ def test_answers_are_learned_as_they_follow_their_prompts(scheme: str) -> None:
         assert row.token_ids.tolist() == [*tokenizer.encode(prompt + answer), tokenizer.eos_token_id]
 
 
+def test_turns_are_encoded_as_they_follow_each_other() -> None:
+    """Serving encodes a conversation as a whole: behind a special token such a tokenizer puts its space again."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "\n", "▁", *"ab12[]"])}
+    inner = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    turns = [Piece("[a]", False), Piece("12</s>", True), Piece("[b]", False), Piece("21</s>", True)]
+    (row,) = make_rows([Example(tuple(turns), is_chat=True)], tokenizer, RowShape(64, packing=False), 0)
+    whole = "".join(turn.text for turn in turns)
+    assert row.token_ids.tolist() == tokenizer.encode(whole, add_special_tokens=False)
+
+
 def test_padding_beside_packed_rows_has_positions_that_examples_have(base: FrozenBase) -> None:
     shape = RowShape(40, packing=True)
     rows = make_rows([text(LETTERS), *(text(DIGITS) for _ in range(8))], base.tokenizer, shape, 0)

@@ -125,7 +125,8 @@ class AdapterServiceServicer(object):
 
     def UnloadFusion(self, request, context):
         """Withdraws a fusion: new requests for it are refused at once, running ones finish on it, and the answer comes when
-        they have. Its members stay loaded, but may then be unloaded.
+        they have. Its members stay loaded, but may then be unloaded. NOT_FOUND if it is not loaded; but one that was evicted,
+        and would come back from another folder than that of its name or with a digest, is forgotten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

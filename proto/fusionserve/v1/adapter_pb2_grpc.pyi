@@ -55,7 +55,8 @@ class AdapterServiceStub:
     """
     UnloadFusion: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadFusionRequest, _adapter_pb2.UnloadFusionResponse]
     """Withdraws a fusion: new requests for it are refused at once, running ones finish on it, and the answer comes when
-    they have. Its members stay loaded, but may then be unloaded.
+    they have. Its members stay loaded, but may then be unloaded. NOT_FOUND if it is not loaded; but one that was evicted,
+    and would come back from another folder than that of its name or with a digest, is forgotten.
     """
     GetFusion: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetFusionRequest, _adapter_pb2.GetFusionResponse]
     """Describes one fusion, loaded or available on disk."""
@@ -89,7 +90,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     UnloadFusion: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadFusionRequest, _adapter_pb2.UnloadFusionResponse]  # type: ignore[assignment]
     """Withdraws a fusion: new requests for it are refused at once, running ones finish on it, and the answer comes when
-    they have. Its members stay loaded, but may then be unloaded.
+    they have. Its members stay loaded, but may then be unloaded. NOT_FOUND if it is not loaded; but one that was evicted,
+    and would come back from another folder than that of its name or with a digest, is forgotten.
     """
     GetFusion: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetFusionRequest, _adapter_pb2.GetFusionResponse]  # type: ignore[assignment]
     """Describes one fusion, loaded or available on disk."""
@@ -156,7 +158,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadFusionResponse, _abc.Awaitable[_adapter_pb2.UnloadFusionResponse]]:
         """Withdraws a fusion: new requests for it are refused at once, running ones finish on it, and the answer comes when
-        they have. Its members stay loaded, but may then be unloaded.
+        they have. Its members stay loaded, but may then be unloaded. NOT_FOUND if it is not loaded; but one that was evicted,
+        and would come back from another folder than that of its name or with a digest, is forgotten.
         """
 
     @_abc_1.abstractmethod
