@@ -24,7 +24,7 @@ class AdaptedEmbedding(nn.Module):
         self._rows = rows
         self._cell = cell
         self._parts: GroupParts | None = None
-        self._scale = _scale_of(base)
+        self._scale = embedding_scale(base)
 
     @property
     def weight(self) -> Tensor:
@@ -70,7 +70,7 @@ class AdaptedEmbedding(nn.Module):
         self._rows.expand_(y, weigh_(u, coefficients, left_out) * self._scale, rows)
 
 
-def _scale_of(base: nn.Embedding | PanelEmbedding) -> float:
+def embedding_scale(base: nn.Embedding | PanelEmbedding) -> float:
     """What the module multiplies its rows by, rounded as it does; Gemma's holds it in a tensor of another type."""
     scale: Tensor | float = getattr(base, "embed_scale", 1.0)
     return float(scale.to(base.weight.dtype)) if isinstance(scale, Tensor) else float(scale)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fusionserve.adapters.adapted_embedding import embedding_scale
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.engine.expert_panels import bring_experts_into_panels
 from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
@@ -61,11 +62,9 @@ def bring_into_panels(
 
 
 def _scale_of(embedding: Any) -> float | None:
-    """What an embedding multiplies its rows by, rounded as it does; None for one of an unknown kind."""
-    if type(embedding) is nn.Embedding:
-        return 1.0
-    is_known = type(embedding).__name__ in _SCALED_EMBEDDINGS
-    return float(embedding.embed_scale.to(embedding.weight.dtype)) if is_known else None
+    """What an embedding multiplies its rows by; None for one of an unknown kind."""
+    is_known = type(embedding) is nn.Embedding or type(embedding).__name__ in _SCALED_EMBEDDINGS
+    return embedding_scale(embedding) if is_known else None
 
 
 def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugePages) -> PanelLinear | None:

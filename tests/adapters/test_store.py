@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from adapter_disk import SIZE, Disk, digest_of, forget
 from loose_adapters import FIRST, make_content, make_lora
 
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
 from fusionserve.adapters import artifact_sources
-from fusionserve.adapters.adapter import Adapter, AdapterContent
-from fusionserve.adapters.artifact_directory import ArtifactDirectory
+from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.artifact_folders import ADAPTER_CONFIG
@@ -29,47 +27,6 @@ from fusionserve.errors import (
     UnavailableError,
 )
 
-SIZE = make_content({FIRST: make_lora(1, seed=1)}).nbytes
-
-
-class Disk:
-    """Two roots, and a reader of theirs that can be held up; the rank of an adapter is what its file says."""
-
-    def __init__(self, path: Path) -> None:
-        self.roots = (path / "one", path / "two")
-        for root in self.roots:
-            root.mkdir()
-        self.num_reads = 0
-        self.num_reading = 0
-        self.most_reading = 0
-        self.gate = threading.Event()
-        self.gate.set()
-        self._lock = threading.Lock()
-
-    def write(self, name: str, text: str = "1", *, root: int = 0) -> None:
-        directory = self.roots[root] / name
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / ADAPTER_CONFIG).write_text(text)
-
-    def load_content(self, directory: ArtifactDirectory) -> AdapterContent:
-        with directory.open_file(ADAPTER_CONFIG, missing_reason="CONFIG_MISSING") as file:
-            text = file.read().decode()
-        with self._lock:
-            self.num_reads += 1
-            self.num_reading += 1
-            self.most_reading = max(self.most_reading, self.num_reading)
-        assert self.gate.wait(20)
-        with self._lock:
-            self.num_reading -= 1
-        if not text.isdigit():
-            raise ArtifactError("it is broken", reason="CONFIG_INVALID")
-        return make_content({FIRST: make_lora(int(text), seed=int(text))}, digest=digest_of(text))
-
-
-def digest_of(text: str) -> str:
-    """What stands in for the digest of an adapter whose file says so."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
@@ -78,16 +35,12 @@ def disk(tmp_path: Path) -> Disk:
 
 @pytest.fixture
 async def store(disk: Disk) -> AsyncIterator[AdapterStore]:
-    store = AdapterStore(AdapterRegistry(8 * SIZE, _forget), disk.roots, disk.load_content)
+    store = AdapterStore(AdapterRegistry(8 * SIZE, forget), disk.roots, disk.load_content)
     yield store
     disk.gate.set()
     await store.close(5)
     store.registry.check_integrity(0)
     assert store._loads == {}
-
-
-def _forget(_: Adapter) -> None:
-    """What the pool does is tested elsewhere."""
 
 
 async def reading(disk: Disk, num_reads: int) -> None:
@@ -218,85 +171,12 @@ async def test_member_replaced_while_another_loads_is_leased_anew(disk: Disk, st
 async def test_adapters_evicted_as_fast_as_they_load_end_in_capacity(disk: Disk) -> None:
     for name in "ab":
         disk.write(name, "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
+    store = AdapterStore(AdapterRegistry(5 * SIZE, forget), disk.roots, disk.load_content)
     with pytest.raises(CapacityError) as refusal:
         await store.lease(["a", "b"])
     assert refusal.value.reason == "ADAPTER_HOST_FULL"
     store.registry.check_integrity(0)
     store.registry.release(await store.lease(["b"]))
-
-
-async def test_evicted_adapter_comes_back_from_where_it_was(disk: Disk) -> None:
-    disk.write("a", "5")
-    disk.write("hidden/a", "4")
-    disk.write("b", "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
-    await store.load("a", "hidden/a", pin=False, replace=False)
-    store.registry.release(await store.lease(["b"]))
-    assert store.registry.get("a") is None
-    assert (await store.status("a", frozenset())).state is AdapterState.AVAILABLE
-    (again,) = await store.lease(["a"])
-    assert (again.version, again.weights.max_rank) == (2, 4)
-    store.registry.release([again])
-    await store.unload("a", _forget)
-    (default,) = await store.lease(["a"])  # an unloaded name is found under its own name again
-    assert default.weights.max_rank == 5
-    store.registry.release([default])
-
-
-async def test_evicted_name_that_came_from_elsewhere_is_forgotten_by_an_unload(disk: Disk) -> None:
-    disk.write("hidden/a", "4")
-    disk.write("b", "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
-    await store.load("a", "hidden/a", pin=False, replace=False)
-    store.registry.release(await store.lease(["b"]))
-    assert [status.name for status in await store.statuses(frozenset())] == ["a", "b"]
-    gone = await store.unload("a", _forget)
-    assert (gone.name, gone.version, gone.state) == ("a", 0, AdapterState.DRAINING)
-    assert [status.name for status in await store.statuses(frozenset())] == ["b"]
-    for failing in (store.lease(["a"]), store.status("a", frozenset()), store.unload("a", _forget)):
-        with pytest.raises(NotFoundError):
-            await failing
-
-
-async def test_evicted_name_is_never_taken_for_another_of_that_name(disk: Disk) -> None:
-    disk.write("a", "3")
-    disk.write("hidden/a", "4")
-    disk.write("b", "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
-    await store.load("a", "hidden/a", pin=False, replace=False)
-    store.registry.release(await store.lease(["b"]))
-    shutil.rmtree(disk.roots[0] / "hidden")
-    for _ in range(2):
-        with pytest.raises(NotFoundError):
-            await store.lease(["a"])
-    disk.write("hidden/a", "4")
-    (again,) = await store.lease(["a"])
-    assert again.weights.max_rank == 4
-    store.registry.release([again])
-
-
-@pytest.mark.parametrize("digest", [None, digest_of("4")])
-async def test_evicted_adapter_is_found_where_it_has_moved(disk: Disk, digest: str | None) -> None:
-    disk.write("a", "4")
-    disk.write("b", "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
-    await store.load("a", None, pin=False, replace=False, digest=digest)
-    store.registry.release(await store.lease(["b"]))
-    (disk.roots[0] / "a").rename(disk.roots[1] / "a")
-    store.registry.release(await store.lease(["a"]))
-    store.registry.release(await store.lease(["b"]))
-    shutil.rmtree(disk.roots[1] / "a")
-    for _ in range(2):
-        with pytest.raises(NotFoundError) as caught:
-            await store.lease(["a"])
-        assert (caught.value.resource_type, caught.value.resource_name) == ("adapter", "a")
-    disk.write("a", "3")  # another one
-    if digest is None:
-        store.registry.release(await store.lease(["a"]))
-    else:
-        with pytest.raises(ChecksumError):
-            await store.lease(["a"])
 
 
 @pytest.mark.parametrize(("path", "digest"), [("typo", None), (None, digest_of("2"))])
@@ -314,26 +194,6 @@ async def test_use_does_not_fail_by_what_is_wrong_with_a_command(
     store.registry.release(await lease)
     with pytest.raises((ArtifactError, ChecksumError)):
         await command
-
-
-async def test_digest_is_asked_for_again_after_an_eviction(disk: Disk) -> None:
-    disk.write("a", "5")
-    disk.write("b", "5")
-    store = AdapterStore(AdapterRegistry(5 * SIZE, _forget), disk.roots, disk.load_content)
-    await store.load("a", None, pin=False, replace=False, digest=digest_of("5"))
-    store.registry.release(await store.lease(["b"]))
-    store.registry.release(await store.lease(["a"]))
-    store.registry.release(await store.lease(["b"]))
-    disk.write("a", "4")
-    for _ in range(2):
-        with pytest.raises(ChecksumError):
-            await store.lease(["a"])
-    await store.load("a", None, pin=False, replace=True)  # a command that asks for none
-    store.registry.release(await store.lease(["b"]))
-    disk.write("a", "3")
-    (again,) = await store.lease(["a"])
-    assert again.weights.max_rank == 3
-    store.registry.release([again])
 
 
 @pytest.fixture
@@ -366,7 +226,7 @@ async def test_listing_that_hangs_is_unavailable_and_unloads_all_the_same(
     disk: Disk, hung_listing: list[int]
 ) -> None:
     disk.write("a")
-    registry = AdapterRegistry(8 * SIZE, _forget)
+    registry = AdapterRegistry(8 * SIZE, forget)
     store = AdapterStore(registry, disk.roots, disk.load_content, load_timeout_s=0.05)
     await store.load("a", None, pin=False, replace=False)
     for ask in (store.statuses(frozenset()), store.status("nobody", frozenset())):
@@ -374,7 +234,7 @@ async def test_listing_that_hangs_is_unavailable_and_unloads_all_the_same(
             await ask
         assert refusal.value.reason == "LOAD_TIMED_OUT"
     assert (await store.status("a", frozenset())).state is AdapterState.READY
-    await store.unload("a", _forget)
+    await store.unload("a", forget)
     assert registry.get("a") is None
 
 
@@ -386,7 +246,7 @@ async def test_operators_directory_need_not_lie_under_a_root(
     adapter = await store.load_from("named", tmp_path / "elsewhere")
     assert adapter.weights.max_rank == 3
     assert (await store.status("named", frozenset([adapter.uid]))).residency is Residency.DEVICE
-    final = await store.unload("named", _forget)
+    final = await store.unload("named", forget)
     assert (final.state, final.residency) == (AdapterState.DRAINING, Residency.DISK)
     with pytest.raises(NotFoundError):
         await store.lease(["named"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from delayed_copies import DelayedCopies
 from device_kernels import DEVICE, serve_in_triton
+from fused_families import assert_weighed_as_unfolded
 from peft_adapters import randomize, save, wrap
 from served_adapters import (
     GREEDY,
@@ -75,6 +76,19 @@ async def serving(
         for name in ("mix", "duo"):
             with suppress(NotFoundError):
                 await engine.unload_fusion(name, force=False)
+
+
+async def in_both(
+    folders: Path, asked: list[GenerateParams], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Outcome], list[Outcome]]:
+    """What a CPU gives and what these kernels give: the same tokens."""
+    async with serving(folders, "cpu") as engine:
+        expected = await collect_all(engine, asked)
+    serve_in_triton(monkeypatch)
+    async with serving(folders, DEVICE.type) as engine:
+        found = await collect_all(engine, asked)
+    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    return expected, found
 
 
 def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
@@ -171,12 +185,7 @@ async def test_attention_at_the_head_is_no_part_of_the_weights_in_triton_either(
         make_params(name, Adaptation("fusion", fusion=name), make_prompt(1), num_tokens=4, output=REPORT)
         for name in ("mix", "duo")
     ]
-    async with serving(tmp_path, "cpu") as engine:
-        expected = await collect_all(engine, asked)
-    serve_in_triton(monkeypatch)
-    async with serving(tmp_path, DEVICE.type) as engine:
-        found = await collect_all(engine, asked)
-    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    expected, found = await in_both(tmp_path, asked, monkeypatch)
     for ours, theirs in zip(found, expected, strict=True):
         assert weights_of(ours) == pytest.approx(weights_of(theirs), abs=1e-3)
     assert weights_of(found[0]) and not weights_of(found[1])
@@ -219,13 +228,18 @@ async def test_scaled_embedding_is_adapted_in_triton(tmp_path: Path, monkeypatch
         make_params(name, kind, make_prompt(0, 7), num_tokens=4)
         for name, kind in (("adapted", lora("ada")), ("base", Adaptation()))
     ]
-    async with serving(tmp_path, "cpu") as engine:
-        expected = await collect_all(engine, both)
-    serve_in_triton(monkeypatch)
-    async with serving(tmp_path, DEVICE.type) as engine:
-        found = await collect_all(engine, both)
-    assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
+    expected, _ = await in_both(tmp_path, both, monkeypatch)
     assert expected[0].tokens != expected[1].tokens
+
+
+# Of the interpreter: 1 / (1 + inf) is meant.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize(("family", "attention_at"), [("gpt_neox", "first"), ("phi", "output")])
+async def test_fusion_of_a_parallel_layer_equals_the_unfolded_model(
+    family: str, attention_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_in_triton(monkeypatch)
+    await assert_weighed_as_unfolded(family, attention_at, DEVICE.type, tmp_path)
 
 
 def stopping_at(params: GenerateParams, token_id: int) -> GenerateParams:
