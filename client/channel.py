@@ -13,6 +13,10 @@ ChannelT = TypeVar("ChannelT")
 DEFAULT_TARGET = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 << 20  # log-probabilities of a long prompt exceed grpc's default of 4 MiB
 POLL_INTERVAL_S = 0.1
+# A call that was silent for so long has its server pinged, which permits a ping in 5 s, and ends with UNAVAILABLE if
+# the answer takes longer. Else nothing would tell of a machine that lost its power.
+KEEPALIVE_TIME_S = 20.0
+KEEPALIVE_TIMEOUT_S = 10.0
 
 # grpc.health.v1 in bytes: an empty request asks for the whole server, and SERVING is the number 1 in field 1.
 # The stock stubs are a package that nothing else here needs.
@@ -43,6 +47,7 @@ def _options(max_attempts: int) -> list[tuple[str, Any]]:
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 100),  # a server that is starting is found soon
         ("grpc.max_reconnect_backoff_ms", 5000),
+        *_keepalive(),
     ]
     if max_attempts > 1:
         options += [
@@ -51,6 +56,17 @@ def _options(max_attempts: int) -> list[tuple[str, Any]]:
             ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
         ]
     return options
+
+
+def _keepalive() -> tuple[tuple[str, int], ...]:
+    timeout_ms = round(KEEPALIVE_TIMEOUT_S * 1000)
+    return (
+        ("grpc.keepalive_time_ms", round(KEEPALIVE_TIME_S * 1000)),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+        # A client that waits sends nothing else, and would soon ping no more than once a minute.
+        ("grpc.http2.max_pings_without_data", 0),
+    )
 
 
 def _service_config(max_attempts: int) -> dict[str, Any]:

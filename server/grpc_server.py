@@ -28,13 +28,12 @@ SERVICES: tuple[str, ...] = (
 )
 HEALTH: str = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
+PERMITTED_PING_INTERVAL_S = 5.0  # a client that pings more often, and is sent nothing meanwhile, is cut off
+
 _OPTIONS = (
     # Two servers on one port would each get a part of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.http2.max_pings_without_data", 0),
-    # Clients may ping idle connections, but not often.
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # Of calls that come faster than they are looked at gRPC cancels some beyond 1,000 and all beyond 3,000, without a
     # word. With more waiting they get our refusal, which says that and when to try again.
     ("grpc.server.max_pending_requests", 16_384),
@@ -102,10 +101,13 @@ class GrpcServer:
 
 
 def _keepalive(config: ServerConfig) -> tuple[tuple[str, int], ...]:
-    """Ends the calls of a client whose machine froze; without the ping's timeout, a minute later."""
+    """Pings both ways. A client whose machine froze has its calls ended; without the ping's timeout, a minute later."""
     timeout_ms = round(config.keepalive_timeout_s * 1000)
     return (
         ("grpc.keepalive_time_ms", round(config.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.http2.ping_timeout_ms", timeout_ms),
+        # Clients may ping idle connections, too.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(PERMITTED_PING_INTERVAL_S * 1000)),
     )
