@@ -151,7 +151,7 @@ def parse_address_or_off(text: str) -> str:
 
 def parse_model(text: str) -> str:
     """A folder with a model in it, or what may be a hub id."""
-    folder = Path(text).expanduser()
+    folder = parse_path(text)
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.exists():
@@ -177,9 +177,19 @@ def parse_text(text: str) -> str:
     return text
 
 
+def parse_path(text: str) -> Path:
+    """A path, whatever is there."""
+    if not text:  # as of a variable that is not set; Path would take it for the working directory
+        raise ValueError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {text!r}") from None
+
+
 def parse_folder(text: str) -> Path:
     """A folder that exists."""
-    folder = Path(text).expanduser()
+    folder = parse_path(text)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {text!r}")
     return folder
@@ -197,7 +207,7 @@ def parse_fusion(text: str) -> tuple[str, Path]:
 
 def _parse_named(text: str, what: str, config_file: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
-    if not equals:
+    if not equals or not path:
         raise ValueError(f"{text!r} is not NAME=PATH")
     if not is_name(name):
         raise ValueError(f"{name!r} is not a name: 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit")
@@ -231,7 +241,7 @@ def parse_shares(text: str) -> dict[str, float]:
 
 TEXT = Kind("TEXT", parse_text)
 NAME = Kind("NAME", parse_text)
-FILE = Kind("FILE", lambda text: Path(text).expanduser())
+FILE = Kind("FILE", parse_path)
 NUMBER = Kind("X", parse_number, "{:g}".format)
 SECONDS = Kind("DURATION", parse_seconds, "{:g}s".format)
 TIME_LIMIT = Kind("DURATION", parse_time_limit, "{:g}s".format)

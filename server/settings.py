@@ -116,11 +116,16 @@ def _first(setting: Setting, flags: Values, file: Values, path: str) -> Any:
 
 
 def _from_environment(setting: Setting) -> str | list[str] | None:
-    """What the environment says; an empty variable says nothing."""
+    """What the environment says; an empty variable says nothing. Raises UsageError for an empty item of a list."""
     text = os.environ.get(setting.env)
     if not text:
         return None
-    return text.split(",") if setting.is_list else text
+    if not setting.is_list:
+        return text
+    items = text.split(",")
+    if "" in items:
+        raise UsageError(f"{setting.env}: there is nothing before or after a comma of {text!r}")
+    return items
 
 
 def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:

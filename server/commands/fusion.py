@@ -35,7 +35,7 @@ def parse_picture(text: str) -> Path | str:
     """A file to write in a folder that exists, or off."""
     if text.strip().lower() == kinds.OFF:
         return kinds.OFF
-    path = Path(text).expanduser()
+    path = kinds.parse_path(text)
     if path.suffix.lower() != PICTURE:
         raise ValueError(f"{text!r} does not end in {PICTURE}")
     if path.is_dir() or not path.parent.is_dir():
@@ -133,7 +133,10 @@ def _to_request(fusion: str, values: Values) -> InspectionRequest:
 
 def _find_fusion(text: str, folders: tuple[Path, ...]) -> Path:
     """A folder is one wherever it is; a name counts only where no such folder is."""
-    place = Path(text).expanduser()
+    try:
+        place = kinds.parse_path(text)
+    except ValueError as error:
+        raise UsageError(f"argument DIR|NAME: {error}") from None
     if (place / FUSION_CONFIG).is_file():
         return place
     found = find_by_name(text, folders, FUSION_CONFIG) if is_name(text) else None

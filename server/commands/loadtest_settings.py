@@ -83,7 +83,7 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 def parse_report_folder(text: str) -> Path:
     """A folder that need not exist."""
-    path = Path(text).expanduser()
+    path = kinds.parse_path(text)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{text!r} is not a folder")
     return path
@@ -91,7 +91,7 @@ def parse_report_folder(text: str) -> Path:
 
 def parse_prompt_file(text: str) -> Path:
     """A file that exists."""
-    path = Path(text).expanduser()
+    path = kinds.parse_path(text)
     if not path.is_file():
         raise ValueError(f"there is no file {text!r}")
     return path

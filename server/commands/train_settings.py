@@ -37,7 +37,7 @@ def number(low: float, high: float) -> Kind:
 
 def parse_file(text: str) -> Path:
     """A file that exists."""
-    path = Path(text).expanduser()
+    path = kinds.parse_path(text)
     if not path.is_file():
         raise ValueError(f"there is no file {text!r}")
     return path
@@ -45,7 +45,7 @@ def parse_file(text: str) -> Path:
 
 def parse_new_folder(text: str) -> Path:
     """A folder that need not exist, with a name."""
-    path = Path(text).expanduser()
+    path = kinds.parse_path(text)
     return path if path.name not in ("", "..") else path.resolve()
 
 

@@ -156,8 +156,13 @@ def test_wrong_environment_is_refused_with_its_name(monkeypatch: pytest.MonkeyPa
         ("--max-message-size", "1"),
         ("--quantize", "int3"),
         ("--adapter-dir", "nowhere"),
+        ("--adapter-dir", "~nobody-of-that-name/adapters"),
+        ("--model", "~nobody-of-that-name/model"),
+        ("--token-file", "~nobody-of-that-name/tokens.toml"),
+        ("--config", "~nobody-of-that-name/serve.yaml"),
         ("--adapter", "no-path"),
         ("--adapter", "a=nowhere"),
+        ("--adapter", "a=~nobody-of-that-name/a"),
         ("--adapter", "Bad Name=."),
         ("--adapter", "a=."),
         ("--listen", "50051"),
@@ -181,6 +186,37 @@ def test_wrong_flags_are_refused_in_one_line(
         values(*argv)
     assert "\n" not in str(caught.value)
     assert argv[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "reason"),
+    [
+        ("--model", "", "the path is empty"),
+        ("--adapter-dir", "", "the path is empty"),
+        ("--fusion-dir", "", "the path is empty"),
+        ("--tls-cert", "", "the path is empty"),
+        ("--config", "", "the path is empty"),
+        ("--adapter", "a=", "'a=' is not NAME=PATH"),
+        ("--fusion", "a=", "'a=' is not NAME=PATH"),
+    ],
+)
+def test_empty_path_is_not_the_working_directory(
+    flag: str, text: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_folder(adapter_folder(tmp_path))
+    (tmp_path / "fusion_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"^{flag}: {reason}$"):
+        values(flag, text)
+
+
+@pytest.mark.parametrize("text", [".,", ",.", ".,,."])
+def test_comma_with_nothing_beside_it_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSIONSERVE_ADAPTER_DIR", text)
+    with pytest.raises(
+        UsageError, match="^FUSIONSERVE_ADAPTER_DIR: there is nothing before or after a comma"
+    ):
+        values()
 
 
 @pytest.mark.parametrize(
