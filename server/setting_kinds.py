@@ -25,6 +25,7 @@ SIZE_UNITS = {
     "GIB": 1 << 30,
 }
 TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST_S = 500 * 3600  # gRPC counts milliseconds in 32 bits
 SWITCH_VALUES = {"on": True, "true": True, "yes": True, "1": True} | {
     "off": False,
     "false": False,
@@ -75,12 +76,15 @@ def show_size(size: int) -> str:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of 30, 1.5s, 500ms or 10m."""
+    """Seconds of 30, 1.5s, 500ms or 10m, up to 500h."""
     match = QUANTITY.fullmatch(text.strip())
     unit = TIME_UNITS.get(match[2]) if match else None
     if match is None or unit is None:
         raise ValueError(f"{text!r} is not a duration such as 30s")
-    return float(match[1]) * unit
+    seconds = float(match[1]) * unit
+    if seconds > LONGEST_S:
+        raise ValueError(f"{text!r} is longer than {LONGEST_S // 3600}h")
+    return seconds
 
 
 def parse_time_limit(text: str) -> float:

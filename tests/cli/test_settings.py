@@ -171,6 +171,9 @@ def test_wrong_environment_is_refused_with_its_name(monkeypatch: pytest.MonkeyPa
         ("--threads", "1.5"),
         ("--drain-grace", "soon"),
         ("--drain-grace", "9" * 400),
+        ("--keepalive-time", "600h"),
+        ("--keepalive-timeout", "501h"),
+        ("--step-timeout", f"{10**17}h"),
         ("--kv-cache-size", "9" * 400),
         ("--reflection", "maybe"),
         ("--log-level", "loud"),
@@ -214,7 +217,7 @@ def test_empty_path_is_not_the_working_directory(
 def test_comma_with_nothing_beside_it_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSIONSERVE_ADAPTER_DIR", text)
     with pytest.raises(
-        UsageError, match="^FUSIONSERVE_ADAPTER_DIR: there is nothing before or after a comma"
+        UsageError, match=r"^FUSIONSERVE_ADAPTER_DIR: there is nothing before or after a comma"
     ):
         values()
 
@@ -228,7 +231,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(show_size(size)) == size
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("30", 30), ("1.5s", 1.5), ("250ms", 0.25), ("10m", 600)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30", 30), ("1.5s", 1.5), ("250ms", 0.25), ("10m", 600), ("500h", 1.8e6)]
+)
 def test_durations(text: str, seconds: float) -> None:
     assert parse_seconds(text) == seconds
 
