@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
-        print(_help())
-        return 0 if arguments else EXIT_USAGE
     # gRPC reads it when it is imported; else whoever speaks something other than TLS to the port fills the log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
+        if name in ("-h", "--help"):
+            print(_help(), flush=True)
+            return 0 if arguments else EXIT_USAGE
         with stop_at_once() if name == "serve" else nullcontext():
             code = _command("version" if name == "--version" else name)(arguments[1:])
             sys.stdout.flush()

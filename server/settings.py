@@ -68,13 +68,17 @@ class Setting:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors of one line."""
+    """A parser whose errors are UsageErrors of one line, and that does not hide what it cannot print."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints it at once; argparse would not say, or say too late, that nobody reads it."""
+        print(self.format_help(), end="", file=file, flush=True)
 
 
 def config_setting(env_prefix: str = "FUSIONSERVE_") -> Setting:
