@@ -150,7 +150,7 @@ class AsyncGenerationStream:
         except grpc.RpcError as error:  # as typed_errors, which costs more for every token
             raise to_client_error(error) from error
         except asyncio.CancelledError:
-            if not self._is_closed:
+            if not self._is_closed or _is_cancelled():
                 raise
         raise StopAsyncIteration
 
@@ -225,3 +225,9 @@ async def _call(
 ) -> ResponseT:
     with typed_errors():
         return await method(request, timeout=timeout_s)
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the reader that is cancelled, and not its call alone."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -240,3 +240,32 @@ async def test_no_server_is_unavailable() -> None:
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError):
             await client.model()
+
+
+async def test_cancelled_reader_of_a_closed_stream_is_cancelled(served: Served, client: AsyncClient) -> None:
+    async def read() -> None:
+        async for _ in stream:
+            read_one.set()
+
+    served.engine.gate, read_one = asyncio.Event(), asyncio.Event()
+    stream = client.stream("x")
+    reader = asyncio.create_task(read())
+    await read_one.wait()
+    await asyncio.sleep(0)  # it waits for the next message
+    await stream.close()
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await until_idle(served)
+
+
+async def test_closing_a_stream_ends_its_readers_loop(served: Served, client: AsyncClient) -> None:
+    async def read() -> int:
+        return len([read_one.set() async for _ in stream])
+
+    served.engine.gate, read_one = asyncio.Event(), asyncio.Event()
+    stream = client.stream("x")
+    reader = asyncio.create_task(read())
+    await read_one.wait()
+    await stream.close()
+    assert await reader == 1
