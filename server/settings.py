@@ -98,12 +98,18 @@ def add_settings(parser: argparse._ActionsContainer, settings: Sequence[Setting]
             parser.add_argument(setting.flag, action=action, metavar=setting.kind.metavar, help=help_text)
 
 
-def resolve(settings: Sequence[Setting], arguments: argparse.Namespace) -> dict[str, Any]:
-    """The value of every setting, by name. Raises UsageError with a reason that names its source."""
+def resolve(
+    settings: Sequence[Setting], arguments: argparse.Namespace, others: Sequence[Setting] = ()
+) -> dict[str, Any]:
+    """The value of every setting, by name. The configuration file may have `others`, too, which are left unread.
+
+    Raises UsageError with a reason that names its source.
+    """
     flags = {name.replace("_", "-"): value for name, value in vars(arguments).items()}
     configs = [setting for setting in settings if setting.name == "config"]
     path = _first(configs[0], flags, {}, "") if configs else None
-    file = _read_file(path, settings) if path else {}
+    known = {setting.name for setting in (*settings, *others)} - {"config"}
+    file = _read_file(path, known) if path else {}
     return {setting.name: _first(setting, flags, file, str(path)) for setting in settings}
 
 
@@ -132,7 +138,7 @@ def _from_environment(setting: Setting) -> str | list[str] | None:
     return items
 
 
-def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:
+def _read_file(path: Path, known: set[str]) -> dict[str, Any]:
     # A client without the server's dependencies has no YAML, and needs it for this only.
     yaml = importlib.import_module("yaml")
     try:
@@ -145,7 +151,7 @@ def _read_file(path: Path, settings: Sequence[Setting]) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a mapping of setting names to values")
-    _check_keys(path, content, {setting.name for setting in settings} - {"config"})
+    _check_keys(path, content, known)
     return content
 
 

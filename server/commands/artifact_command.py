@@ -54,7 +54,10 @@ class ArtifactCommand(Generic[ItemT]):
         """Runs one action and prints what it is about."""
         actions = self._actions()
         arguments = self._parser(actions).parse_args(argv)
-        values = resolve((*actions[arguments.action][1], *self._shared()), arguments)
+        others = [
+            setting for _, settings in actions.values() for setting in settings
+        ]  # one file serves all actions
+        values = resolve((*actions[arguments.action][1], *self._shared()), arguments, others)
         with connected(values) as client:
             items = _act(self.life(client), arguments, values)
         print(_to_json(items) if values["json"] else self.to_table(items))

@@ -18,6 +18,18 @@ from fusionserve.server.settings import Setting, Values
 # A secret that is mounted as a variable often ends in a newline.
 TOKEN = Kind("TEXT", lambda text: checked_token(text.strip()))
 
+# FUSIONSERVE_TLS_CERT and FUSIONSERVE_TLS_KEY are the server's, where a command may run beside it.
+_CLIENT_PREFIX = "FUSIONSERVE_CLIENT_"
+TLS_SETTINGS = (
+    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),
+    Setting(
+        name="tls-cert",
+        kind=kinds.FILE,
+        help="certificate to show to a server that asks for one (PEM)",
+        env_prefix=_CLIENT_PREFIX,
+    ),
+    Setting(name="tls-key", kind=kinds.FILE, help="its private key (PEM)", env_prefix=_CLIENT_PREFIX),
+)
 CONNECTION_SETTINGS = (
     Setting(name="server", kind=kinds.TARGET, help="server to call", default="127.0.0.1:50051"),
     Setting(
@@ -28,9 +40,7 @@ CONNECTION_SETTINGS = (
         kind=TOKEN,
         help="bearer token; better in the environment than here, where other users of the machine see it",
     ),
-    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),
-    Setting(name="tls-cert", kind=kinds.FILE, help="certificate to show to a server that asks for one (PEM)"),
-    Setting(name="tls-key", kind=kinds.FILE, help="its private key (PEM)"),
+    *TLS_SETTINGS,
     Setting(
         name="max-attempts",
         kind=kinds.integer(1, 5),

@@ -12,7 +12,7 @@ from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_STREAM_INTERVAL, MAX_TEMPE
 from fusionserve.loadtest_config import KINDS, LoadConfig, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
-from fusionserve.server.commands.connection import TOKEN, to_credentials
+from fusionserve.server.commands.connection import TLS_SETTINGS, TOKEN, to_credentials
 from fusionserve.server.setting_kinds import Kind, integer
 from fusionserve.server.settings import Setting, Values, config_setting
 
@@ -180,9 +180,7 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     "server and output": (
         Setting(name="server", kind=kinds.TARGET, help="server to test", default="127.0.0.1:50051"),
         Setting(name="token", kind=TOKEN, help="bearer token; better in the environment"),
-        Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file"),
-        Setting(name="tls-cert", kind=kinds.FILE, help="certificate to show"),
-        Setting(name="tls-key", kind=kinds.FILE, help="its private key"),
+        *TLS_SETTINGS,
         _setting("timeout", kinds.SECONDS, "time for each request", None, "as long as it takes"),
         _setting(
             "out", Kind("DIR", parse_report_folder), "folder for report.json, requests.jsonl and the plots"

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
@@ -181,6 +182,30 @@ def chat_template(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(without_template(self), has_chat_template=True)
 
     monkeypatch.setattr(FakeEngine, "model_info", model_info)
+
+
+async def test_one_file_serves_all_actions(shell: Shell, served: Served, tmp_path: Path) -> None:
+    file = tmp_path / "adapters.yaml"
+    file.write_text("pin: on\nforce: on\njson: on\n")
+    for action in (("list",), ("load", "gamma"), ("unload", "gamma")):
+        outcome = await shell.run("adapters", *action, "--config", str(file))
+        assert outcome.code == 0 and json.loads(outcome.out)
+    file.write_text("pni: on\n")
+    outcome = await shell.run("adapters", "list", "--config", str(file))
+    assert outcome == Outcome(2, "", f"fusionserve: {file}: unknown key 'pni'; did you mean 'pin'?\n")
+
+
+@pytest.mark.parametrize("command", [("adapters", "list"), ("loadtest", "--requests", "1")])
+async def test_certificate_of_a_server_beside_is_not_shown(
+    command: tuple[str, ...], shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSIONSERVE_TLS_CERT", "/nowhere/server.pem")
+    monkeypatch.setenv("FUSIONSERVE_TLS_KEY", "/nowhere/server.key")
+    assert (await shell.run(*command)).code == 0
+    monkeypatch.setenv("FUSIONSERVE_CLIENT_TLS_CERT", "/nowhere/client.pem")
+    monkeypatch.setenv("FUSIONSERVE_CLIENT_TLS_KEY", "/nowhere/client.key")
+    outcome = await shell.run(*command)
+    assert outcome == Outcome(2, "", "fusionserve: /nowhere/client.pem: No such file or directory\n")
 
 
 async def test_chat_needs_a_template(shell: Shell) -> None:
