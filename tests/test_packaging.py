@@ -50,5 +50,18 @@ def test_folders_without_a_package_go_into_the_sdist() -> None:
     assert folders - packages <= grafted
 
 
+def test_pages_that_are_linked_go_into_the_sdist() -> None:
+    # Setuptools itself adds the readme and the licence.
+    included = re.findall(r"^include (.+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)
+    files = {"README.md", "LICENSE", *" ".join(included).split()}
+    linked = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        linked.update((page.parent / link).resolve() for link in links)
+    at_root = {path.name for path in linked if path.parent == ROOT and path.is_file()}
+    assert "SECURITY.md" in at_root
+    assert at_root <= files
+
+
 def test_tests_are_no_package() -> None:
     assert not list((ROOT / "tests").rglob("__init__.py"))
