@@ -22,7 +22,8 @@ class TextOutput:
     """The text of one candidate. `push` returns what may be shown; `stop_string` is set once one has been met.
 
     Each token is decoded together with those before it, and an end that may yet become a character is kept back, so
-    joining the pieces gives the same text as decoding all tokens at once.
+    joining the pieces gives the same text as decoding all tokens at once. There is one exception: a decoder that falls
+    back to byte tokens makes U+FFFD of a whole run of them if any is wrong, and here the characters before it stay.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class TextOutput:
         include_stop: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._window = list(prompt_ids[-_NUM_CONTEXT:])  # the tokens that the next one is decoded with
+        self._window = list(prompt_ids[-_NUM_CONTEXT - 2 * _MAX_OPEN :])  # tokens to decode the next one with
         self._told: str | None = None  # the text of the window that is settled; None until the first token
         self._stop = stop
         self._include_stop = include_stop
@@ -47,7 +48,7 @@ class TextOutput:
         if self._decoder is None:
             return ""
         if self._told is None:
-            self._told = self._decoder.decode(self._window)
+            self._window, self._told = _end_of_prompt(self._decoder, self._window)
         self._window.append(token_id)
         return self._release(self._settle(self._decoder), may_stop)
 
@@ -58,24 +59,34 @@ class TextOutput:
         rest = self._held
         self._held = ""
         if self._told is not None:
-            rest += self._tell(self._told, self._decoder.decode(self._window))
+            text = self._decoder.decode(self._window)
+            rest += text[len(self._told) :]
+            self._told = text
         return self._show(rest)
 
     def _settle(self, decoder: Decoder) -> str:
         """The new characters that no further token can change."""
         assert self._told is not None
         text = decoder.decode(self._window)
-        new = self._tell(self._told, text[: len(text) - _num_open(text)])
+        if not text.startswith(self._told):
+            text = self._realign(decoder, text)
+        num_told = len(self._told)
+        self._told = text[: max(num_told, len(text) - _num_open(text))]
+        new = self._told[num_told:]
         if len(self._window) >= 2 * _NUM_CONTEXT:
             self._shorten_window(decoder, text)
         return new
 
-    def _tell(self, told: str, text: str) -> str:
-        """What `text` adds to `told`; a half character of the prompt that has become whole is told too."""
-        if told.startswith(text):
-            return ""
-        self._told = text
-        return text[len(told) if text.startswith(told) else _num_common(told, text) :]
+    def _realign(self, decoder: Decoder, text: str) -> str:
+        """Makes what was told a beginning of the text again, and returns that."""
+        assert self._told is not None
+        if self._told.endswith(_REPLACEMENT):  # a character that the prompt began has become whole
+            self._told = self._told[: _num_common(self._told, text)]
+            return text
+        # The newest token begins a character in a run of byte tokens, and the decoder takes the run back until it is
+        # whole again. What comes from here on does not depend on the characters before.
+        self._window, self._told = self._window[-1:], ""
+        return decoder.decode(self._window)
 
     def _shorten_window(self, decoder: Decoder, text: str) -> None:
         """Forgets the oldest tokens, if the rest decodes to the same end, or if there are too many."""
@@ -106,6 +117,30 @@ class TextOutput:
     def _show(self, text: str) -> str:
         self.text += text
         return text
+
+
+def _end_of_prompt(decoder: Decoder, prompt_ids: list[int]) -> tuple[list[int], str]:
+    """The last tokens of a prompt, and their text, to decode the next token with.
+
+    They begin with a whole character, and end with one or with the beginning of one, if they can be cut so.
+    """
+    for num_open in range(_MAX_OPEN + 1):
+        end = max(0, len(prompt_ids) - num_open)
+        for num_whole in range(_NUM_CONTEXT, _NUM_CONTEXT + _MAX_OPEN + 1):
+            whole = prompt_ids[max(0, end - num_whole) : end]
+            text = decoder.decode(whole)
+            if text == text.strip(_REPLACEMENT):
+                return _with_open(decoder, whole, text, prompt_ids[end:])
+    window = prompt_ids[-_NUM_CONTEXT:]
+    return window, decoder.decode(window)
+
+
+def _with_open(decoder: Decoder, whole: list[int], text: str, beginning: list[int]) -> tuple[list[int], str]:
+    """Tokens of `text` with those that begin a character, or these alone if `text` does not last with them."""
+    told = decoder.decode([*whole, *beginning])
+    if told.startswith(text):
+        return [*whole, *beginning], told
+    return beginning, decoder.decode(beginning)
 
 
 def _num_open(text: str) -> int:

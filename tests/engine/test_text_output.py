@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from fusionserve.config import EMBEDDED_MODEL
 from fusionserve.engine.text_output import Decoder, TextOutput
@@ -41,6 +41,29 @@ def tokens_of(text: str | bytes) -> list[int]:
     """One token per byte, the split that cuts characters most."""
     data = text.encode() if isinstance(text, str) else text
     return [byte_tokens()[byte] for byte in data]
+
+
+FALLBACK_WORDS = ["▁", "▁a", "b"]
+
+
+@cache
+def fallback_decoder() -> Decoder:
+    """Of a tokenizer that writes characters it does not know as byte tokens: byte n is token n."""
+    names = [*(f"<0x{byte:02X}>" for byte in range(256)), *FALLBACK_WORDS, "<unk>", "<s>", "</s>"]
+    vocabulary = {name: token_id for token_id, name in enumerate(names)}
+    decoder = Tokenizer(LlamaTokenizer(vocab=vocabulary, merges=[])).decoder
+    assert decoder is not None
+    return decoder
+
+
+WORDS = {" ": 256, "a": 257, "b": 258}  # tokens of their own; "a" comes with a space before it
+
+
+def fallback_tokens(text: str) -> list[int]:
+    """Tokens of words, and of the bytes of all other characters."""
+    return [
+        token_id for letter in text for token_id in ([WORDS[letter]] if letter in WORDS else letter.encode())
+    ]
 
 
 class PieceDecoder:
@@ -119,6 +142,88 @@ def test_no_piece_ends_inside_a_character_however_tokens_are_split(text: str, da
         told += output.push(token_id)
         assert told == encoded[:end].decode(errors="ignore"), "all whole characters, and nothing else"
     assert told + output.flush() == text
+
+
+TEXTS = st.text(
+    st.sampled_from("b \n€é日本😀") | st.characters(codec="utf-8", exclude_characters=REPLACEMENT + "a"),
+    max_size=30,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+@example("😀😀")
+@example("€€b")
+@example("日本語の文章" * 30)
+@example("\n" * 100 + "é" * 100)
+def test_byte_fallback_tells_each_character_once_as_it_becomes_whole(text: str) -> None:
+    output = TextOutput(fallback_decoder(), fallback_tokens("b"))
+    for end, letter in enumerate(text):
+        *halves, last = fallback_tokens(letter)
+        assert [output.push(token_id) for token_id in halves] == [""] * len(halves)
+        assert output.push(last) == letter
+        assert output.text == text[: end + 1]
+    assert output.flush() == ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.data())
+def test_prompt_that_ends_anywhere_in_a_byte_run_is_context_and_not_told(
+    text: str, data: st.DataObject
+) -> None:
+    tokens = fallback_tokens("b" + text)
+    length = data.draw(st.integers(1, len(tokens)))
+    whole = next(n for n in range(length, 0, -1) if REPLACEMENT not in fallback_decoder().decode(tokens[:n]))
+    output = TextOutput(fallback_decoder(), tokens[:length])
+    pieces = push_all(output, tokens[length:])
+    if length < len(tokens):
+        told = fallback_decoder().decode(tokens[:whole])
+        assert "".join(pieces) == output.text == ("b" + text).removeprefix(told)
+
+
+def fallback_text(token_ids: Sequence[int]) -> str:
+    """The decoded whole, but of a run of bytes with a wrong one, the characters before that stay."""
+    text = ""
+    for is_byte, group in groupby(token_ids, key=lambda token_id: token_id < 256):
+        run = list(group)
+        if not is_byte:
+            text += "".join({256: " ", 257: " a", 258: "b"}[token_id] for token_id in run)
+            continue
+        valid = next(n for n in range(len(run), -1, -1) if is_valid(bytes(run[:n])))
+        text += bytes(run[:valid]).decode() + REPLACEMENT * (len(run) - valid)
+    return text
+
+
+def is_valid(data: bytes) -> bool:
+    return REPLACEMENT not in data.decode(errors="replace")
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from([*"é€😀".encode(), 0xFF, ord("\n"), *WORDS.values()]), max_size=50))
+@example([*"日".encode(), 0xFF, 258])
+@example([0xFF, *"日".encode(), 258])
+@example([*"日".encode(), 0xFF, *"日".encode(), 258, *"日".encode()])
+def test_byte_fallback_keeps_what_it_told_before_a_wrong_byte(token_ids: list[int]) -> None:
+    output = TextOutput(fallback_decoder(), fallback_tokens("b"))
+    pieces = push_all(output, token_ids)
+    assert "".join(pieces) == output.text == fallback_text(token_ids)
+
+
+@pytest.mark.parametrize("run", [[0xFF], [*"é".encode()], [*"日".encode(), 0xFF], [0xFF, *"日".encode()]])
+def test_text_behind_a_long_byte_run_is_right(run: list[int]) -> None:
+    output = TextOutput(fallback_decoder(), fallback_tokens("b"))
+    for token_id in run * 100:
+        output.push(token_id)
+    before = output.text
+    told = [output.push(token_id) for token_id in fallback_tokens("b 日b")]
+    assert "".join(told).lstrip(REPLACEMENT) == output.text[len(before) :].lstrip(REPLACEMENT) == "b 日b"
+
+
+def test_stop_string_is_met_in_a_byte_run_and_not_where_a_run_is_taken_back() -> None:
+    output = TextOutput(fallback_decoder(), fallback_tokens("b"), ["本語", REPLACEMENT])
+    for token_id in fallback_tokens("日本語"):
+        output.push(token_id)
+    assert (output.text, output.stop_string) == ("日", "本語")
 
 
 @pytest.mark.parametrize("character", ["é", "€", "日", "😀"])
