@@ -3,8 +3,9 @@
 A flow is what an adaptation's requests are in together (`Adaptation.flow`). Each has a service: the tokens computed
 for it, divided by its weight. Among equal priorities the flow of the least service comes next, so that a flow that
 sends little is served as soon as it asks, whatever the others have queued. A flow that begins to wait starts no lower
-than the virtual time, the service of the flow admitted last: nobody saves up service while idle. That is start-time
-fair queueing (Goyal, Vin and Cheng, IEEE/ACM Transactions on Networking 5(5), 1997) with tokens for bits.
+than the virtual time, which follows the service of those that are served: nobody saves up service while idle, and
+nobody pays for what it had of an idle server. That is start-time fair queueing (Goyal, Vin and Cheng, IEEE/ACM
+Transactions on Networking 5(5), 1997) with tokens for bits.
 """
 
 from __future__ import annotations
@@ -60,6 +61,16 @@ class FlowService:
     def end_waiting(self, flow: str) -> None:
         """One request of the flow waits no longer."""
         self._flows[flow].num_waiting -= 1
+
+    def advance(self) -> None:
+        """Moves the virtual time on, before a step's tokens are charged.
+
+        It is at least the least service of the flows that wait; if none does, the most of any, for what nobody waits
+        for is nobody's loss.
+        """
+        waiting = [entry.service for entry in self._flows.values() if entry.num_waiting]
+        running = [entry.service for entry in self._flows.values() if entry.num_requests]
+        self._virtual_time = max(self._virtual_time, min(waiting) if waiting else max(running, default=0.0))
 
     def admit(self, flow: str) -> None:
         """It was the flow's turn."""

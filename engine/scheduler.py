@@ -85,6 +85,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Chooses the tokens of the next step: decoding requests first, then prompts, running and waiting, in turn."""
         self.ledger.begin_round()
+        self._service.advance()
         self._is_settled = True
         plan = _Plan(self._limits.max_batch_tokens)
         decoding, newcomer = self._in_turn(decoding=True), self._newcomer()
@@ -119,6 +120,7 @@ class Scheduler:
         missing = (self.blocks.num_blocks_for(c.end + 1) - len(c.request.blocks) for c in chunks)
         if sum(max(0, num_blocks) for num_blocks in missing) > self.blocks.num_free:
             return None
+        self._service.advance()
         self._has_yielded, plan = False, _Plan(len(chunks))
         for chunk in chunks:
             self._grow(chunk.request, chunk.end + 1, plan)

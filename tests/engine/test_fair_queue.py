@@ -173,6 +173,53 @@ def test_idle_flow_saves_up_nothing() -> None:
     assert tokens["hot"] > tokens["cold"] / 2, "the newcomer does not catch up on what it never asked for"
 
 
+class ClosedLoop:
+    """A flow that keeps `num_open` requests open: as one ends, the next comes."""
+
+    def __init__(self, scheduler: Scheduler, name: str, num_open: int, max_new_tokens: int) -> None:
+        self._scheduler = scheduler
+        self._adapter = make_adapter(1, name)
+        self._max_new_tokens = max_new_tokens
+        for _ in range(num_open):
+            self.send()
+
+    def send(self) -> None:
+        self._scheduler.add(make_request(max_new_tokens=self._max_new_tokens, adapters=(self._adapter,)))
+
+
+def step_loops(scheduler: Scheduler, loops: dict[str, ClosedLoop]) -> Counter[str]:
+    """One step, and a new request for each that ended; returns the tokens of each flow."""
+    batch = scheduler.schedule()
+    complete(scheduler, batch)
+    tokens = Counter[str]()
+    for request, num_tokens in sizes(batch).items():
+        tokens[request.flow] += num_tokens
+        if request.num_generated >= request.generation.max_new_tokens:
+            scheduler.remove(request)
+            loops[request.flow].send()
+    return tokens
+
+
+@pytest.mark.parametrize("num_open", [12, 8], ids=["queued", "all running"])
+@pytest.mark.parametrize("beside", [[], ["one stream"]], ids=["alone", "beside a stream"])
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_nobody_pays_for_what_nobody_waited_for(num_open: int, beside: list[str], weight: float) -> None:
+    scheduler = make_scheduler(
+        num_blocks=4000, max_batch_tokens=64, max_batch_requests=8, fair_weights={"first": weight}
+    )
+    loops = {name: ClosedLoop(scheduler, name, 1, 320) for name in beside}
+    loops["first"] = ClosedLoop(scheduler, "first", num_open, 320)
+    for _ in range(300):
+        step_loops(scheduler, loops)
+    loops |= {f"later {n}": ClosedLoop(scheduler, f"later {n}", 2, 20) for n in range(10)}
+    tokens = Counter[str]()
+    for _ in range(400):
+        tokens += step_loops(scheduler, loops)
+    fair = tokens.total() * weight / (10 + len(beside) + weight)
+    scheduler.check_integrity()
+    assert fair * 0.6 < tokens["first"] < fair * 1.5
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(sorted(ADAPTERS)), st.integers(-1, 1)), max_size=12), st.data())
 def test_turns_are_those_of_the_definition(wanted: list[tuple[str, int]], data: st.DataObject) -> None:
