@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
+from fusionserve.adapters.base_checkpoint import check_no_adapter_beside, check_no_adapter_in
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
 from fusionserve.adapters.nf4 import dequantized_weight, is_nf4, misshapen_weights
 from fusionserve.adapters.pool import AdapterPool
@@ -124,6 +125,10 @@ class BaseModel:
             return dequantized_weight(base)
         weight = base.weight
         assert isinstance(weight, Tensor)
+        is_full = weight.is_floating_point() and weight.itemsize > 1
+        assert is_full, (
+            f"the weight of {path} is held as {weight.dtype}, which says nothing without its scales"
+        )
         return weight.T if isinstance(base, Conv1D) else weight
 
 
@@ -225,6 +230,7 @@ def _read_weights(
         )
     options = load_options(quantize, model_config, device)
     try:
+        check_no_adapter_beside(directory)
         with little_garbage() if options else nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -236,6 +242,7 @@ def _read_weights(
                 output_loading_info=True,
                 **options,
             )
+        check_no_adapter_in(loaded[0])
     except Exception as error:  # as above
         raise StartupError(
             f"cannot load model {directory}: {_one_line(error)}", reason="MODEL_UNUSABLE"

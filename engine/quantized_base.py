@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from fusionserve.adapters.base_checkpoint import check_not_quantized
 from fusionserve.adapters.nf4 import (
     NF4,
     NONE,
@@ -32,16 +33,10 @@ logger = logging.getLogger(__name__)
 
 def load_options(quantize: str, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` is to be told. Raises StartupError if this cannot be had, or not for this checkpoint."""
-    if quantize == NONE:
-        return {}
-    if getattr(config, "quantization_config", None) is not None:
-        raise StartupError(
-            f"this checkpoint is quantized already, so it cannot become {quantize}: take the original one",
-            reason="QUANTIZATION_UNAVAILABLE",
-        )
-    if quantize in BITS:
-        return {}
     try:
+        check_not_quantized(config)
+        if quantize == NONE or quantize in BITS:
+            return {}
         options = quantization_options(quantize, config)
     except (ImportError, ValueError) as error:
         raise StartupError(str(error), reason="QUANTIZATION_UNAVAILABLE") from error

@@ -16,6 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fusionserve.adapters.base_checkpoint import (
+    check_no_adapter_beside,
+    check_no_adapter_in,
+    check_not_quantized,
+)
 from fusionserve.adapters.base_modules import BaseModules, describe_base_modules, short_model_name
 from fusionserve.adapters.module_calls import ModuleCalls
 from fusionserve.adapters.nf4 import keep_layout, quantization_options
@@ -49,8 +54,12 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
     name = EMBEDDED_MODEL_NAME if model is None else short_model_name(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        options = quantization_options(quantize, AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
+        check_no_adapter_beside(Path(source))
+        check_not_quantized(config)
+        options = quantization_options(quantize, config)
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        check_no_adapter_in(loaded)
     except (ImportError, OSError, ValueError) as error:
         raise TrainingError(
             f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"
