@@ -95,8 +95,8 @@ def describe_base_modules(
     """Lists the embedding, every plain linear module of the decoder layers, and the LM head, in model order.
 
     `directory` is where the model's weights were read from, if they were. Call it before any module is replaced.
-    Left out are routers and other linear subclasses with a forward of their own, and the 3-D expert parameters of
-    mixture models: low-rank rows cannot stand beside them.
+    Left out are routers and others that are linear subclasses with a forward of their own, and the 3-D expert
+    parameters of mixture models: low-rank rows cannot stand beside them.
     """
     config = model.config.get_text_config()
     head, embedding = _lm_head(model), model.get_input_embeddings()

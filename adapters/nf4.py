@@ -2,9 +2,9 @@
 
     W = code[q] * scale     q: 4 bits per weight; a scale per 64 weights of a row, itself in 8 bits; code: 16 levels
 
-Training and serving hold the same modules this way: every linear module but the LM head, and but those whose inputs are
-not whole blocks. Embeddings, norms and biases keep their type. Products are in bfloat16, or as `compute_in_float32`
-says.
+Training and serving hold the same modules this way: every linear module but the LM head and routers, and but those
+whose inputs are not whole blocks. Embeddings, norms and biases keep their type. Products are in bfloat16, or as
+`compute_in_float32` says.
 
 On CPUs with bfloat16 instructions bitsandbytes has a product over another layout of the same four bits, with the scales
 in bfloat16, and by itself changes to it at a module's first evaluation. Serving wants that, at a time of its choosing:
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from fusionserve.adapters.routers import router_paths
 
 NONE, NF4 = "none", "nf4"
 _PACKAGES = ("accelerate", "bitsandbytes")
@@ -49,7 +51,7 @@ def quantization_options(quantize: str, model_config: PreTrainedConfig) -> dict[
         bnb_4bit_quant_type=NF4,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=_unfit_modules(model_config),
+        llm_int8_skip_modules=_full_modules(model_config),
     )
     return {"quantization_config": config}
 
@@ -121,19 +123,23 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     return dequantized
 
 
-def _unfit_modules(model_config: PreTrainedConfig) -> list[str] | None:
-    """Paths of modules whose rows are not whole blocks, and of the head; None, the usual choice, if there are none.
+def _full_modules(model_config: PreTrainedConfig) -> list[str] | None:
+    """Paths of routers, of modules whose rows are not whole blocks, and of the head; None, the usual choice, if there
+    are none but the head.
 
-    bitsandbytes 0.50 quantizes such weights rightly but reads them back with the scales of other blocks on CPUs with
-    AVX-512: every product would be wrong by a third, without a sign.
+    bitsandbytes 0.50 quantizes the weights of such rows rightly but reads them back with the scales of other blocks on
+    CPUs with AVX-512: every product would be wrong by a third, without a sign.
     """
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    unfit = [
-        path for path, module in model.named_modules() if module is not head and _num_inputs(module) % _BLOCK
+    routers = router_paths(model)
+    full = [
+        path
+        for path, module in model.named_modules()
+        if module is not head and (path in routers or _num_inputs(module) % _BLOCK)
     ]
-    return unfit + [path for path, module in model.named_modules() if module is head] if unfit else None
+    return full + [path for path, module in model.named_modules() if module is head] if full else None
 
 
 def _num_inputs(module: nn.Module) -> int:

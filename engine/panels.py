@@ -11,13 +11,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.adapted_embedding import embedding_scale
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
+from fusionserve.adapters.routers import router_paths
 from fusionserve.engine.expert_panels import bring_experts_into_panels
 from fusionserve.engine.loading_memory import let_go_of_files, little_garbage
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.linear_product import PanelEmbedding, PanelLinear
 from fusionserve.kernels.packed_linear import PackedLinear, can_pack
-from fusionserve.kernels.quantized_linear import can_quantize, quantize
+from fusionserve.kernels.quantized_linear import QuantizedLinear, can_quantize, quantize
 from fusionserve.kernels.tiled_linear import quantize_on
 
 _SCALED_EMBEDDINGS = {f"{family}TextScaledWordEmbedding" for family in ("Gemma", "Gemma2", "Gemma3")}
@@ -28,15 +29,16 @@ _HEAD_BITS = 8  # of a quantized LM head: all logits depend on it, and a tied em
 def bring_into_panels(
     model: PreTrainedModel, modules: BaseModules, bits: int | None, device: torch.device
 ) -> int:
-    """Puts a PanelLinear in place of every linear module that there is one for; returns how many.
+    """Puts a PanelLinear in place of every linear module that there is one for; returns how many have their weights so.
 
-    With `bits`, 8 or 4, weights are quantized, else packed as they are; on the CPU those of routed experts, too. An
-    embedding tied to the LM head reads the head's panels; if it is of an unknown kind, the head stays as it is, because
-    the embedding would keep the weight.
+    With `bits`, 8 or 4, weights are quantized, those of routers excepted, else packed as they are; on the CPU those of
+    routed experts, too. An embedding tied to the LM head reads the head's panels; if it is of an unknown kind, the head
+    stays as it is, because the embedding would keep the weight.
     The panels are on `device`, to which the rest of the model follows: full weights on the host never are.
     """
     embedding = model.get_input_embeddings()
     converted: list[Tensor] = []
+    routers = router_paths(model)
     pages = HugePages()
     with little_garbage():
         for path, module in modules.by_path.items():
@@ -45,7 +47,7 @@ def bring_into_panels(
             scale = _scale_of(embedding)
             if shares and scale is None:
                 continue
-            own_bits = _HEAD_BITS if bits and is_head else bits
+            own_bits = None if path in routers else _HEAD_BITS if bits and is_head else bits
             panels = _to_panels(model.get_submodule(path), own_bits, device, pages)
             if panels is None:
                 continue
@@ -58,7 +60,8 @@ def bring_into_panels(
         model.to(device)  # type: ignore[arg-type] # its stub has lost the first argument
     if converted:
         let_go_of_files(model, converted)
-    return sum(isinstance(module, PanelLinear) for module in model.modules())
+    kind = PanelLinear if bits is None else QuantizedLinear
+    return sum(isinstance(module, kind) for module in model.modules())
 
 
 def _scale_of(embedding: Any) -> float | None:
@@ -73,7 +76,8 @@ def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugeP
         return None
     weight = module.weight.T if type(module) is Conv1D else module.weight
     if bits is None:
-        return PackedLinear(weight, module.bias, pages) if can_pack(weight) else None
+        is_here = device.type == "cpu" and can_pack(weight)
+        return PackedLinear(weight, module.bias, pages) if is_here else None
     if not can_quantize(weight):
         return None
     if uses_triton(device):
