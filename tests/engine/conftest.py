@@ -1,4 +1,4 @@
-"""A tiny base model, four adapters on disk, and an engine that serves them."""
+"""A tiny base model, adapters and fusions on disk, and engines that serve them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from served_adapters import TestedEngine, running_engine, write_lora, write_model
+from served_fusions import forget_fusions, write_members, write_mix_and_duo
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +26,22 @@ def root(tmp_path: Path) -> Path:
 async def engine(model: Path, root: Path) -> AsyncIterator[TestedEngine]:
     async with running_engine(model, root) as engine:
         yield engine
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    return write_members(tmp_path / "adapters")
+
+
+@pytest.fixture
+def fusions(tmp_path: Path, adapters: Path) -> Path:
+    return write_mix_and_duo(tmp_path / "fusions", adapters)
+
+
+@pytest.fixture
+async def fusion_engine(model: Path, adapters: Path, fusions: Path) -> AsyncIterator[TestedEngine]:
+    """Finds adapters and fusions on disk; at the end it lets go of everything."""
+    options = {"fusion_dirs": (fusions,), "adapter_pool_ranks": 96, "max_batch_tokens": 24}
+    async with running_engine(model, adapters, **options) as engine:
+        yield engine
+        await forget_fusions(engine)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 from served_adapters import (
     TestedEngine,
     blend,
@@ -21,11 +19,9 @@ from served_adapters import (
     make_prompt,
     running_engine,
     until,
-    write_dora,
-    write_lora,
     write_model,
 )
-from served_fusions import unfolded_logprobs, write_fusion
+from served_fusions import MEMBERS, forget_fusions, fusion, run_unfolded, write_fusion
 
 from fusionserve.adapter_status import AdapterState
 from fusionserve.errors import (
@@ -35,66 +31,20 @@ from fusionserve.errors import (
     PreconditionError,
     StartupError,
 )
-from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
-from fusionserve.generation import Adaptation, FusionWeightDetail, FusionWeights, OutputOptions
+from fusionserve.fusion.config import FusionConfig, FusionMember
+from fusionserve.generation import Adaptation, OutputOptions
 from fusionserve.metrics import REGISTRY
 
 pytestmark = pytest.mark.gpu
 
-MEMBERS = ("ada", "bea", "cid")
 PROMPT = (5, 9, 17, 4, 30, 22, 8)
 NUM_TOKENS = 12
 MAX_LOGPROB_ERROR = 2e-4
 
 
 @pytest.fixture
-def adapters(tmp_path: Path) -> Path:
-    """Three adapters of different ranks."""
-    root = tmp_path / "adapters"
-    for seed, name in enumerate(MEMBERS):
-        write_lora(root / name, seed=seed, rank=2 + seed)
-    return root
-
-
-@pytest.fixture
-def fusions(tmp_path: Path, adapters: Path) -> Path:
-    """Two fusions: of all three adapters, and of two with everything a fusion can have."""
-    root = tmp_path / "fusions"
-    write_fusion(root, "mix", MEMBERS, adapters, seed=1)
-    write_fusion(
-        root,
-        "duo",
-        MEMBERS[:2],
-        adapters,
-        seed=2,
-        scope=Scope.MODULE,
-        value=ValueKind.LOW_RANK,
-        value_rank=2,
-        base_member=True,
-        temperature=1.5,
-    )
-    return root
-
-
-@pytest.fixture
-async def engine(tmp_path: Path, adapters: Path, fusions: Path) -> AsyncIterator[TestedEngine]:
-    """An engine that finds adapters and fusions on disk; at the end it lets go of everything."""
-    model = write_model(tmp_path / "model")
-    options = {"fusion_dirs": (fusions,), "adapter_pool_ranks": 96, "max_batch_tokens": 24}
-    async with running_engine(model, adapters, **options) as running:
-        yield running
-        await forget_fusions(running)
-
-
-async def forget_fusions(engine: TestedEngine) -> None:
-    for status in await engine.list_fusions():
-        if status.state is AdapterState.READY:
-            await engine.unload_fusion(status.name, force=False)
-    await until(lambda: engine.registry.num_leases == 0)
-
-
-def fusion(name: str, *excluded: str) -> Adaptation:
-    return Adaptation("fusion", fusion=name, excluded_members=excluded)
+def engine(fusion_engine: TestedEngine) -> TestedEngine:
+    return fusion_engine
 
 
 async def greedy(engine: TestedEngine, adaptation: Adaptation, **options: object) -> tuple[int, ...]:
@@ -106,15 +56,10 @@ async def greedy(engine: TestedEngine, adaptation: Adaptation, **options: object
 async def test_served_fusion_equals_the_unfolded_model(
     engine: TestedEngine, adapters: Path, fusions: Path, name: str
 ) -> None:
-    params = make_params(
-        "one",
-        fusion(name),
-        PROMPT,
-        num_tokens=NUM_TOKENS,
-        output=OutputOptions(logprobs=3, prompt_logprobs=0),
-    )
-    outcome = await collect(engine, params)
-    expected = unfolded_logprobs(make_model("llama"), adapters, fusions / name, (*PROMPT, *outcome.tokens))
+    output = OutputOptions(logprobs=3, prompt_logprobs=0)
+    outcome = await collect(engine, make_params("one", fusion(name), PROMPT, output=output))
+    tokens = (*PROMPT, *outcome.tokens)
+    expected = run_unfolded(make_model("llama"), adapters, fusions / name, tokens).logprobs
     for position, row in enumerate(outcome.finished.candidates[0].logprobs, len(PROMPT) - 1):
         assert row.chosen.token_id == int(expected[position].argmax())
         for token in (row.chosen, *row.top):
@@ -170,27 +115,6 @@ async def test_mask_and_version_never_share_the_prefix_cache(
     assert tokens != first[1]
 
 
-async def test_weights_are_reported_by_token_and_by_module(engine: TestedEngine) -> None:
-    for name, columns, num_modules in (("mix", MEMBERS, 2), ("duo", (*MEMBERS[:2], "base"), 4)):
-        per_token = await report(engine, name, FusionWeightDetail.PER_TOKEN)
-        per_module = await report(engine, name, FusionWeightDetail.PER_MODULE)
-        assert per_token.members == per_module.members == columns
-        assert [row.position for row in per_token.tokens] == list(range(len(PROMPT) + NUM_TOKENS - 1))
-        assert len(per_module.modules) == num_modules
-        for row in (*(r.weights for r in per_token.tokens), *(r.weights for r in per_module.modules)):
-            assert sum(row) == pytest.approx(1, abs=1e-5)
-        mean = torch.tensor([row.weights for row in per_token.tokens]).mean(dim=0).tolist()
-        assert per_token.mean == pytest.approx(mean, abs=1e-5) == per_module.mean
-
-
-async def report(engine: TestedEngine, name: str, detail: FusionWeightDetail) -> FusionWeights:
-    output = OutputOptions(fusion_weights=detail)
-    params = make_params("report", fusion(name), PROMPT, num_tokens=NUM_TOKENS, output=output)
-    weights = (await collect(engine, params)).finished.fusion_weights
-    assert weights is not None
-    return weights
-
-
 async def test_fusion_keeps_its_members_loaded(engine: TestedEngine) -> None:
     status = await engine.load_fusion("mix", None, pin=False, replace=False)
     assert [member.name for member in status.members] == list(MEMBERS)
@@ -213,36 +137,6 @@ async def test_running_requests_finish_on_the_version_they_started_on(
     write_fusion(fusions, "mix", MEMBERS, adapters, seed=9)
     await engine.load_fusion("mix", None, pin=False, replace=True)
     assert (await running).tokens == expected
-
-
-async def test_weights_are_of_their_tokens_also_after_a_step_beside_dora(
-    model: Path, adapters: Path, fusions: Path
-) -> None:
-    """Such a step goes layer by layer, and the ones before and after it in one call."""
-    write_dora(adapters / "dora", seed=7)
-    report = OutputOptions(fusion_weights=FusionWeightDetail.PER_TOKEN)
-    asked = make_params("asked", fusion("mix"), PROMPT, num_tokens=30, output=report)
-    before = make_params("before", Adaptation(), (5,), num_tokens=5)
-    dora, behind = (
-        make_params(name, kind, (7,), num_tokens=n)
-        for name, kind, n in (("dora", lora("dora"), 5), ("behind", Adaptation(), 15))
-    )
-    options = {"fusion_dirs": (fusions,), "adapter_pool_ranks": 96, "max_batch_requests": 2}
-    async with running_engine(model, adapters, **options) as engine:
-        alone = await collect(engine, asked)
-        await collect(engine, dora)
-        with engine.runner.paused():
-            tasks = []
-            for params in (asked, before, dora, behind):
-                tasks.append(asyncio.create_task(collect(engine, params)))
-                await until(lambda: len(engine._streams) == len(tasks))
-        among, *_ = await asyncio.gather(*tasks)
-        await engine.unload_fusion("mix", force=False)
-    assert among.tokens == alone.tokens
-    expected, found = (outcome.finished.fusion_weights for outcome in (alone, among))
-    assert len(expected.tokens) == len(found.tokens)
-    for theirs, ours in zip(expected.tokens, found.tokens, strict=True):
-        assert ours.weights == pytest.approx(theirs.weights, abs=1e-4)
 
 
 async def test_fusion_unloaded_while_it_is_used_leaves_no_series(engine: TestedEngine) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft_adapters import randomize, save, wrap
 from served_adapters import collect_all, make_params, make_prompt, running_engine
-from served_fusions import unfolded_logprobs, write_fusion
+from served_fusions import run_unfolded, write_fusion
 from tiny_models import CONFIGS, make_tiny_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ async def assert_weighed_as_unfolded(family: str, attention_at: str, device: str
     for n, outcome in enumerate(outcomes):
         token_ids = (*make_prompt(n, 7 + 6 * n), *outcome.tokens)
         model = make_tiny_model(CONFIGS[family]())
-        expected = unfolded_logprobs(model, adapters, folder / "fusions" / "mix", token_ids)[:-1]
+        expected = run_unfolded(model, adapters, folder / "fusions" / "mix", token_ids).logprobs[:-1]
         reported = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
         found = torch.tensor([entry.chosen.logprob for entry in reported])
         chosen = expected.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]

@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from served_adapters import make_model
+from served_adapters import TestedEngine, make_model, until, write_lora
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fusionserve.adapter_status import AdapterState
 from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.adapters.base_modules import BaseModules, describe_base_modules
 from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.fusion.artifact import save_fusion
-from fusionserve.fusion.config import FusionConfig, FusionMember
+from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind
 from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
 from fusionserve.fusion.params import make_params as make_fusion_params
 from fusionserve.fusion.unfolded import UnfoldedFusion
+from fusionserve.generation import Adaptation
 from fusionserve.training.frozen_base import in_call_order as modules_in_call_order
+
+MEMBERS = ("ada", "bea", "cid")
+
+
+def fusion(name: str, *excluded: str) -> Adaptation:
+    """A fusion without some of its members."""
+    return Adaptation("fusion", fusion=name, excluded_members=excluded)
+
+
+def write_members(root: Path) -> Path:
+    """Three adapters of different ranks."""
+    for seed, name in enumerate(MEMBERS):
+        write_lora(root / name, seed=seed, rank=2 + seed)
+    return root
+
+
+def write_mix_and_duo(root: Path, adapters: Path) -> Path:
+    """Two fusions: of all three adapters, and of two with everything a fusion can have."""
+    write_fusion(root, "mix", MEMBERS, adapters, seed=1)
+    write_fusion(
+        root,
+        "duo",
+        MEMBERS[:2],
+        adapters,
+        seed=2,
+        scope=Scope.MODULE,
+        value=ValueKind.LOW_RANK,
+        value_rank=2,
+        base_member=True,
+        temperature=1.5,
+    )
+    return root
+
+
+async def forget_fusions(engine: TestedEngine) -> None:
+    """Unloads all fusions and waits for their members' leases to end."""
+    for status in await engine.list_fusions():
+        if status.state is AdapterState.READY:
+            await engine.unload_fusion(status.name, force=False)
+    await until(lambda: engine.registry.num_leases == 0)
 
 
 def read_members(
@@ -74,19 +117,27 @@ def write_fusion(
     return config
 
 
-def unfolded_logprobs(
-    model: PreTrainedModel, adapters: Path, fusion: Path, token_ids: Sequence[int]
-) -> Tensor:
-    """Log-probabilities [tokens, vocab] of transformers' model with the unfolded fusion put in, which stays."""
+@dataclass(frozen=True, slots=True)
+class UnfoldedOutput:
+    """What transformers' model gives with an unfolded fusion in it."""
+
+    logprobs: Tensor  # [tokens, vocab]
+    weights: dict[str, Tensor]  # [tokens, members (+ 1)] by the path of each attention
+
+
+def run_unfolded(
+    model: PreTrainedModel, adapters: Path, folder: Path, token_ids: Sequence[int]
+) -> UnfoldedOutput:
+    """Puts the fusion into the model, where it stays, and runs it over the tokens."""
     base = _base_of(model)
-    with open_directory(fusion) as directory:
+    with open_directory(folder) as directory:
         config = in_call_order(read_fusion_config(directory), base)
         params, _ = read_fusion_params(directory, config, base)
     members = read_members(adapters, tuple(member.name for member in config.members), model)
-    UnfoldedFusion(model, config, params, members)
+    unfolded = UnfoldedFusion(model, config, params, members)
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
-    return torch.log_softmax(logits, dim=-1)
+        logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    return UnfoldedOutput(torch.log_softmax(logits, dim=-1), unfolded.weights)
 
 
 def _base_of(model: PreTrainedModel) -> BaseModules:
