@@ -90,7 +90,7 @@ class Driver(Protocol):
 
 def answer_jobs(load: Callable[[Setup], Driver]) -> None:
     """The main function of a system's process."""
-    requests, answers = sys.stdin, _own_standard_output()
+    requests, answers = sys.stdin, own_standard_output()
     try:
         driver = load(Setup(**json.loads(requests.readline())))
         _say(answers, {"ready": driver.versions})
@@ -104,7 +104,7 @@ def answer_jobs(load: Callable[[Setup], Driver]) -> None:
         raise
 
 
-def _own_standard_output() -> TextIO:
+def own_standard_output() -> TextIO:
     """The stream to the runner; what libraries print goes to standard error from here on."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -1,79 +1,53 @@
-"""Measures the GPU path: decoding steps beside the floor, adapters beside the base, few bits, peers, many adapters.
+"""Measures the GPU path: decoding steps beside the floor, adapters beside the base, few bits, many adapters, peers.
 
-    python -P -m fusionserve.loadtest.gpu [--shape llama-3-8b] [--out build/gpu]
+    python -P -m fusionserve.loadtest.gpu [--shape llama-3-8b] [--parts engine peers] [--out build/gpu]
 
 Models and adapters are random ones of real shapes, made on the spot. Prints a table and writes it with every repeat to
-the folder, after every part what there is. What there is no time for within --minutes is left out, peers first.
+the folder, after every figure what there is. Parts have processes of their own; none runs for longer than --minutes let
+it. Exits with 1 if anything could not be measured: the table says what, and standard error why.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import platform
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
 from fusionserve import __version__
-from fusionserve.engine.device import find_device
-from fusionserve.loadtest.gpu.churn import ChurnWorkload, measure_churn
-from fusionserve.loadtest.gpu.device_limit import measure_device_limit
-from fusionserve.loadtest.gpu.engine_rounds import EngineRounds
-from fusionserve.loadtest.gpu.peer_rounds import PeerRounds
-from fusionserve.loadtest.gpu.report import BaseRound, GpuFigures, peers, to_table
-from fusionserve.loadtest.gpu.workload import Case, GpuWorkload
+from fusionserve.loadtest.bench.protocol import own_standard_output
+from fusionserve.loadtest.gpu.churn import ChurnWorkload
+from fusionserve.loadtest.gpu.part_process import end_after
+from fusionserve.loadtest.gpu.parts import PARTS, Job, measure_part
+from fusionserve.loadtest.gpu.report import GpuFigures, to_table
+from fusionserve.loadtest.gpu.run import GpuRun
+from fusionserve.loadtest.gpu.workload import GpuWorkload
 from fusionserve.loadtest.model_shapes import SHAPES
 
-BASE = Case(name="base")
-FEW_BITS = ("int8", "int4")
 
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs it all."""
-    options = _parser().parse_args(arguments)
-    device = find_device(options.device)
-    workload = _workload(options)
-    figures = GpuFigures(workload, _device_name(device), _versions(), measure_device_limit(device))
+def main(arguments: list[str] | None = None) -> int:
+    """Runs it all, and returns the exit status; with --part one part, whose figures it prints."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(given)
+    if options.part:
+        end_after(options.seconds)
+        measure_part(options.part, job_of(options), own_standard_output())
+        return 0
     end_s = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as name:
-        for measure in _parts(figures, Path(name), device, options):
-            if time.monotonic() < end_s:
-                measure()
-                table = _write(figures, options.out)
-    print(table)
+    figures = GpuFigures(job_of(options).workload, _versions())
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-P", "-m", "fusionserve.loadtest.gpu", *given, "--folder", folder]
+        GpuRun(figures, command, options.out, end_s).measure(options.parts)
+    print(to_table(figures))
+    return 1 if figures.failures else 0
 
 
-def _parts(
-    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
-) -> Iterator[Callable[[], None]]:
-    if device.type == "cuda":
-        yield lambda: _measure_kernels(figures, device)
-    yield lambda: _measure_engine(figures, folder, device, options)
-    for quantize in FEW_BITS:
-        yield partial(_measure_few_bits, figures, folder, device, quantize, options.repeats)
-    yield lambda: _measure_churn(figures, folder / "churn", device, options)
-    yield lambda: _measure_peers(figures, folder, device)
-
-
-def _write(figures: GpuFigures, out: Path) -> str:
-    """Writes what there is so far, and returns the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    cases = figures.workload.cases()
-    table = to_table(figures, cases)
-    (out / "gpu.md").write_text(table + "\n")
-    (out / "gpu.json").write_text(json.dumps(figures.to_json(cases), indent=1))
-    return table
-
-
-def _parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `main`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,13 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--churn-adapters", type=int, default=1000)
     parser.add_argument("--churn-clients", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which no other part is begun")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    return parser
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which what still runs is ended")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or "build/gpu"),
+        help="default: $OUT or build/gpu",
+    )
+    for option, kind in (("--part", str), ("--seconds", float), ("--folder", Path)):
+        parser.add_argument(option, type=kind, help=argparse.SUPPRESS)  # what a part's process is told
+    return parser.parse_args(arguments)
 
 
-def _workload(options: argparse.Namespace) -> GpuWorkload:
-    return GpuWorkload(
+def job_of(options: argparse.Namespace) -> Job:
+    """What the options say to the parts."""
+    workload = GpuWorkload(
         shape=options.shape,
         num_streams=options.streams,
         prompt_tokens=options.prompt_tokens,
@@ -103,103 +86,35 @@ def _workload(options: argparse.Namespace) -> GpuWorkload:
         num_adapters=options.adapters,
         fusion_sizes=tuple(n for n in (4, 8) if n <= options.adapters),
     )
-
-
-def _measure_kernels(figures: GpuFigures, device: torch.device) -> None:
-    """Imports Triton, which trying the benchmark out on a CPU does without."""
-    from fusionserve.loadtest.gpu.kernel_cases import KernelSizes
-    from fusionserve.loadtest.gpu.kernel_times import measure_kernels
-
-    figures.kernels = measure_kernels(KernelSizes(), figures.limit, device)
-    _free(device)
-    _say("kernels done")
-
-
-def _measure_engine(
-    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
-) -> None:
-    _say("making adapters")
-    figures.workload.make_files(folder)
-    _say("making the model")
-    rounds = EngineRounds(figures.workload, folder, device)
-    for repeat in range(-1, options.repeats):  # the first warms up
-        base = _run_base(rounds, repeat)
-        if repeat >= 0:
-            figures.base.append(base)
-    _say("base done")
-    for case in figures.workload.cases():
-        all_of = [rounds.run(case, f"{case.name} {repeat}") for repeat in range(-1, options.repeats)]
-        figures.cases[case.name] = all_of[1:]
-        _write(figures, options.out)
-        _say(f"{case.name} done")
-    rounds.close()
-    del rounds
-    _free(device)
-
-
-def _run_base(rounds: EngineRounds, repeat: int) -> BaseRound:
-    return BaseRound(
-        all_streams=rounds.run(BASE, f"base {repeat}"),
-        one_stream=rounds.run_alone(f"alone {repeat}"),
-        prompt_s=rounds.read_prompt(f"long {repeat}"),
-    )
-
-
-def _measure_few_bits(
-    figures: GpuFigures, folder: Path, device: torch.device, quantize: str, repeats: int
-) -> None:
-    rounds = EngineRounds(figures.workload, folder, device, quantize)
-    figures.few_bits[quantize] = [_run_base(rounds, repeat) for repeat in range(-1, repeats)][1:]
-    rounds.close()
-    del rounds
-    _free(device)
-    _say(f"{quantize} done")
-
-
-def _measure_churn(
-    figures: GpuFigures, folder: Path, device: torch.device, options: argparse.Namespace
-) -> None:
-    _say("many adapters")
-    workload = ChurnWorkload(
+    churn = ChurnWorkload(
         shape=options.churn_shape,
         num_adapters=options.churn_adapters,
         num_in_pool=min(64, options.churn_adapters // 2),
         num_clients=options.churn_clients,
     )
-    figures.churn = measure_churn(workload, folder, device)
-    _free(device)
-
-
-def _measure_peers(figures: GpuFigures, folder: Path, device: torch.device) -> None:
-    workload = figures.workload
-    cases = {case.name: case for case in workload.cases()}
-    rounds = PeerRounds(workload.shape, device)
-    for name, (ours, _) in peers(workload).items():
-        if ours in cases:
-            rounds.put_adapters_on([folder / "adapters" / each for each in cases[ours].adapters])
-        rounds.run(workload.prompts("warm-up"), 4)
-        figures.peers_s[name] = [rounds.run(workload.prompts(name), workload.new_tokens)]
-        _say(f"{name} done")
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return Job(
+        workload=workload,
+        churn=churn,
+        repeats=options.repeats,
+        device=options.device,
+        folder=options.folder,
+    )
 
 
 def _versions() -> dict[str, str]:
     names = ("torch", "triton", "transformers", "peft")
-    return {"fusionserve": __version__, **{name: version(name) for name in names}}
+    return {"fusionserve": __version__, **{name: _version(name) for name in names}}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an engine that failed may have left threads that nobody ends

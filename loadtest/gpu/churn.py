@@ -6,10 +6,11 @@ Compared with as many clients on adapters that all fit the pool.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,13 @@ from fusionserve.engine.base_model import adapt_model
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.generation import Adaptation, AdapterTerm, GenerationChunk
 from fusionserve.loadtest.bench.drivers.engine_stream import request_params
+from fusionserve.loadtest.gpu.figures import ChurnFigure
 from fusionserve.loadtest.latency import Spread
 from fusionserve.loadtest.model_shapes import make_model, save_adapter
 from fusionserve.metrics import AdapterLabels
 
 _NUM_LABELS = 32
-_DISTINCT = (
-    16  # weight files that are made; the other adapters are links to them, and read and held all the same
-)
+_DISTINCT = 16  # weight files that are made; other adapters are links to them, and read and held all the same
 _TOKEN_IDS = range(1000, 40000)
 
 
@@ -48,16 +48,6 @@ class ChurnWorkload:
     new_tokens: int = 32
 
 
-@dataclass(slots=True)
-class ChurnRound:
-    """What a round of all clients took."""
-
-    tokens_per_s: float
-    warm_ttft_s: Spread | None  # of requests whose adapter was in the pool
-    cold_ttft_s: Spread | None
-    warm_itl_s: Spread | None  # gaps between tokens
-
-
 @dataclass(frozen=True, slots=True)
 class _Request:
     is_cold: bool
@@ -66,32 +56,33 @@ class _Request:
 
 
 def measure_churn(
-    workload: ChurnWorkload, folder: Path, device: torch.device
-) -> tuple[ChurnRound, ChurnRound]:
-    """A round on adapters that fit the pool, and one on all of them."""
+    workload: ChurnWorkload, folder: Path, device: torch.device, tell: Callable[[ChurnFigure], None]
+) -> None:
+    """A round on adapters that fit the pool, "calm", and one on all of them, "churning"."""
     names = _make_adapters(workload, folder)
     config = _config(workload, folder, device)
     base = adapt_model(make_model(workload.shape, device), config, Tokenizer(None))
     engine = AsyncEngine(config, base, AdapterLabels(_NUM_LABELS))
     with asyncio.Runner() as loop:
-        return loop.run(_measure(engine, workload, names))
+        loop.run(_measure(engine, workload, names, tell))
 
 
 async def _measure(
-    engine: AsyncEngine, workload: ChurnWorkload, names: Sequence[str]
-) -> tuple[ChurnRound, ChurnRound]:
+    engine: AsyncEngine, workload: ChurnWorkload, names: Sequence[str], tell: Callable[[ChurnFigure], None]
+) -> None:
     await engine.start()
     for name in names:
         await engine.load_adapter(name, None, pin=False, replace=False)
     few = names[: workload.num_in_pool]
-    await _round(engine, workload, few)  # which brings them into the pool
-    calm = await _round(engine, workload, few)
-    churning = await _round(engine, workload, names)
+    await _round(engine, workload, few, "warm-up")  # which brings them into the pool
+    tell(await _round(engine, workload, few, "calm"))
+    tell(await _round(engine, workload, names, "churning"))
     await engine.close()
-    return calm, churning
 
 
-async def _round(engine: AsyncEngine, workload: ChurnWorkload, names: Sequence[str]) -> ChurnRound:
+async def _round(
+    engine: AsyncEngine, workload: ChurnWorkload, names: Sequence[str], label: str
+) -> ChurnFigure:
     weights = [1 / place for place in range(1, len(names) + 1)]
     numbers = random.Random(len(names))
 
@@ -107,9 +98,13 @@ async def _round(engine: AsyncEngine, workload: ChurnWorkload, names: Sequence[s
     requests = [request for each in ended for request in each]
     num_tokens = len(requests) * workload.new_tokens
     warm, cold = ([r for r in requests if r.is_cold == is_cold] for is_cold in (False, True))
-    gaps = [later - earlier for r in warm for earlier, later in zip(r.token_s, r.token_s[1:], strict=False)]
-    return ChurnRound(
-        num_tokens / (time.monotonic() - started_s), _ttft_s(warm), _ttft_s(cold), Spread.of(gaps)
+    gaps = (later - earlier for r in warm for earlier, later in itertools.pairwise(r.token_s))
+    return ChurnFigure(
+        round=label,
+        tokens_per_s=num_tokens / (time.monotonic() - started_s),
+        warm_ttft_s=_p99(request.token_s[0] - request.asked_s for request in warm),
+        cold_ttft_s=_p99(request.token_s[0] - request.asked_s for request in cold),
+        warm_itl_s=_p99(gaps),
     )
 
 
@@ -127,8 +122,9 @@ async def _ask(engine: AsyncEngine, workload: ChurnWorkload, name: str, request_
     return _Request(status.residency is not Residency.DEVICE, asked_s, token_s)
 
 
-def _ttft_s(requests: Sequence[_Request]) -> Spread | None:
-    return Spread.of(request.token_s[0] - request.asked_s for request in requests)
+def _p99(seconds: Iterable[float]) -> float | None:
+    spread = Spread.of(seconds)
+    return spread.p99 if spread else None
 
 
 def _make_adapters(workload: ChurnWorkload, folder: Path) -> list[str]:

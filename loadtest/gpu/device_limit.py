@@ -19,7 +19,7 @@ _TRIES = 10
 def measure_device_limit(device: torch.device) -> MachineLimit:
     """Both figures; takes a second."""
     num_bytes, num_rows = (4 << 30, 8192) if device.type == "cuda" else (64 << 20, 256)
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(num_rows, num_rows, device=device).bfloat16() for _ in range(2))
     return MachineLimit(

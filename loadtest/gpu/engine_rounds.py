@@ -28,15 +28,14 @@ _NUM_LABELS = 32
 class Round:
     """A round twice over: prompts nobody has seen, then the same from the prefix cache, so that it only decodes."""
 
-    fresh: Outcome
-    cached: Outcome
-    num_steps: int  # that decode, of the second
+    round_s: float  # of the first
+    step_s: float  # of a decoding step with all streams, of the second
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of a decoding step with all streams."""
-        assert self.cached.prompt_s is not None
-        return (self.cached.total_s - self.cached.prompt_s) / self.num_steps
+    @classmethod
+    def of(cls, fresh: Outcome, cached: Outcome, num_steps: int) -> Round:
+        """Of both and the steps that the second decodes."""
+        assert cached.prompt_s is not None
+        return cls(fresh.total_s, (cached.total_s - cached.prompt_s) / num_steps)
 
 
 class EngineRounds:
@@ -65,7 +64,7 @@ class EngineRounds:
         new_tokens = self._workload.new_tokens
         adaptations = [case.adaptation(stream) for stream in range(len(prompts))]
         fresh, cached = (self._run(prompts, adaptations, new_tokens) for _ in range(2))
-        return Round(fresh, cached, new_tokens - 1)
+        return Round.of(fresh, cached, new_tokens - 1)
 
     def read_prompt(self, label: str) -> float:
         """Seconds until the first token of one long prompt."""

@@ -52,7 +52,6 @@ class KernelSizes:
 class KernelCase:
     """One kind of work: ours and the library's, and the least that it must read and multiply."""
 
-    name: str
     library: str
     ours: Sequence[Work]
     theirs: Sequence[Work]
@@ -60,18 +59,30 @@ class KernelCase:
     flops: int
 
 
-def kernel_cases(sizes: KernelSizes, device: torch.device) -> list[Callable[[], KernelCase]]:
-    """What makes each case; one is made at a time, for memory."""
-    streams, prompts = sizes.num_streams, sizes.num_prompts * sizes.prompt_tokens
-    cases: list[Callable[[], KernelCase]] = [
-        partial(_attention, sizes, device, streams, sizes.context, 1),
-        partial(_attention, sizes, device, sizes.num_prompts, sizes.prompt_tokens, sizes.prompt_tokens),
-        partial(_adapters, sizes, device, streams),
-        partial(_adapters, sizes, device, prompts),
-    ]
-    for bits in (8, 4):
-        cases += [partial(_few_bits, sizes, device, bits, count) for count in (1, 16, streams, prompts)]
-    return cases
+def kernel_cases(sizes: KernelSizes, device: torch.device) -> dict[str, dict[str, Callable[[], KernelCase]]]:
+    """By kind and name what makes each case; one is made at a time, for memory."""
+    streams, length, num_prompts = sizes.num_streams, sizes.prompt_tokens, sizes.num_prompts
+    attention, adapters, few_bits = (
+        partial(make, sizes, device) for make in (_attention, _adapters, _few_bits)
+    )
+    tokens = streams, num_prompts * length
+    return {
+        "attention": {
+            f"attention, decoding: {streams} x {sizes.context}": partial(
+                attention, streams, sizes.context, 1
+            ),
+            f"attention, prompt: {num_prompts} x {length}": partial(attention, num_prompts, length, length),
+        },
+        "adapters": {
+            f"{sizes.num_adapters} adapters, r={sizes.rank}: {count} tokens": partial(adapters, count)
+            for count in tokens
+        },
+        "products": {
+            f"int{bits}, gate and up: {count} tokens": partial(few_bits, bits, count)
+            for bits in (8, 4)
+            for count in (1, 16, *tokens)
+        },
+    }
 
 
 def _attention(
@@ -82,9 +93,7 @@ def _attention(
     per_query = [length - num_new + 1 + n for n in range(num_new)]
     kv_bytes = num_requests * length * sizes.num_kv_heads * sizes.dim * 4
     query_bytes = num_requests * num_new * sizes.num_heads * sizes.dim * 4
-    what = "decoding" if num_new == 1 else "prompt"
     return KernelCase(
-        name=f"attention, {what}: {num_requests} x {length}",
         library="scaled_dot_product_attention",
         ours=[ours for ours, _ in made],
         theirs=[theirs for _, theirs in made],
@@ -137,7 +146,6 @@ def _adapters(sizes: KernelSizes, device: torch.device, num_tokens: int) -> Kern
     made = [_adapter_pair(sizes, device, num_tokens) for _ in range(sizes.copies)]
     adapter_bytes = 2 * sizes.num_adapters * sizes.rank * 2 * sizes.hidden
     return KernelCase(
-        name=f"{sizes.num_adapters} adapters, r={sizes.rank}: {num_tokens} tokens",
         library="two grouped_mm",
         ours=[ours for ours, _ in made],
         theirs=[theirs for _, theirs in made],
@@ -188,7 +196,6 @@ def _few_bits(sizes: KernelSizes, device: torch.device, bits: int, num_tokens: i
         ours.append(partial(_multiply, TiledLinear.product(modules), x))
         theirs.append(partial(_multiply_full, weight, x))
     return KernelCase(
-        name=f"int{bits}, gate and up: {num_tokens} tokens",
         library="bfloat16",
         ours=ours,
         theirs=theirs,

@@ -1,38 +1,46 @@
-"""Seconds of single kernels, beside the library's and beside what the device can do at best."""
+"""Seconds of single kernels, beside the library's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fusionserve.loadtest.bench.floor import MachineLimit
 from fusionserve.loadtest.gpu.device_limit import best_s
-from fusionserve.loadtest.gpu.kernel_cases import KernelCase, KernelSizes, Work, kernel_cases
-from fusionserve.loadtest.gpu.report import KernelFigure
+from fusionserve.loadtest.gpu.figures import KernelFigure
+from fusionserve.loadtest.gpu.findings import Findings
+from fusionserve.loadtest.gpu.kernel_cases import KernelCase, Work
 
 
 @torch.inference_mode()
-def measure_kernels(sizes: KernelSizes, limit: MachineLimit, device: torch.device) -> list[KernelFigure]:
-    """A figure per case; takes a few seconds on a GPU, and as long again to compile kernels."""
-    return [_measure(make(), limit, device) for make in kernel_cases(sizes, device)]
+def measure_kernels(
+    cases: Mapping[str, Callable[[], KernelCase]], findings: Findings, device: torch.device
+) -> None:
+    """Tells a figure per case, or why there is none; takes seconds on a GPU, and as long again to compile kernels."""
+    for name, make in cases.items():
+        with findings.guarded(name):
+            findings.tell(_measure(name, make(), device))
 
 
-def _measure(case: KernelCase, limit: MachineLimit, device: torch.device) -> KernelFigure:
+def _measure(name: str, case: KernelCase, device: torch.device) -> KernelFigure:
     return KernelFigure(
-        name=case.name,
+        name=name,
         library=case.library,
         ours_s=_seconds(case.ours, device),
         library_s=_seconds_or_none(case.theirs, device),
-        floor_s=max(case.num_bytes / limit.bytes_per_s, case.flops / limit.flops_per_s),
+        num_bytes=case.num_bytes,
+        flops=case.flops,
     )
 
 
 def _seconds_or_none(works: Sequence[Work], device: torch.device) -> float | None:
-    """None where this torch does not have it, or not for this device."""
+    """None where this torch does not have it, or not for this device; standard error says what it said."""
     try:
         return _seconds(works, device)
     except (AttributeError, NotImplementedError, RuntimeError):
+        traceback.print_exc(limit=1, file=sys.stderr)
         return None
 
 

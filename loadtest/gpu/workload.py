@@ -46,6 +46,7 @@ class GpuWorkload:
     new_tokens: int = 64
     long_prompt: int = 8192
     num_adapters: int = 32
+    num_peer_adapters: int = 8  # PEFT launches several kernels for each of them at each module
     rank: int = 16
     fusion_sizes: Sequence[int] = (4, 8)
 
@@ -53,11 +54,6 @@ class GpuWorkload:
     def size(self) -> ModelSize:
         """What decides how fast the model can be."""
         return model_size(self.shape)
-
-    @property
-    def equal_ranks(self) -> str:
-        """The name of the case in which PEFT's mixed batch can be given the same work."""
-        return f"{self.num_adapters} adapters, r={self.rank}"
 
     def load(self, num_streams: int | None = None) -> Load:
         """What a round of base requests must multiply and read, with all streams or with so many."""
@@ -79,13 +75,22 @@ class GpuWorkload:
         """All but the base's own; the first are measured again once adapters lie in the pool."""
         equal, mixed = self._names([self.rank]), self._names(_MIXED_RANKS)
         least = dict(zip((4, 8), (0.78, 0.68), strict=True))
+        few = (
+            [self._equal_ranks(self.num_peer_adapters)] if self.num_peer_adapters < self.num_adapters else []
+        )
         return [
             Case(name="base, adapters unused", aim=0.98),
             Case(name="one adapter", adapters=equal[:1], aim=0.92),
-            Case(name=self.equal_ranks, adapters=equal, aim=0.88),
+            *few,
+            self._equal_ranks(self.num_adapters, aim=0.88),
             Case(name=f"{len(mixed)} adapters, r=8 to 64", adapters=mixed, aim=0.82),
             *(Case(name=f"fusion of {n}", fusion=f"of{n}", aim=least.get(n)) for n in self.fusion_sizes),
         ]
+
+    def peer_cases(self) -> dict[str, Case]:
+        """By peer, the case in which it is given the same work."""
+        few = min(self.num_peer_adapters, self.num_adapters)
+        return {"transformers": Case(name="base"), "PEFT": self._equal_ranks(few)}
 
     def make_files(self, folder: Path) -> None:
         """Writes adapters and fusions."""
@@ -122,6 +127,10 @@ class GpuWorkload:
         names = {*self._names([self.rank]), *self._names(_MIXED_RANKS)}
         fused = sum(n * (2 * self.rank + 1) for n in self.fusion_sizes)
         return sum(map(_rank_of, names)) + fused
+
+    def _equal_ranks(self, num_adapters: int, aim: float | None = None) -> Case:
+        adapters = self._names([self.rank])[:num_adapters]
+        return Case(name=f"{num_adapters} adapters, r={self.rank}", adapters=adapters, aim=aim)
 
     def _names(self, ranks: Sequence[int]) -> list[str]:
         return [f"r{ranks[n % len(ranks)]}-{n}" for n in range(self.num_adapters)]

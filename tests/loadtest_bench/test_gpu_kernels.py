@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from device_kernels import DEVICE
 
-from fusionserve.loadtest.bench.floor import MachineLimit
 from fusionserve.loadtest.gpu import device_limit, kernel_times
+from fusionserve.loadtest.gpu.figures import DeviceFigure, Failure, KernelFigure, from_line
+from fusionserve.loadtest.gpu.findings import Findings
 from fusionserve.loadtest.gpu.kernel_cases import KernelCase, KernelSizes, kernel_cases
 from fusionserve.loadtest.gpu.kernel_times import measure_kernels
-from fusionserve.loadtest.gpu.report import KernelFigure
+from fusionserve.loadtest.gpu.report import GpuFigures
+from fusionserve.loadtest.gpu.workload import GpuWorkload
 
 pytestmark = pytest.mark.gpu
 
@@ -31,22 +35,21 @@ SMALL = KernelSizes(
 
 
 def cases() -> dict[str, KernelCase]:
-    return {case.name: case for case in (make() for make in kernel_cases(SMALL, DEVICE))}
+    kinds = kernel_cases(SMALL, DEVICE).values()
+    return {name: make() for kind in kinds for name, make in kind.items()}
 
 
 @torch.inference_mode()
 def test_ours_and_the_librarys_are_the_same_work() -> None:
     torch.manual_seed(0)
     made = cases()
-    assert len(made) == len(kernel_cases(SMALL, DEVICE))
-    for case in made.values():
+    assert len(made) == 12
+    for name, case in made.items():
         assert len(case.ours) == len(case.theirs) == SMALL.copies
         results = []
         for ours, theirs in zip(case.ours, case.theirs, strict=True):
             found, expected = ours().float().cpu(), theirs().float().cpu()
-            assert float((found - expected).norm() / expected.norm()) < 0.15, (
-                case.name
-            )  # int4 against bfloat16
+            assert float((found - expected).norm() / expected.norm()) < 0.15, name  # int4 against bfloat16
             results.append(found)
         assert not torch.equal(*results), "copies have the same data"
 
@@ -65,25 +68,39 @@ def test_least_work_is_counted() -> None:
     assert product.num_bytes == 64 * 64 * 4.5 / 8 and product.flops == 2 * 16 * 64 * 64
 
 
-def test_figures_are_of_one_and_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_of_one_and_what_is_missing_or_fails_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     x = torch.ones(4)
 
     def missing() -> torch.Tensor:
         raise RuntimeError("not for this device")
 
-    case = {"name": "sum", "library": "other", "num_bytes": 100, "flops": 30, "ours": [x.sum, x.sum]}
-    limit = MachineLimit(bytes_per_s=1e3, flops_per_s=1e2)
-    makes = [lambda: KernelCase(**case, theirs=[x.sum]), lambda: KernelCase(**case, theirs=[missing])]
-    monkeypatch.setattr(kernel_times, "kernel_cases", lambda *_: makes)
+    case = {"library": "other", "num_bytes": 100, "flops": 30}
+    makes = {
+        "sum": lambda: KernelCase(**case, ours=[x.sum, x.sum], theirs=[x.sum]),
+        "ours fails": lambda: KernelCase(**case, ours=[missing], theirs=[x.sum]),
+        "alone": lambda: KernelCase(**case, ours=[x.sum, x.sum], theirs=[missing]),
+    }
     monkeypatch.setattr(kernel_times, "_seconds", lambda works, _: [w() for w in works] and 0.1 * len(works))
-    figures = measure_kernels(SMALL, limit, torch.device("cpu"))
-    assert figures == [
-        KernelFigure(name="sum", library="other", ours_s=0.2, library_s=0.1, floor_s=0.3),
-        KernelFigure(name="sum", library="other", ours_s=0.2, library_s=None, floor_s=0.3),
+    answers = io.StringIO()
+    measure_kernels(makes, Findings("sums", answers), torch.device("cpu"))
+    found = [from_line(line) for line in answers.getvalue().splitlines()]
+    assert found == [
+        KernelFigure(name="sum", ours_s=0.2, library_s=0.1, **case),
+        Failure(part="sums", case="ours fails", error="RuntimeError: not for this device"),
+        KernelFigure(name="alone", ours_s=0.2, library_s=None, **case),
     ]
-    lines = [figure.line for figure in figures]
-    assert lines[0] == ("sum", "200.00 ms", "1.50 of the floor; other takes 0.50 x as long", "")
-    assert lines[1][2] == "1.50 of the floor; no other here"
+    assert capsys.readouterr().err.count("RuntimeError: not for this device") == 2
+    figures = GpuFigures(GpuWorkload(shape="tiny"), {})
+    figures.add(DeviceFigure(type="cuda", name="a GPU", bytes_per_s=1e3, flops_per_s=1e2))
+    for figure in found:
+        figures.add(figure)
+    assert [line[2] for line in figures.lines()] == [
+        "RuntimeError: not for this device",
+        "1.50 of the floor; other takes 0.50 x as long",
+        "1.50 of the floor; no other here",
+    ]
 
 
 def test_seconds_are_of_one_of_all_in_a_row() -> None:
