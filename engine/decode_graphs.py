@@ -8,9 +8,9 @@ without adapters replays a graph without their kernels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from fusionserve.adapters.row_plan import AdaptedTokens, RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.device_plan import DevicePlanner
+from fusionserve.engine.graph_recorder import GraphRecorder, RecordError
 from fusionserve.kernels.device.paged_launch import DeviceBatch, DeviceQueries, QueryTables, make_query_tables
 from fusionserve.kernels.device.rank_items import RankItems, RankTables
 from fusionserve.kernels.device.triton_use import num_lanes
@@ -28,6 +29,9 @@ from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_sequence import PackedSequence
 
 _LEAST_ITEMS = 16
+_MOST_ADAPTING = 64  # graphs with adapters; each takes some megabytes
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class DecodeGraphs:
     ) -> None:
         self._base, self._caches, self._planner = base, caches, planner
         self._block_size, self._trash_block = block_size, trash_block
-        self._recorder = _Recorder() if can_be_recorded(base) else None
+        self._recorder = GraphRecorder() if can_be_recorded(base) else None
         self._graphs: dict[GraphSize, _Graph] = {}
         self._layout = base.pool.layout
 
@@ -92,7 +96,7 @@ class DecodeGraphs:
         """Records the graphs of steps without adapters, with a progress bar on a terminal."""
         sizes = [1 << power for power in range(num_lanes(max_tokens).bit_length())]
         for num_tokens in tqdm(sizes, desc="recording steps", disable=None, leave=False):
-            self._graph(GraphSize(num_tokens))
+            self._graph(GraphSize(num_tokens)).replay()
 
     def run(self, step: DecodeStep) -> Tensor:
         """Logits [num_tokens, vocab] of the step, in memory that the next one overwrites."""
@@ -106,12 +110,22 @@ class DecodeGraphs:
         return graph.logits[: len(step.token_ids)]
 
     def _graph(self, size: GraphSize) -> _Graph:
-        if self._layout != self._base.pool.layout:  # tensors were allocated: their addresses are in no graph
-            self._graphs, self._layout = {}, self._base.pool.layout
-            self._recorder = None if self._recorder is None else _Recorder()
-        if size not in self._graphs:
-            self._graphs[size] = _Graph(self, size)
-        return self._graphs[size]
+        if self._layout != self._base.pool.layout:
+            self._forget_adapters()
+        graph = self._graphs.pop(size, None) or _Graph(self, size)
+        self._graphs[size] = graph  # the last one used
+        adapting = [other for other in self._graphs if other.num_items]
+        if len(adapting) > _MOST_ADAPTING:
+            # Its last replay is over: of two steps that the device may have, one is read before the next is begun.
+            del self._graphs[adapting[0]]
+        return graph
+
+    def _forget_adapters(self) -> None:
+        """The pool's rows lie elsewhere than the graphs that have adapters say. Nothing else is in the others."""
+        self._layout = self._base.pool.layout
+        self._graphs = {size: graph for size, graph in self._graphs.items() if not size.num_items}
+        if self._recorder is not None and not self._graphs:
+            self._recorder = GraphRecorder()
 
     def make_buffers(self, num_tokens: int) -> tuple[Tensor, DeviceQueries]:
         """Ids, positions and slots [3, num_tokens], and the tables of queries: all of nobody."""
@@ -146,37 +160,15 @@ class DecodeGraphs:
             return base.logits(numbers[0], numbers[1], None, batch)
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What does the same again: the function itself where it cannot be recorded."""
-        return function if self._recorder is None else self._recorder.record(function)
-
-
-class _Recorder:
-    """Records graphs that share memory, for as long as one of them is there: memory of none cannot be used again."""
-
-    def __init__(self) -> None:
-        self._memory = torch.cuda.graph_pool_handle()
-        # The same for the first pass and the recording: what a library allocates for a stream, and keeps, is then there
-        # before, and not in the graphs' memory.
-        self._stream = _recording_stream()
-
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function()  # compiles kernels, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: one that loads an adapter pins memory, which must not spoil the recording.
-        with torch.cuda.graph(
-            graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            function()
-        return graph.replay
-
-
-@cache
-def _recording_stream() -> torch.cuda.Stream:
-    """One for good: libraries keep memory for every stream that they have met."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        """What does the same: the function itself where it cannot be recorded."""
+        if self._recorder is None:
+            return function
+        try:
+            return self._recorder.record(function)
+        except RecordError as error:
+            _log.warning("decoding steps are not recorded as CUDA graphs, and slower: %s", error)
+            self._recorder = None
+            return function
 
 
 def can_be_recorded(base: BaseModel) -> bool:

@@ -14,7 +14,7 @@ _NO_MEMORY = (
 )
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
-# Those of cudaError_t of which CUDA's manual says that the process must be ended, and those of a device that is not there.
+# Those of cudaError_t after which, by CUDA's manual, the process must end, and those of a device that is not there.
 _STICKY = frozenset({3, 4, 46, 100, 201, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 999})
 
 # Triton raises a RuntimeError with CUDA's words.

@@ -33,7 +33,9 @@ def test_error_without_a_number_is_taken_for_the_worst() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        accelerator_error(2, "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the manual."),
+        accelerator_error(
+            2, "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the manual."
+        ),
         torch.AcceleratorError("CUDA error: out of memory"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("Triton Error [CUDA]: out of memory"),
