@@ -15,7 +15,7 @@ import triton.language as tl
 from fusionserve.kernels.device.rank_kernels import pick
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def round_inputs_kernel(
     x: tl.tensor,
     levels: tl.tensor,
@@ -184,7 +184,7 @@ def _deliver(
     tl.store(y, sums.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def multiply_kernel(
     x: tl.tensor,
     token_scales: tl.tensor,
@@ -252,7 +252,7 @@ def multiply_kernel(
             _deliver(total, pick(place, bias_0, bias_1, bias_2) + columns, inside, y, mask, ADD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def join_ranges_kernel(
     parts: tl.tensor,
     y_0: tl.tensor,

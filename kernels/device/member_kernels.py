@@ -83,7 +83,7 @@ def _spread(
         tl.store(coefficients + rows // 16 * 256 + rows % 16, own, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items", "num_fused"])
 def weigh_kernel(
     u: tl.tensor,
     attended: tl.tensor,

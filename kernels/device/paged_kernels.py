@@ -76,7 +76,7 @@ def _join(
     return highest, total * shrinkage + tl.sum(powers, axis=1), output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_tokens"])
 def attend_kernel(
     query: tl.tensor,
     keys: tl.tensor,
@@ -145,7 +145,7 @@ def attend_kernel(
         tl.store(statistics + row * 2 + 1, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_kernel(
     parts: tl.tensor,
     statistics: tl.tensor,

@@ -24,7 +24,7 @@ def pick(place: tl.tensor, first: tl.tensor, second: tl.tensor, third: tl.tensor
     return chosen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def shrink_kernel(
     x: tl.tensor,
     u: tl.tensor,
@@ -121,7 +121,7 @@ def _weighted(
     return tl.where(coefficients != 0, shrunk * coefficients * scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_items"])
 def expand_kernel(
     u: tl.tensor,
     items: tl.tensor,

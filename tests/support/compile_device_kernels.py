@@ -15,7 +15,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fusionserve.kernels.activations import Activation
-from fusionserve.kernels.device import paged_launch, pointwise_launch
+from fusionserve.kernels.device import (
+    few_bits_kernels,
+    member_kernels,
+    paged_kernels,
+    paged_launch,
+    pointwise_kernels,
+    pointwise_launch,
+    rank_kernels,
+)
 from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
 from fusionserve.kernels.paged_attention import AttentionOptions
@@ -62,9 +70,8 @@ def number(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_pointwise() -> None:
+def launch_pointwise(num_tokens: int) -> None:
     """Norm, gate and rotation."""
-    num_tokens = 3
     x, wide = number(num_tokens, _HIDDEN), number(_HIDDEN, dtype=torch.float32)
     for weight, bias in ((number(_HIDDEN), None), (wide, None), (wide, wide)):
         pointwise_launch.normalize(x, weight, bias, 1e-5)
@@ -79,26 +86,26 @@ def launch_pointwise() -> None:
             pointwise_launch.rotate_and_store(*arguments, by_neighbours=by_neighbours)
 
 
-def launch_attention() -> None:
-    """Single tokens and chunks."""
-    query, cache = number(40, _HEADS, _DIM), number(640, _KV_HEADS, _DIM)
+def launch_attention(count: int) -> None:
+    """Single tokens and chunks; so many tokens, tiles and blocks of a request."""
+    query, cache = number(count, _HEADS, _DIM), number(640, _KV_HEADS, _DIM)
     for tokens in (1, paged_launch.chunk_tokens(_HEADS, _KV_HEADS)):
         tables = paged_launch.QueryTables(
-            number(5, 4, dtype=torch.int32), number(5, 9, dtype=torch.int32), tokens
+            number(count, 4, dtype=torch.int32), number(count, count, dtype=torch.int32), tokens
         )
         sinks = number(_HEADS, dtype=torch.float32)
         windowed = AttentionOptions(0.1, sliding_window=64, softcap=30.0)
         for options in (AttentionOptions(0.1), windowed, AttentionOptions(0.1, sinks=sinks)):
-            paged_launch.attend_(query, cache, cache, tables, 16, options, number(40, _HEADS, _DIM))
+            paged_launch.attend_(query, cache, cache, tables, 16, options, number(count, _HEADS, _DIM))
 
 
-def launch_rank_items() -> None:
-    """Shrink, the attention of fusions, expand; and embeddings."""
-    sizes = {"tiles": (4, 4), "items": (4, 6), "groups": (2, 5), "member_of_row": (64,), "attends": (2, 3)}
+def launch_rank_items(count: int) -> None:
+    """Shrink, the attention of fusions, expand; and embeddings. So many items and fused tokens."""
+    sizes = {"tiles": (4, 4), "items": (count, 6), "groups": (2, 5), "member_of_row": (64,), "attends": (2, 3)}
     tables = RankTables(
         **{name: number(*shape, dtype=torch.int32) for name, shape in sizes.items()},
-        given=number(4, BLOCK, BLOCK, dtype=torch.float32),
-        fused=number(8, 4, dtype=torch.long),
+        given=number(count, BLOCK, BLOCK, dtype=torch.float32),
+        fused=number(count, 4, dtype=torch.long),
         present=number(2, 3, dtype=torch.long),
     )
     ids = {"q": 0, "k": 1, "v": 2}
@@ -112,13 +119,13 @@ def launch_rank_items() -> None:
     items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), number(9, _HIDDEN), 1.0)
 
 
-def launch_few_bits() -> None:
-    """Products of one module and of three, with and without bias, of few tokens and many."""
+def launch_few_bits(*counts: int) -> None:
+    """Products of one module and of three, with and without bias, of so many tokens."""
     for bits in (8, 4):
         for d_outs, has_bias in (((_HIDDEN,), False), ((_HIDDEN, 512, 512), True)):
             modules = [tiled_linear(_INNER, d_out, bits, has_bias=has_bias) for d_out in d_outs]
             product = TiledLinear.product(modules)
-            for num_tokens in (1, 20, 64, 4096):
+            for num_tokens in counts:
                 x = number(num_tokens, _INNER)
                 product(x)
                 if len(modules) == 1:
@@ -135,13 +142,26 @@ def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLi
     )
 
 
+def num_variants() -> int:
+    """Compiled so far, of all kernels."""
+    modules = member_kernels, paged_kernels, pointwise_kernels, rank_kernels, few_bits_kernels
+    kernels = {k for module in modules for k in vars(module).values() if isinstance(k, JITFunction)}
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
 if __name__ == "__main__":
     with compiling_only() as launched:
         for dtype in (torch.bfloat16, torch.float32):
             torch.set_default_dtype(dtype)
-            launch_pointwise()
-            launch_attention()
-            launch_rank_items()
+            for launch in (launch_pointwise, launch_attention, launch_rank_items):
+                launch(3)
         torch.set_default_dtype(torch.bfloat16)
-        launch_few_bits()
+        launch_few_bits(1, 20, 64, 4096)
+        before = num_variants()
+        for count in (1, 16):  # the numbers that Triton has variants for
+            launch_pointwise(count)
+            launch_attention(count)
+            launch_rank_items(count)
+        launch_few_bits(16, 21, 72, 4099)
+        assert num_variants() == before, f"{num_variants() - before} variants more, by numbers of tokens or items"
     print(*sorted(launched))
