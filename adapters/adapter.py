@@ -20,7 +20,7 @@ class AdapterContent:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes it takes on the host."""
         return self.weights.nbytes + sum(scale.nbytes for scale in self.column_scales.values())
 
 

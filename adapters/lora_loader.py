@@ -31,11 +31,6 @@ def pageable_memory(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def pinned_memory(num_bytes: int) -> Tensor:
-    """For a pool on a GPU, which copies from it while the host goes on."""
-    return pageable_memory(num_bytes).pin_memory()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPolicy:
     """What the server asks of every adapter it loads."""
@@ -44,6 +39,7 @@ class LoadPolicy:
     max_rank: int  # rank rows in one module
     allow_base_mismatch: bool = False
     new_memory: Callable[[int], Tensor] = pageable_memory  # uint8 [bytes], for its rank rows
+    taken_bytes: Callable[[int], int] = int  # what so many bytes of it take of the host
 
 
 def load_lora_weights(
@@ -73,8 +69,8 @@ def load_lora_weights(
         read_ahead(opened)
         file = SafetensorsFile(opened)
         plan = plan_lora(file.header, config, base)
-        _check_size(plan, policy, budget_bytes)
         layout = lay_out(file.header, plan, policy.dtype)
+        _check_size(plan, layout, policy, budget_bytes)
         return _Assembly(plan, layout, policy, base_weight, base_step).run(file)
 
 
@@ -96,20 +92,25 @@ def _refuse_pickle(directory: ArtifactDirectory) -> None:
             )
 
 
-def _check_size(plan: LoRAPlan, policy: LoadPolicy, budget_bytes: int) -> None:
+def _check_size(plan: LoRAPlan, layout: LoRALayout, policy: LoadPolicy, budget_bytes: int) -> None:
     if plan.max_rows > policy.max_rank:
         raise ArtifactError(
             f"the adapter takes {plan.max_rows} rank rows in a module, the server allows {policy.max_rank}",
             reason="RANK_TOO_LARGE",
             metadata={"rank": str(plan.max_rows), "max_rank": str(policy.max_rank)},
         )
-    needed = plan.count_bytes(policy.dtype)
+    needed = plan.count_bytes(policy.dtype) + _unused_bytes(layout, policy)
     if needed > budget_bytes:
         raise CapacityError(
             f"the adapter takes {needed} bytes, the server's budget for adapters is {budget_bytes}",
             reason="ADAPTER_TOO_BIG",
             metadata={"bytes": str(needed), "budget_bytes": str(budget_bytes)},
         )
+
+
+def _unused_bytes(layout: LoRALayout, policy: LoadPolicy) -> int:
+    num_bytes = layout.num_numbers * policy.dtype.itemsize
+    return policy.taken_bytes(num_bytes) - num_bytes
 
 
 class _Assembly:
@@ -127,6 +128,7 @@ class _Assembly:
         self._base_step = base_step
         self._base_weight = base_weight
         self._plan, self._layout = plan, layout
+        self._unused_bytes = _unused_bytes(layout, policy)
         self._rows = policy.new_memory(layout.num_numbers * policy.dtype.itemsize).view(policy.dtype)
         self._modules = {path: self._place(path, module) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
@@ -150,7 +152,12 @@ class _Assembly:
                 _check_magnitude(spec, largest)
             for spec in block.others:
                 self._take(spec, tensor_in(data, spec, block.start))
-        return LoRAWeights(digest=file.digest(), modules=self._modules, replacements=self._replacements)
+        return LoRAWeights(
+            digest=file.digest(),
+            modules=self._modules,
+            replacements=self._replacements,
+            unused_bytes=self._unused_bytes,
+        )
 
     def _take(self, spec: TensorSpec, tensor: Tensor) -> None:
         """What are no rank rows."""

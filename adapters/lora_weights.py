@@ -47,6 +47,7 @@ class LoRAWeights:
     digest: str
     modules: Mapping[str, ModuleLoRA]  # by module path
     replacements: Mapping[str, Tensor]  # by module path, [vocab, hidden]
+    unused_bytes: int = 0  # taken of the host beside the tensors, where memory comes in powers of two
 
     @cached_property
     def max_rank(self) -> int:
@@ -55,9 +56,9 @@ class LoRAWeights:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes it takes on the host."""
         low_rank = sum(module.nbytes for module in self.modules.values())
-        return low_rank + sum(tensor.nbytes for tensor in self.replacements.values())
+        return low_rank + sum(tensor.nbytes for tensor in self.replacements.values()) + self.unused_bytes
 
     @cached_property
     def has_magnitudes(self) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 from fusionserve.adapters.adapter import AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.dora import column_scales
-from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights, pinned_memory, read_plan
+from fusionserve.adapters.lora_loader import LoadPolicy, load_lora_weights, read_plan
+from fusionserve.adapters.pinned_memory import pinned_bytes, pinned_memory
 from fusionserve.adapters.spare_memory import SpareMemory
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
@@ -22,13 +23,15 @@ class AdapterLoader:
         self._base = base
         self._budget_bytes = config.adapter_host_bytes
         self._spare = SpareMemory(config.adapter_host_bytes // _MOST_SPARE)
+        on_host = base.device.type == "cpu"
         self._policy = LoadPolicy(
             dtype=base.dtype,
             max_rank=min(config.max_adapter_rank, config.adapter_pool_ranks),
             allow_base_mismatch=config.allow_base_mismatch,
-            new_memory=pinned_memory if base.device.type == "cuda" else self._spare.take,
+            new_memory=self._spare.take if on_host else pinned_memory,
+            taken_bytes=int if on_host else pinned_bytes,
         )
-        self.prepares_pool = base.device.type == "cpu"  # a GPU's pool needs nothing ahead
+        self.prepares_pool = on_host  # a GPU's pool needs nothing ahead
 
     def adapted_modules(self, directory: ArtifactDirectory) -> Collection[str]:
         """The paths of the modules whose rank rows it would take, from its header. Raises as `load` does."""

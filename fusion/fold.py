@@ -29,10 +29,6 @@ class ScoreRows:
     shrink: Tensor  # [rows (+ members), d_in]
     shrink_bias: Tensor  # [rows (+ members)]
 
-    def pinned(self) -> ScoreRows:
-        """The same in pinned memory."""
-        return ScoreRows(self.shrink.pin_memory(), self.shrink_bias.pin_memory())
-
 
 @torch.no_grad()
 def fold_attention(

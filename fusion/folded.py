@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.adapters.pinned_memory import pinned_bytes, pinned_together
 from fusionserve.adapters.resident import RowPiece
 from fusionserve.fusion.config import FusionConfig
 from fusionserve.fusion.fold import ScoreRows, fold_attention, fold_value
@@ -32,6 +33,7 @@ class FoldedFusion:
         str, tuple[Tensor | None, ...]
     ]  # by path, C_i^T [rank, d_out] of each member; empty without V
     rows: FusionRows
+    is_pinned: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -40,8 +42,9 @@ class FoldedFusion:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of its own tensors; the members' are counted with the members."""
-        return sum(rows.nbytes for rows in self.own_rows())
+        """Bytes that its own tensors take on the host; the members' are counted with the members."""
+        num_bytes = sum(rows.nbytes for rows in self.own_rows())
+        return pinned_bytes(num_bytes) if self.is_pinned else num_bytes
 
     def own_rows(self) -> Iterator[Tensor]:
         """Its own tensors: what is folded, in the type that is served."""
@@ -52,12 +55,13 @@ class FoldedFusion:
 
     def pinned(self) -> FoldedFusion:
         """The same with its own rows in pinned memory; the members' are the members' business."""
+        copies = iter(pinned_together(list(self.own_rows())))
+        scores = {path: ScoreRows(next(copies), next(copies)) for path in self.scores}
         values = {
-            path: tuple(None if rows is None else rows.pin_memory() for rows in of_members)
+            path: tuple(None if rows is None else next(copies) for rows in of_members)
             for path, of_members in self.values.items()
         }
-        scores = {path: rows.pinned() for path, rows in self.scores.items()}
-        return replace(self, scores=scores, values=values)
+        return replace(self, scores=scores, values=values, is_pinned=True)
 
     def pieces(self, path: str) -> Sequence[RowPiece]:
         """What the pool holds for the module at `path`."""
@@ -96,7 +100,7 @@ def plan_rows(config: FusionConfig, params: FusionParams, members: Sequence[LoRA
 def count_bytes(
     config: FusionConfig, params: FusionParams, members: Sequence[LoRAWeights], dtype: torch.dtype
 ) -> int:
-    """What `nbytes` will be."""
+    """What its own tensors will have."""
     num_rows = sum(member.max_rank for member in members) + (len(members) if config.member_keys else 0)
     scores = sum(num_rows * (each.query.weight.shape[1] + 1) for each in params.attentions.values())
     present = (member.modules[path] for path in params.values for member in members if path in member.modules)

@@ -12,6 +12,7 @@ from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_errors import bad_tensor, quoted
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind
 from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.adapters.pinned_memory import pinned_bytes
 from fusionserve.adapters.safetensors_file import SafetensorsFile, read_ahead
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError, CapacityError, UnavailableError
@@ -65,7 +66,8 @@ def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: Fusion
     """
     check_members(fusion.config, members)
     num_rows = plan_rows(fusion.config, fusion.params, members).num_rows
-    _check_size(num_rows, count_bytes(fusion.config, fusion.params, members, policy.dtype), policy)
+    num_bytes = count_bytes(fusion.config, fusion.params, members, policy.dtype)
+    _check_size(num_rows, pinned_bytes(num_bytes) if policy.pins_rows else num_bytes, policy)
     folded = fold_fusion(fusion.config, fusion.digest, fusion.params, members, policy.dtype)
     if not all(largest_magnitude(rows) < math.inf for rows in folded.own_rows()):
         raise ArtifactError(

@@ -30,7 +30,8 @@ from lora_files import (
 from pinned_memory import count_pinned, is_pinned
 from torch import Tensor
 
-from fusionserve.adapters.lora_loader import WEIGHTS_FILE, pinned_memory
+from fusionserve.adapters.lora_loader import WEIGHTS_FILE
+from fusionserve.adapters.pinned_memory import pinned_bytes, pinned_memory
 from fusionserve.errors import ArtifactError, CapacityError, FusionServeError
 
 A = f"{PREFIX}{Q_PROJ}.lora_A.weight"
@@ -100,13 +101,29 @@ def test_rank_rows_lie_in_pinned_memory_for_a_pool_on_a_gpu(
     pinned = count_pinned(monkeypatch)
     expected = load_directory(directory)
     assert not pinned
-    weights = load_directory(directory, new_memory=pinned_memory)
-    assert weights.nbytes == expected.nbytes
+    weights = load_directory(directory, new_memory=pinned_memory, taken_bytes=pinned_bytes)
     for path, lora in weights.modules.items():
         for name in ("shrink", "expand", "shrink_bias"):
             tensor, other = getattr(lora, name), getattr(expected.modules[path], name)
             assert is_pinned(tensor, pinned)
             assert tensor is other is None or torch.equal(tensor, other)
+
+
+def test_budget_counts_what_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = write_adapter(tmp_path)
+    in_pageable = load_directory(directory).nbytes
+    pinned = count_pinned(monkeypatch)
+    pinning = {"new_memory": pinned_memory, "taken_bytes": pinned_bytes}
+    nbytes = load_directory(directory, **pinning).nbytes
+    (rows,) = pinned
+    assert nbytes == in_pageable - rows.nbytes + pinned_bytes(rows.nbytes) > in_pageable
+    assert load_directory(directory, budget_bytes=nbytes, **pinning).nbytes == nbytes
+    assert refusal_of(directory, budget_bytes=nbytes - 1, **pinning).reason == "ADAPTER_TOO_BIG"
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(0, 0), (1, 1), (64, 64), (65, 128), (84 << 20, 128 << 20)])
+def test_pinned_memory_comes_in_powers_of_two(asked: int, taken: int) -> None:
+    assert pinned_bytes(asked) == taken
 
 
 def without(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

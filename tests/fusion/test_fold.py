@@ -17,6 +17,7 @@ from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.lora_weights import LoRAWeights
+from fusionserve.adapters.pinned_memory import pinned_bytes
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_segments
 from fusionserve.errors import CapacityError
@@ -290,7 +291,12 @@ def test_rows_of_its_own_lie_in_pinned_memory_for_a_pool_on_a_gpu(
     expected = fold_over(read, members, FusionPolicy(**limits))
     assert not pinned
     folded = fold_over(read, members, FusionPolicy(**limits, pins_rows=True))
-    assert folded.nbytes == expected.nbytes
+    assert len(pinned) == 1 and pinned[0].nbytes == expected.nbytes
+    assert folded.nbytes == pinned_bytes(expected.nbytes) > expected.nbytes
+    tight = {**limits, "pins_rows": True}
+    assert fold_over(read, members, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes}))
+    with pytest.raises(CapacityError, match="the fusion takes"):
+        fold_over(read, members, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes - 1}))
     theirs = [t for m in members for lora in m.modules.values() for t in (lora.shrink, lora.expand)]
     theirs += [
         lora.shrink_bias for m in members for lora in m.modules.values() if lora.shrink_bias is not None

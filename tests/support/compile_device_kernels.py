@@ -101,7 +101,13 @@ def launch_attention(count: int) -> None:
 
 def launch_rank_items(count: int) -> None:
     """Shrink, the attention of fusions, expand; and embeddings. So many items and fused tokens."""
-    sizes = {"tiles": (4, 4), "items": (count, 6), "groups": (2, 5), "member_of_row": (64,), "attends": (2, 3)}
+    sizes = {
+        "tiles": (4, 4),
+        "items": (count, 6),
+        "groups": (2, 5),
+        "member_of_row": (64,),
+        "attends": (2, 3),
+    }
     tables = RankTables(
         **{name: number(*shape, dtype=torch.int32) for name, shape in sizes.items()},
         given=number(count, BLOCK, BLOCK, dtype=torch.float32),
@@ -163,5 +169,7 @@ if __name__ == "__main__":
             launch_attention(count)
             launch_rank_items(count)
         launch_few_bits(16, 21, 72, 4099)
-        assert num_variants() == before, f"{num_variants() - before} variants more, by numbers of tokens or items"
+        assert num_variants() == before, (
+            f"{num_variants() - before} variants more, by numbers of tokens or items"
+        )
     print(*sorted(launched))

@@ -104,6 +104,7 @@ def load_directory(
     model: nn.Module | None = None,
     allow_base_mismatch: bool = False,
     new_memory: Callable[[int], Tensor] = pageable_memory,
+    taken_bytes: Callable[[int], int] = int,
 ) -> LoRAWeights:
     """The loader with roomy limits; base weights come from `model`."""
 
@@ -114,7 +115,11 @@ def load_directory(
         return weight
 
     policy = LoadPolicy(
-        dtype=dtype, max_rank=max_rank, allow_base_mismatch=allow_base_mismatch, new_memory=new_memory
+        dtype=dtype,
+        max_rank=max_rank,
+        allow_base_mismatch=allow_base_mismatch,
+        new_memory=new_memory,
+        taken_bytes=taken_bytes,
     )
     with open_directory(directory) as opened:
         return load_lora_weights(

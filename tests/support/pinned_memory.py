@@ -1,8 +1,9 @@
-"""Pinned memory without a GPU: copies that remember being some."""
+"""Pinned memory without a GPU: memory that is remembered to be some."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ def count_pinned(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """All that is pinned from here on."""
     pinned: list[Tensor] = []
 
-    def pin(tensor: Tensor) -> Tensor:
-        pinned.append(tensor.clone())
-        return pinned[-1]
+    empty = torch.empty
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    def make(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        made = empty(*size, **options)
+        if pin_memory:
+            pinned.append(made)
+        return made
+
+    monkeypatch.setattr(torch, "empty", make)
     return pinned
 
 
