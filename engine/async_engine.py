@@ -69,9 +69,7 @@ class AsyncEngine:
         self._base = base
         self._adapter_labels = adapter_labels
         self._streams: dict[Generation, GenerationStream] = {}
-        self._open = OpenRequests(
-            config.max_batch_requests + config.max_queued_requests, config.max_open_tokens
-        )
+        self._open = OpenRequests(config.max_open_requests, config.max_open_tokens)
         self._tokenizing = SharedRoom(_MAX_WAITING_CALLS, "calls", "TOKENIZER_BUSY")
         self._loading = SharedRoom(_MAX_WAITING_CALLS, "calls", "LOADER_BUSY")
         self._is_draining = self._is_closed = False

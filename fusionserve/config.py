@@ -60,6 +60,11 @@ class EngineConfig:
         # Adapters take rows by twos.
         object.__setattr__(self, "adapter_pool_ranks", self.adapter_pool_ranks + self.adapter_pool_ranks % 2)
 
+    @property
+    def max_open_requests(self) -> int:
+        """How many requests may run and wait together."""
+        return self.max_batch_requests + self.max_queued_requests
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:

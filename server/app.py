@@ -63,7 +63,7 @@ async def _run(engine_config: EngineConfig, server_config: ServerConfig, load_en
 
 async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
     with StopSignals() as signals:
-        app = App(server_config)
+        app = App(server_config, engine_config.max_open_requests)
         try:
             await app.start()
             loading = app.load(functools.partial(load_engine, engine_config))
@@ -82,16 +82,18 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_
 
 
 class App:
-    """Both listeners and the engine behind them. Making it binds the ports; `close` releases everything.
+    """Both listeners and the engine behind them, which takes `max_open_requests`.
+
+    Making it binds the ports; `close` releases everything.
 
     Raises StartupError if a port cannot be bound.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, max_open_requests: int) -> None:
         self._config = config
         self._engine: EngineFacade | None = None
         metrics_listen = _parse_metrics_listen(config.metrics_listen)
-        self._grpc = GrpcServer(config)
+        self._grpc = GrpcServer(config, max_open_requests)
         self._metrics = None if metrics_listen is None else MetricsEndpoint(metrics_listen)
 
     @property

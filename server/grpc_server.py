@@ -40,22 +40,27 @@ _OPTIONS = (
     ("grpc.server.max_pending_requests_hard_limit", 32_768),
     # Likewise of calls that wait for half a minute, as some of thousands do on a slow machine.
     ("grpc.server_max_unrequested_time_in_server", 600),
+    # gRPC would count calls that have ended at their client and not yet here, and reset new ones without a word.
+    ("grpc.http.overload_protection", 0),
 )
 # gRPC refuses with a bare status, before a body is read: up to this many times the limit it is ours that says why.
 _TAKEN_TO_REFUSE = 2
+# Calls of one connection beside its generations. Whatever is more waits at the client.
+_OTHER_CALLS = 256
 
 
 class GrpcServer:
     """The bound server, its health and gate; it answers once started and generates while the gate is open."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, max_open_requests: int) -> None:
         self.gate = EngineGate()
         self.health = HealthServicer(SERVICES)
         self._access = Access(config.token_file)
         self._tls = to_credentials(config)
         interceptor = CallInterceptor(config.max_message_bytes, config.write_timeout_s, self._access)
         taken = ("grpc.max_receive_message_length", _TAKEN_TO_REFUSE * config.max_message_bytes)
-        options = (*_OPTIONS, *_keepalive(config), taken)
+        streams = ("grpc.max_concurrent_streams", _max_streams(max_open_requests))
+        options = (*_OPTIONS, *_keepalive(config), taken, streams)
         mend_batches()
         self._server = aio.server(interceptors=(interceptor,), options=options)
         self._add_services(config)
@@ -98,6 +103,11 @@ class GrpcServer:
             return ListenAddress(address.host, self._server.add_insecure_port(str(address)))
         except RuntimeError as error:
             raise StartupError(f"cannot listen on {address}", reason="LISTEN_FAILED") from error
+
+
+def _max_streams(max_open_requests: int) -> int:
+    """One connection can carry all that the engine takes, and as much again to be told that it is too much."""
+    return min(2 * max_open_requests + _OTHER_CALLS, 2**31 - 1)
 
 
 def _keepalive(config: ServerConfig) -> tuple[tuple[str, int], ...]:

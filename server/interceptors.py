@@ -21,6 +21,7 @@ from fusionserve.errors import (
     UnimplementedError,
 )
 from fusionserve.server.access import Access, called_by
+from fusionserve.server.idle_calls import IdleCalls
 from fusionserve.server.method_metrics import MethodCall
 from fusionserve.server.paced_writes import PacedWrites
 from fusionserve.server.request_ids import REQUEST_ID_KEY, mint_request_id, request_id_of
@@ -53,6 +54,7 @@ class CallInterceptor(aio.ServerInterceptor):
         self._max_message_bytes = max_message_bytes
         self._write_timeout_s = write_timeout_s
         self._access = access
+        self._idle_calls = IdleCalls()
 
     async def intercept_service(
         self,
@@ -68,7 +70,8 @@ class CallInterceptor(aio.ServerInterceptor):
             token = self._access.admit(method, handler_call_details.invocation_metadata or ())
         except FusionServeError as error:
             return grpc.stream_stream_rpc_method_handler(_refusal(error, MethodCall(method, handler)))
-        behaviour = _guard(_to_behaviour(handler, self._write_timeout_s), handler, method, token)
+        behaviour = _to_behaviour(handler, self._write_timeout_s)
+        behaviour = _guard(self._idle_calls.bounding(behaviour, method), handler, method, token)
         return _wrap(behaviour, handler, self._max_message_bytes)
 
 

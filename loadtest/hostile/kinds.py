@@ -15,6 +15,7 @@ from fusionserve.loadtest.hostile.haste import (
     flood_with_resets,
     have_no_time,
 )
+from fusionserve.loadtest.hostile.idle import stay_idle
 from fusionserve.loadtest.hostile.metadata import send_giant_metadata
 from fusionserve.loadtest.hostile.raw import say_nothing, speak_wrong_protocols
 from fusionserve.loadtest.hostile.readers import leave_no_room, never_read, read_all, read_slowly
@@ -36,6 +37,7 @@ KINDS: Mapping[str, Callable[[Target], Awaitable[object]]] = MappingProxyType(
         "cancel midway": cancel_midway,
         "cancel late": cancel_late,
         "resets": flood_with_resets,
+        "idle calls": stay_idle,
         "giant metadata": send_giant_metadata,
         "wrong protocols": speak_wrong_protocols,
         "silence": say_nothing,

@@ -58,7 +58,8 @@ async def served(model: Path, tmp_path: Path) -> AsyncIterator[Served]:
     for seed, name in enumerate(("a", "b")):
         write_lora(tmp_path / name, seed=seed)
     app = App(
-        ServerConfig(listen="127.0.0.1:0", metrics_listen="off", drain_window_s=0.0, drain_grace_s=0.05)
+        ServerConfig(listen="127.0.0.1:0", metrics_listen="off", drain_window_s=0.0, drain_grace_s=0.05),
+        max_open_requests=320,
     )
     await app.start()
     made: list[TestedEngine] = []

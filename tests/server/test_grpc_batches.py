@@ -107,7 +107,7 @@ async def test_failed_batch_raises(address: str) -> None:
 
 async def test_server_has_it_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cygrpc, "execute_batch", grpc_batches._execute_batch)
-    server = GrpcServer(ServerConfig(listen="127.0.0.1:0"))
+    server = GrpcServer(ServerConfig(listen="127.0.0.1:0"), max_open_requests=8)
     await server.stop(0)
     assert cygrpc.execute_batch is grpc_batches._execute
 

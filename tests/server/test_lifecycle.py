@@ -170,7 +170,7 @@ async def test_taken_port_is_a_startup_error_in_one_line(field: str) -> None:
         addresses[field] = f"127.0.0.1:{taken.getsockname()[1]}"
         start_s = time.monotonic()
         with pytest.raises(StartupError) as caught:
-            App(ServerConfig(**addresses))
+            App(ServerConfig(**addresses), max_open_requests=8)
         assert time.monotonic() - start_s < 10
     assert addresses[field] in caught.value.message
     assert "\n" not in caught.value.message
@@ -180,7 +180,7 @@ async def test_taken_port_is_a_startup_error_in_one_line(field: str) -> None:
 @pytest.mark.parametrize("listen", ["", "50051", ":50051", "host:", "host:x", "host:65536", "::1:5", "[::1]"])
 async def test_listen_address_must_be_host_and_port(listen: str) -> None:
     with pytest.raises(StartupError) as caught:
-        App(ServerConfig(listen=listen))
+        App(ServerConfig(listen=listen), max_open_requests=8)
     assert caught.value.reason == "LISTEN_ADDRESS_INVALID"
 
 

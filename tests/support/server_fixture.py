@@ -20,6 +20,7 @@ from fusionserve.v1 import adapter_pb2_grpc, inference_pb2_grpc
 
 INFERENCE = "fusionserve.v1.InferenceService"
 ADAPTERS = "fusionserve.v1.AdapterService"
+MAX_OPEN_REQUESTS = 8
 DETAILS = {
     message.DESCRIPTOR.full_name: message
     for message in (
@@ -57,7 +58,7 @@ class Served:
 async def starting_server(**config: object) -> AsyncIterator[Served]:
     """A server that answers but has not loaded its engine."""
     settings = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", **config}
-    app = App(ServerConfig(**settings))  # type: ignore[arg-type]
+    app = App(ServerConfig(**settings), MAX_OPEN_REQUESTS)  # type: ignore[arg-type]
     await app.start()
     try:
         async with aio.insecure_channel(str(app.grpc_address)) as channel:

@@ -12,12 +12,14 @@ from beset_server import BesetServer, beset_server, healthy_beside
 from fusionserve.client import AsyncClient, GenerateOptions, Generation
 from fusionserve.loadtest.hostile.crowd import come_all_at_once
 from fusionserve.loadtest.hostile.haste import CALLS, flood_with_resets, have_no_time
+from fusionserve.loadtest.hostile.idle import stay_idle
 from fusionserve.loadtest.hostile.kinds import KINDS
 from fusionserve.loadtest.hostile.metadata import JUNK, TOO_LARGE, TOO_MANY, call_with_metadata
 from fusionserve.loadtest.hostile.raw import PROTOCOLS, speak
 from fusionserve.loadtest.hostile.readers import STREAMS
 from fusionserve.loadtest.hostile.scrapers import PER_S, SECONDS, flood_with_scrapes
 from fusionserve.loadtest.hostile.target import LONG, PROMPT
+from fusionserve.server.idle_calls import MAX_IDLE_CALLS
 
 # grpc.aio serves one event loop at a time well.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -34,6 +36,7 @@ KINDS_AT_ONCE = (
 )
 UNREAD: GenerateOptions = {**LONG, "max_new_tokens": 400}
 MAX_OPEN = 16 + 32
+MAX_WATCHES = MAX_IDLE_CALLS["/grpc.health.v1.Health/Watch"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,14 @@ async def test_other_protocols_get_no_answer_of_theirs(server: BesetServer, prot
 async def test_flood_of_resets_leaves_nothing_to_do(server: BesetServer) -> None:
     num_calls = await flood_with_resets(server.target)
     assert num_calls > 200
+    await server.free_within(FREE_WITHIN_S)
+
+
+async def test_idle_calls_are_refused_beyond_the_limit_and_harm_nobody(server: BesetServer) -> None:
+    async with healthy_beside(server):
+        told = await stay_idle(server.target)
+    assert set(told) == {"OK", "RESOURCE_EXHAUSTED"}
+    assert told["OK"] == MAX_WATCHES
     await server.free_within(FREE_WITHIN_S)
 
 
