@@ -30,6 +30,7 @@ from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.open_requests import OpenRequests, SharedRoom
 from fusionserve.engine.pool_memory import PoolMemory
 from fusionserve.engine.request import Generation
+from fusionserve.engine.warm_up import WARM_UP
 from fusionserve.errors import (
     AbortedError,
     FusionServeError,
@@ -46,9 +47,6 @@ from fusionserve.generation import (
     GenerationEvent,
     GenerationFinished,
     Prompt,
-    SamplingParams,
-    StoppingCriteria,
-    TokenPrompt,
 )
 from fusionserve.kernels.threads import compute_alone
 from fusionserve.metrics import AdapterLabels, FusionLabels
@@ -153,15 +151,22 @@ class AsyncEngine:
                 del self._streams[generation]
                 self._thread.post(lambda engine: engine.abort(generation))  # nothing to do if it has ended
 
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
-        """The ids of a text or a rendered chat. Raises PreconditionError without a tokenizer."""
-        with self._tokenizing.taking("", 1):
+    async def tokenize(
+        self, prompt: Prompt, *, add_special_tokens: bool, tenant: str = ""
+    ) -> tuple[int, ...]:
+        """The ids of a text or a rendered chat. Raises PreconditionError without a tokenizer, CapacityError."""
+        with self._tokenizing.taking(tenant, "", 1):
             return await self._admission.encode(prompt, add_special_tokens=add_special_tokens)
 
-    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
-        """The text of token ids. Raises PreconditionError without a tokenizer, InvalidRequestError for a bad id."""
+    async def detokenize(
+        self, token_ids: tuple[int, ...], *, skip_special_tokens: bool, tenant: str = ""
+    ) -> str:
+        """The text of token ids.
+
+        Raises PreconditionError without a tokenizer, InvalidRequestError for a bad id, CapacityError.
+        """
         self._admission.check_token_ids(token_ids, "token_ids")
-        with self._tokenizing.taking("", 1):
+        with self._tokenizing.taking(tenant, "", 1):
             return await asyncio.to_thread(
                 self._base.tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens
             )
@@ -193,11 +198,18 @@ class AsyncEngine:
         )
 
     async def load_adapter(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+        self,
+        name: str,
+        path: str | None,
+        *,
+        pin: bool,
+        replace: bool,
+        digest: str | None = None,
+        tenant: str = "",
     ) -> AdapterStatus:
         """Loads from under the adapter folders; returns when requests may use the adapter."""
         self._refuse_model_name(name, "adapter")
-        with self._loading.taking("", 1):
+        with self._loading.taking(tenant, "", 1):
             await self._store.load(name, path, pin=pin, replace=replace, digest=digest)
         return await self.get_adapter(name)
 
@@ -214,11 +226,18 @@ class AsyncEngine:
         return await self._store.statuses(self.engine.scheduler.ledger.resident_uids)
 
     async def load_fusion(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+        self,
+        name: str,
+        path: str | None,
+        *,
+        pin: bool,
+        replace: bool,
+        digest: str | None = None,
+        tenant: str = "",
     ) -> FusionStatus:
         """Loads from under the fusion folders, and the members with it; returns when requests may use the fusion."""
         self._refuse_model_name(name, "fusion")
-        with self._loading.taking("", 1):
+        with self._loading.taking(tenant, "", 1):
             await self._fusions.load(name, path, pin=pin, replace=replace, digest=digest)
         return await self.get_fusion(name)
 
@@ -271,7 +290,7 @@ class AsyncEngine:
         """Admits the request within its deadline; what it takes of the room for tokens is for `held` to give back."""
 
         def take_tokens(num_tokens: int) -> None:
-            held.enter_context(self._open.holding_tokens(params.adaptation.flow, num_tokens))
+            held.enter_context(self._open.holding_tokens(params, num_tokens))
 
         generation = await self._admission.admit(params, take_tokens)
         # Nobody may be left to run it or to end its stream.
@@ -365,14 +384,7 @@ class AsyncEngine:
             stream.push(error)
 
     async def _warm_up(self) -> None:
-        """Runs one short base request, so that the first client does not pay for first-time work."""
-        params = GenerateParams(
-            request_id="warm-up",
-            prompt=TokenPrompt((0, 1, 2)),
-            sampling=SamplingParams(temperature=0.0),
-            stopping=StoppingCriteria(max_new_tokens=2, ignore_eos=True),
-        )
-        async with aclosing(self.generate(params)) as events:
+        async with aclosing(self.generate(WARM_UP)) as events:
             async for event in events:
                 if isinstance(event, GenerationFinished):
                     return

@@ -36,7 +36,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         engine = self._gate.admit()
         path = _checked_path(request, engine.model_info().name, "adapter")
         status = await engine.load_adapter(
-            request.name, path, pin=request.pin, replace=request.replace, digest=_checked_digest(request)
+            request.name,
+            path,
+            pin=request.pin,
+            replace=request.replace,
+            digest=_checked_digest(request),
+            tenant=caller().name,
         )
         return pb.LoadAdapterResponse(adapter=_to_message(status))
 
@@ -85,7 +90,12 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         engine = self._gate.admit()
         path = _checked_path(request, engine.model_info().name, "fusion")
         status = await engine.load_fusion(
-            request.name, path, pin=request.pin, replace=request.replace, digest=_checked_digest(request)
+            request.name,
+            path,
+            pin=request.pin,
+            replace=request.replace,
+            digest=_checked_digest(request),
+            tenant=caller().name,
         )
         return pb.LoadFusionResponse(fusion=to_fusion(status))
 

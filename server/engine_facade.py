@@ -11,7 +11,10 @@ from fusionserve.model_info import ModelInfo
 
 
 class EngineFacade(Protocol):
-    """Generation and the life of adapters and fusions. Called on the event loop; may raise FusionServeErrors."""
+    """Generation and the life of adapters and fusions. Called on the event loop; may raise FusionServeErrors.
+
+    Tokenizing and loading have bounded room, which is shared between tenants.
+    """
 
     async def start(self) -> None:
         """Starts the engine thread, loads the adapters and fusions named at start and warms up."""
@@ -19,17 +22,17 @@ class EngineFacade(Protocol):
     def generate(self, params: GenerateParams) -> AsyncGenerator[GenerationEvent, None]:
         """Yields started, chunks and finished; closing the generator aborts the request."""
 
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool, tenant: str) -> tuple[int, ...]:
         """The ids of a text or a rendered chat."""
 
-    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
+    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool, tenant: str) -> str:
         """The text of token ids."""
 
     def model_info(self) -> ModelInfo:
         """The base model and the engine's limits."""
 
     async def load_adapter(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None, tenant: str
     ) -> AdapterStatus:
         """Loads from under the engine's adapter folders; returns when requests may use the adapter.
 
@@ -46,7 +49,7 @@ class EngineFacade(Protocol):
         """All adapters, loaded or on disk, by name."""
 
     async def load_fusion(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None
+        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None, tenant: str
     ) -> FusionStatus:
         """Loads from under the engine's fusion folders, the members with it; returns when it may be used."""
 

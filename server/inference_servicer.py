@@ -93,7 +93,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Token ids of a text or a chat."""
         engine = self._gate.engine()
         adds_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        token_ids = await engine.tokenize(_to_prompt(request), add_special_tokens=adds_special)
+        token_ids = await engine.tokenize(
+            _to_prompt(request), add_special_tokens=adds_special, tenant=caller().name
+        )
         return pb.TokenizeResponse(token_ids=token_ids)
 
     async def Detokenize(
@@ -107,7 +109,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             "token_ids", request.token_ids, engine.model_info().max_context_tokens, "TOO_MANY_TOKENS"
         )
         skips_special = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
-        text = await engine.detokenize(tuple(request.token_ids), skip_special_tokens=skips_special)
+        text = await engine.detokenize(
+            tuple(request.token_ids), skip_special_tokens=skips_special, tenant=caller().name
+        )
         return pb.DetokenizeResponse(text=text)
 
     async def GetModel(

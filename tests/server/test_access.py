@@ -242,6 +242,17 @@ async def test_tenant_is_the_tokens_name(tmp_path: Path) -> None:
             assert (params.tenant, params.cache_tenant) == ("team-a", cache_tenant)
 
 
+async def test_tokenizer_and_loader_know_their_tenant(tmp_path: Path) -> None:
+    async with serving_server(token_file=write_tokens(tmp_path / "tokens.toml")) as served:
+        text, ids = inference_pb2.TokenizeRequest(text="a"), inference_pb2.DetokenizeRequest(token_ids=[97])
+        assert await failure_of(served.inference.Tokenize(text, metadata=bearing("reader"))) is None
+        assert await failure_of(served.inference.Detokenize(ids, metadata=bearing("team-a"))) is None
+        adapter, fusion = adapter_pb2.LoadAdapterRequest(name="a"), adapter_pb2.LoadFusionRequest(name="f")
+        assert await failure_of(served.adapters.LoadAdapter(adapter, metadata=bearing("boss"))) is None
+        await failure_of(served.adapters.LoadFusion(fusion, metadata=bearing("boss")))
+        assert served.engine.tenants == ["reader", "team-a", "boss", "boss"]
+
+
 async def test_file_is_reread_and_a_broken_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,6 +63,7 @@ class FakeEngine:
         self.adapters = {name: _status(name) for name in adapters}
         self.fusions = {"mix": _fusion_status("mix", adapters)}
         self.params: list[GenerateParams] = []
+        self.tenants: list[str] = []  # who tokenized and loaded
         self.error: BaseException | None = None
         self.error_midway: BaseException | None = None
         self.load_error: BaseException | None = None
@@ -91,12 +92,14 @@ class FakeEngine:
             self.num_open -= 1
             self.num_closed += 1
 
-    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool, tenant: str) -> tuple[int, ...]:
         self._raise_error()
+        self.tenants.append(tenant)
         return ((0,) if add_special_tokens else ()) + _token_ids(prompt)
 
-    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool) -> str:
+    async def detokenize(self, token_ids: tuple[int, ...], *, skip_special_tokens: bool, tenant: str) -> str:
         self._raise_error()
+        self.tenants.append(tenant)
         return "".join(chr(token_id) for token_id in token_ids if token_id or not skip_special_tokens)
 
     def model_info(self) -> ModelInfo:
@@ -118,8 +121,16 @@ class FakeEngine:
         )
 
     async def load_adapter(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+        self,
+        name: str,
+        path: str | None,
+        *,
+        pin: bool,
+        replace: bool,
+        digest: str | None = None,
+        tenant: str = "",
     ) -> AdapterStatus:
+        self.tenants.append(tenant)
         if self.load_error is not None:
             raise self.load_error
         old = self.adapters.get(name)
@@ -149,8 +160,16 @@ class FakeEngine:
         return [self.adapters[name] for name in sorted(self.adapters)]
 
     async def load_fusion(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+        self,
+        name: str,
+        path: str | None,
+        *,
+        pin: bool,
+        replace: bool,
+        digest: str | None = None,
+        tenant: str = "",
     ) -> FusionStatus:
+        self.tenants.append(tenant)
         if self.load_error is not None:
             raise self.load_error
         old = self.fusions.get(name)
