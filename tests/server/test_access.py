@@ -1,4 +1,4 @@
-"""Tokens, roles, allow-lists and limits, through a real channel to a served fake engine."""
+"""Tokens, allow-lists and limits, through a real channel to a served fake engine."""
 
 from __future__ import annotations
 
@@ -9,40 +9,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from grpc import aio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from server_fixture import Failure, Served, serving_server, to_failure
+from server_fixture import Served, failure_of, serving_server
 from token_files import SECRETS, bearing, entry, write_tokens
 
 from fusionserve.errors import HeldByFusionsError, StartupError
 from fusionserve.server import access
-from fusionserve.server.access import ROLES
 from fusionserve.server.token_limits import TokenLimits
 from fusionserve.server.tokens import Role, Token, Tokens, read_tokens
 from fusionserve.v1 import adapter_pb2, inference_pb2
-
-SERVICES = (inference_pb2.DESCRIPTOR, adapter_pb2.DESCRIPTOR)
-METHODS = [
-    (service, method)
-    for file in SERVICES
-    for service in file.services_by_name.values()
-    for method in service.methods
-]
-RANK = {"nobody": 0, "reader": Role.READ, "team-a": Role.GENERATE, "boss": Role.ADMIN}
-
-
-async def failure_of(call: object) -> Failure | None:
-    """What a call fails with, None if it works."""
-    try:
-        if hasattr(call, "read"):
-            while await call.read() is not aio.EOF:  # type: ignore[attr-defined]
-                pass
-        else:
-            await call  # type: ignore[misc]
-    except aio.AioRpcError as error:
-        return to_failure(error)
-    return None
 
 
 def generate(served: Served, who: str, **fields: object) -> object:
@@ -54,29 +30,6 @@ def adapter(name: str) -> dict[str, object]:
     return {"adapter": inference_pb2.AdapterSelection(name=name)}
 
 
-@pytest.mark.parametrize("who", RANK)
-@pytest.mark.parametrize(("service", "method"), METHODS, ids=lambda value: value.name)
-async def test_each_method_needs_its_role(service: object, method: object, who: str, tmp_path: Path) -> None:
-    """Every method of both services: refused without the role, and let through to its own checks with it."""
-    path = f"/{service.full_name}/{method.name}"  # type: ignore[attr-defined]
-    needed = ROLES[path]
-    assert needed is not None
-    async with serving_server(token_file=write_tokens(tmp_path / "tokens.toml")) as served:
-        streams = method.name == "StreamGenerate"  # type: ignore[attr-defined]
-        make = served.channel.unary_stream if streams else served.channel.unary_unary
-        metadata = () if who == "nobody" else bearing(who)
-        failure = await failure_of(make(path)(b"", metadata=metadata))
-    if RANK[who] >= needed:
-        assert failure is None or failure.code.name == "INVALID_ARGUMENT"
-    elif who == "nobody":
-        assert failure is not None
-        assert (failure.code.name, failure.reason) == ("UNAUTHENTICATED", "TOKEN_REQUIRED")
-    else:
-        assert failure is not None
-        assert (failure.code.name, failure.reason) == ("PERMISSION_DENIED", "ROLE_REQUIRED")
-        assert failure.details["ErrorInfo"].metadata == {"role": needed.name.lower()}  # type: ignore[attr-defined]
-
-
 async def test_health_needs_no_token_and_reflection_does(tmp_path: Path) -> None:
     async with serving_server(token_file=write_tokens(tmp_path / "tokens.toml")) as served:
         assert (await served.health.Check(health_pb2.HealthCheckRequest())).status == 1
@@ -85,10 +38,6 @@ async def test_health_needs_no_token_and_reflection_does(tmp_path: Path) -> None
         for metadata, is_answered in (((), False), (bearing("reader"), True)):
             failure = await failure_of(stub.ServerReflectionInfo(iter([asked]), metadata=metadata))
             assert (failure is None) is is_answered
-
-
-def test_unknown_method_needs_the_highest_role() -> None:
-    assert ROLES.get("/grpc.channelz.v1.Channelz/GetServers", Role.ADMIN) is Role.ADMIN
 
 
 @pytest.mark.parametrize(
@@ -269,6 +218,24 @@ async def test_file_is_reread_and_a_broken_one_is_not(
         failure = await failure_of(generate(served, "team-a"))
         assert failure is not None and failure.reason == "TOKEN_INVALID"
         assert await failure_of(generate(served, "team-b")) is None
+
+
+async def test_token_that_is_taken_out_opens_no_more_calls_and_its_streams_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusionserve.server.watched_file._LOOK_EVERY_S", 0.0)
+    path = write_tokens(tmp_path / "tokens.toml")
+    async with serving_server(token_file=path) as served:
+        served.engine.gate = asyncio.Event()
+        request = inference_pb2.StreamGenerateRequest(request=inference_pb2.GenerateRequest(text="a"))
+        events = aiter(served.inference.StreamGenerate(request, metadata=bearing("team-a")))
+        assert (await anext(events)).HasField("started")
+        path.write_text(entry("team-b", "generate", SECRETS["team-b"]))
+        failure = await failure_of(generate(served, "team-a"))
+        assert failure is not None and failure.reason == "TOKEN_INVALID"
+        served.engine.gate.set()
+        *_, last = [event async for event in events]
+        assert last.finished.usage.generated_tokens == 4
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,19 @@ def to_failure(error: aio.AioRpcError) -> Failure:
     return Failure(error.code(), error.details() or "", details, trailers)
 
 
+async def failure_of(call: object) -> Failure | None:
+    """What a call fails with, None if it works."""
+    try:
+        if hasattr(call, "read"):
+            while await call.read() is not aio.EOF:  # type: ignore[attr-defined]
+                pass
+        else:
+            await call  # type: ignore[misc]
+    except aio.AioRpcError as error:
+        return to_failure(error)
+    return None
+
+
 def requests_total(kind: str, finish_reason: str, status: str) -> float:
     """The value of fusionserve_requests_total."""
     labels = {"kind": kind, "finish_reason": finish_reason, "status": status}
