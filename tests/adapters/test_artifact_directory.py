@@ -83,11 +83,16 @@ def test_root_itself_may_be_a_link(root: Path) -> None:
 
 
 def test_swapped_directory_stays_the_one_that_was_opened(root: Path) -> None:
+    outside = root.parent / "outside"
+    (outside / "adapter_config.json").write_text("of another")
+    (outside / "adapter_model.bin").write_text("of another")
+    expected = (root / "good" / "adapter_config.json").read_bytes()
     with open_artifact_directory(root, "good") as directory:
         (root / "good").rename(root / "moved")
-        (root / "good").symlink_to(root.parent / "outside")
-        directory.open_file("adapter_config.json", missing_reason="CONFIG_MISSING").close()
-        assert directory.has_file("adapter_config.json")
+        (root / "good").symlink_to(outside)
+        with directory.open_file("adapter_config.json", missing_reason="CONFIG_MISSING") as file:
+            assert file.read() == expected
+        assert not directory.has_file("adapter_model.bin")
 
 
 def make_link(path: Path) -> None:

@@ -24,12 +24,14 @@ def test_client_imports_without_the_servers_dependencies() -> None:
     assert {name.split(".")[1] for name in loaded} == {"client", "v1"}
 
 
-def test_client_commands_run_without_the_servers_dependencies() -> None:
-    code = "from fusionserve.server.main import main\nfor name in {}: main([name, '--help'])"
+@pytest.mark.parametrize("command", ["generate", "chat", "adapters", "fusions", "token"])
+def test_client_commands_run_without_the_servers_dependencies(command: str) -> None:
+    code = f"from fusionserve.server.main import main\nmain(['{command}', '--help'])"
     try:
-        python(code.format(("generate",)))
+        shown = python(code)
     except subprocess.CalledProcessError as error:
         raise AssertionError(error.stderr) from error
+    assert shown.startswith(f"usage: fusionserve {command} ")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from served_fusions import MEMBERS, forget_fusions, fusion, run_unfolded, write_
 from fusionserve.adapter_status import AdapterState
 from fusionserve.errors import (
     ArtifactError,
+    InternalError,
     InvalidRequestError,
     NotFoundError,
     PreconditionError,
@@ -249,7 +249,8 @@ async def test_fusion_that_fails_to_be_published_lets_its_members_go(
     def fail(*arguments: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    with monkeypatch.context() as patched, suppress(Exception):
+    with monkeypatch.context() as patched:
         patched.setattr(engine._fusions.registry, "publish", fail)
-        await engine.load_fusion("mix", None, pin=False, replace=False)
+        with pytest.raises(InternalError):
+            await engine.load_fusion("mix", None, pin=False, replace=False)
     engine.registry.check_integrity(0)
