@@ -130,7 +130,7 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         "allow_base_mismatch",
         "allow-base-mismatch",
         kinds.SWITCH,
-        "load adapters that name another base model",
+        "load adapters that name another base model, and fusions trained on one",
     ),
     **_engine(
         "enable_prefix_cache", "prefix-cache", kinds.SWITCH, "reuse the KV cache of equal prompt beginnings"

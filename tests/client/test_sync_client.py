@@ -99,7 +99,8 @@ async def test_adapters_tokens_and_model(served: Served) -> None:
         client.wait_ready(5)
         assert client.tokenize("a") == (0, 97)
         assert client.detokenize([97], skip_special_tokens=False) == "a"
-        assert client.model().architecture == "FakeForCausalLM"
+        model = client.model()
+        assert (model.architecture, model.weight_bytes) == ("FakeForCausalLM", 5 << 30)
         assert client.adapters.load("gamma").version == 1
         assert client.adapters.reload("gamma", pin=True).pinned
         assert client.adapters.get("gamma").version == 2

@@ -196,6 +196,8 @@ async def test_tokenize_needs_an_input(served: Served) -> None:
 async def test_get_model_describes_model_and_limits(served: Served) -> None:
     model = await served.inference.GetModel(pb.GetModelRequest())
     assert (model.name, model.version, model.quantization) == (MODEL_NAME, __version__, "none")
+    assert (model.architecture, model.dtype, model.weight_bytes) == ("FakeForCausalLM", "float32", 5 << 30)
+    assert (model.max_context_tokens, model.vocab_size) == (512, 256)
     assert list(model.eos_token_ids) == [0, 7]
     assert (model.has_tokenizer, model.has_chat_template) == (True, False)
     assert model.limits == pb.ServerLimits(

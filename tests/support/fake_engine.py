@@ -108,6 +108,7 @@ class FakeEngine:
             name=MODEL_NAME,
             architecture="FakeForCausalLM",
             dtype="float32",
+            weight_bytes=5 << 30,
             max_context_tokens=512,
             vocab_size=256,
             has_tokenizer=True,
