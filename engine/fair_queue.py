@@ -69,8 +69,8 @@ class FlowService:
         for is nobody's loss.
         """
         waiting = [entry.service for entry in self._flows.values() if entry.num_waiting]
-        running = [entry.service for entry in self._flows.values() if entry.num_requests]
-        self._virtual_time = max(self._virtual_time, min(waiting) if waiting else max(running, default=0.0))
+        served = [entry.service for entry in self._flows.values() if entry.num_requests]
+        self._virtual_time = max(self._virtual_time, min(waiting) if waiting else max(served, default=0.0))
 
     def admit(self, flow: str) -> None:
         """It was the flow's turn."""
@@ -79,6 +79,10 @@ class FlowService:
     def charge(self, flow: str, num_tokens: int) -> None:
         """Adds tokens computed for the flow."""
         self._flows[flow].service += num_tokens / self.weight(flow)
+
+    def refund(self, flow: str, num_tokens: int) -> None:
+        """Takes back the charge for tokens that were not computed after all; never while turns are taken."""
+        self._flows[flow].service -= num_tokens / self.weight(flow)
 
     def rank(self, request: Request) -> Rank:
         """Whose turn it is, among requests of any state: the least goes first."""

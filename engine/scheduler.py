@@ -6,6 +6,7 @@ tokens as fit, so chunked prefill, prefix caching, decoding and recomputing afte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -45,6 +46,7 @@ class _Plan:
 
     budget: int  # tokens that may still be added
     num_tokens: dict[Request, int] = field(default_factory=dict)
+    num_dropped: Counter[str] = field(default_factory=Counter)  # by flow, of requests preempted since
     num_preemptions: int = 0
     num_fair_preemptions: int = 0  # of these
 
@@ -102,6 +104,8 @@ class Scheduler:
             plan.budget = self._limits.max_batch_tokens - sum(plan.num_tokens.values())
             for request in yielding:
                 self._continue(request, plan)
+        for flow, num_tokens in plan.num_dropped.items():
+            self._service.refund(flow, num_tokens)
         self._prefetch()  # may move rows, so that chunks are made after it
         chunks = tuple(self._chunk(request, num_tokens) for request, num_tokens in plan.num_tokens.items())
         return ScheduledBatch(chunks, self.ledger.take_changes(), self.ledger.take_copies())
@@ -252,7 +256,9 @@ class Scheduler:
         """Sends a running request back to the queue; its tokens stay, their keys and values are computed again."""
         self._is_settled = False
         self.running.remove(request)
-        plan.budget += plan.num_tokens.pop(request, 0)
+        num_dropped = plan.num_tokens.pop(request, 0)
+        plan.num_dropped[request.flow] += num_dropped
+        plan.budget += num_dropped
         self._give_back(request)
         plan.num_preemptions += 1
         self.num_preemptions += 1

@@ -173,6 +173,19 @@ def test_idle_flow_saves_up_nothing() -> None:
     assert tokens["hot"] > tokens["cold"] / 2, "the newcomer does not catch up on what it never asked for"
 
 
+def test_flow_is_charged_for_what_is_computed() -> None:
+    scheduler = make_scheduler(num_blocks=400, max_batch_tokens=64, max_batch_requests=8)
+    hot = flood(scheduler, "hot", 50)[-1]
+    tokens = served(scheduler, 3)
+    for _ in range(
+        3
+    ):  # at two of them hot's streams do not sit the step out, and the newest loses its place in it
+        flood(scheduler, "cold", 1)
+        tokens += served(scheduler, 1)
+    assert scheduler.num_preemptions == 3
+    assert scheduler.waiting.service.rank(hot)[1] == tokens["hot"]
+
+
 class ClosedLoop:
     """A flow that keeps `num_open` requests open: as one ends, the next comes."""
 
