@@ -177,10 +177,12 @@ def _add_spans_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> N
 def _replace_(module: AdaptedLinear, x: Tensor, y: Tensor, plan: RowPlan) -> None:
     """The tokens of adapters that saved the whole module, which to a GPU is copied in every step."""
     for tokens in plan.whole_modules:
-        saved = tokens.whole_module.weights.replacements.get(module.path)
+        weights = tokens.whole_module.weights
+        saved, bias = weights.replacements.get(module.path), weights.replaced_biases.get(module.path)
         if saved is not None:
             here = slice(tokens.start, tokens.end)
-            y[here] = functional.linear(x[here], saved.to(x.device), module.bias)
+            bias = module.bias if bias is None else bias.to(x.device)
+            y[here] = functional.linear(x[here], saved.to(x.device), bias)
 
 
 def _scale_columns_(module: AdaptedLinear, y: Tensor, plan: RowPlan) -> None:

@@ -31,6 +31,11 @@ def pageable_memory(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
+def no_bias(path: str) -> Tensor:
+    """Of a base whose LM head has none."""
+    raise LookupError(f"{path} has no bias")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPolicy:
     """What the server asks of every adapter it loads."""
@@ -50,11 +55,13 @@ def load_lora_weights(
     budget_bytes: int,
     base_weight: Callable[[str], Tensor],
     base_step: Callable[[str], float] = lambda path: 0.0,
+    base_bias: Callable[[str], Tensor] = no_bias,
 ) -> LoRAWeights:
     """Reads, checks and converts the adapter in `directory`; nothing of it is executed or trusted.
 
     `base_weight(path)` gives the base's own weight of the embedding or the LM head, to compare copies with, and
-    `base_step(path)` by how much its numbers may be off the checkpoint's, where it is held in few bits.
+    `base_step(path)` by how much its numbers may be off the checkpoint's, where it is held in few bits;
+    `base_bias(path)` gives the bias of an LM head that has one.
     Names, shapes, ranks and sizes are checked before data is read; then two blocks of the file are held beside
     what is kept, a megabyte or a single larger tensor each.
 
@@ -71,7 +78,7 @@ def load_lora_weights(
         plan = plan_lora(file.header, config, base)
         layout = lay_out(file.header, plan, policy.dtype)
         _check_size(plan, layout, policy, budget_bytes)
-        return _Assembly(plan, layout, policy, base_weight, base_step).run(file)
+        return _Assembly(plan, layout, policy, base_weight, base_step, base_bias).run(file)
 
 
 def read_plan(directory: ArtifactDirectory, base: BaseModules) -> LoRAPlan:
@@ -123,15 +130,17 @@ class _Assembly:
         policy: LoadPolicy,
         base_weight: Callable[[str], Tensor],
         base_step: Callable[[str], float],
+        base_bias: Callable[[str], Tensor],
     ) -> None:
         self._dtype = policy.dtype
         self._base_step = base_step
-        self._base_weight = base_weight
+        self._base_weight, self._base_bias = base_weight, base_bias
         self._plan, self._layout = plan, layout
         self._unused_bytes = _unused_bytes(layout, policy)
         self._rows = policy.new_memory(layout.num_numbers * policy.dtype.itemsize).view(policy.dtype)
         self._modules = {path: self._place(path, module) for path, module in plan.modules.items()}
         self._replacements: dict[str, Tensor] = {}
+        self._replaced_biases: dict[str, Tensor] = {}
 
     def _place(self, path: str, plan: ModulePlan) -> ModuleLoRA:
         """The module's parts; the row of a bias is last, and its part of `shrink` and `shrink_bias` is set."""
@@ -156,6 +165,7 @@ class _Assembly:
             digest=file.digest(),
             modules=self._modules,
             replacements=self._replacements,
+            replaced_biases=self._replaced_biases,
             unused_bytes=self._unused_bytes,
         )
 
@@ -164,9 +174,12 @@ class _Assembly:
         path, role = self._plan.places[spec.name]
         if role is TensorRole.BASE_COPY:
             _check_copy(spec, tensor, self._base_weight(path), self._base_step(path))
-        elif role is TensorRole.REPLACEMENT:
-            self._replacements[path] = torch.empty(tensor.shape, dtype=self._dtype)
-            _check_magnitude(spec, copy_measured(self._replacements[path], tensor))
+        elif role is TensorRole.BIAS_COPY:
+            _check_copy(spec, tensor, self._base_bias(path), 0.0)
+        elif role in (TensorRole.REPLACEMENT, TensorRole.BIAS_REPLACEMENT):
+            kept = self._replacements if role is TensorRole.REPLACEMENT else self._replaced_biases
+            kept[path] = torch.empty(tensor.shape, dtype=self._dtype)
+            _check_magnitude(spec, copy_measured(kept[path], tensor))
         else:
             magnitude = self._modules[path].magnitude
             assert role is TensorRole.MAGNITUDE and magnitude is not None
@@ -191,4 +204,4 @@ def _check_copy(spec: TensorSpec, copy: Tensor, base: Tensor, base_step: float) 
         if not torch.allclose(
             theirs.float(), ours.cpu().float(), rtol=step, atol=max(step * 1e-4, base_step)
         ):
-            raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed base embedding")
+            raise unsupported(f"tensor {quoted(spec.name)} is a resized or changed copy of the base's")

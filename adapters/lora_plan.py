@@ -7,6 +7,7 @@ is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -33,6 +34,8 @@ class TensorRole(StrEnum):
     MAGNITUDE = "the DoRA magnitude"
     BASE_COPY = "a copy of the base weight"  # PEFT adds it when an embedding or head is adapted
     REPLACEMENT = "a replacement of the base weight"
+    BIAS_COPY = "a copy of the base bias"
+    BIAS_REPLACEMENT = "a replacement of the base bias"
 
 
 # The ends of tensor names. ".weight" comes last: others end in it too.
@@ -54,7 +57,24 @@ _EMBEDDING_SUFFIXES = (
     (".lora_embedding_B", TensorRole.EXPAND),
     *_SHARED_SUFFIXES,
 )
+_HEAD_BIAS_SUFFIXES = (
+    (".base_layer.bias", TensorRole.BIAS_COPY),
+    (".modules_to_save.bias", TensorRole.BIAS_REPLACEMENT),
+    (".bias", TensorRole.BIAS_REPLACEMENT),
+)
+_SUFFIXES = {
+    ModuleKind.LINEAR: _LINEAR_SUFFIXES,
+    ModuleKind.CONV1D: _LINEAR_SUFFIXES,
+    ModuleKind.EMBEDDING: _EMBEDDING_SUFFIXES,
+    ModuleKind.LM_HEAD: (*_LINEAR_SUFFIXES, *_HEAD_BIAS_SUFFIXES),
+}
+_ALL_SUFFIXES = tuple(dict.fromkeys(pair for suffixes in _SUFFIXES.values() for pair in suffixes))
 _WHOLE_WEIGHTS = (TensorRole.BASE_COPY, TensorRole.REPLACEMENT)
+_WHOLE_BIASES = (TensorRole.BIAS_COPY, TensorRole.BIAS_REPLACEMENT)
+_COPIES = {
+    TensorRole.REPLACEMENT: TensorRole.BASE_COPY,
+    TensorRole.BIAS_REPLACEMENT: TensorRole.BIAS_COPY,
+}
 
 _Parts = dict[TensorRole, TensorSpec]
 
@@ -83,11 +103,14 @@ class ModulePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoRAPlan:
-    """Every tensor of the file in its place: a part of a module, or in one of two maps of whole weights."""
+    """Every tensor of the file in its place: a part of a module, or a whole weight or bias.
+
+    Copies of the base's, which it must equal, are in `places` alone.
+    """
 
     modules: Mapping[str, ModulePlan]  # by module path
     replacements: Mapping[str, TensorSpec]  # by module path
-    base_copies: Mapping[str, TensorSpec]  # by module path; they must equal the base
+    replaced_biases: Mapping[str, TensorSpec]  # by module path; only where the weight is replaced, too
     places: Mapping[str, tuple[str, TensorRole]]  # module path and role, by tensor name
 
     @property
@@ -97,7 +120,9 @@ class LoRAPlan:
 
     def count_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the adapter in memory once it is loaded."""
-        whole = sum(spec.shape[0] * spec.shape[1] for spec in self.replacements.values())
+        whole = sum(
+            math.prod(spec.shape) for spec in (*self.replacements.values(), *self.replaced_biases.values())
+        )
         return whole * dtype.itemsize + sum(module.count_bytes(dtype) for module in self.modules.values())
 
 
@@ -111,15 +136,14 @@ def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> L
     declared = _find_modules_to_save(config, base)
     parts = _sort_by_module(header.tensors.values(), base)
     replaceable = _with_tied(declared, config, base)
-    replacements: dict[str, TensorSpec] = {}
-    base_copies: dict[str, TensorSpec] = {}
+    whole: dict[TensorRole, dict[str, TensorSpec]] = {role: {} for role in (*_WHOLE_WEIGHTS, *_WHOLE_BIASES)}
     for path, roles in parts.items():
-        for role in [role for role in _WHOLE_WEIGHTS if role in roles]:
+        for role in [role for role in whole if role in roles]:
             spec = roles.pop(role)
-            _check_whole_weight(base.by_path[path], spec)
+            _check_whole(base.by_path[path], role, spec)
             # One that modules_to_save does not name is what PEFT adds after a resize: it must equal the base.
-            is_replacement = role is TensorRole.REPLACEMENT and path in replaceable
-            (replacements if is_replacement else base_copies)[path] = spec
+            whole[role if path in replaceable else _COPIES.get(role, role)][path] = spec
+    replacements = whole[TensorRole.REPLACEMENT]
     _check_declared(declared, replacements)
     low_rank = {path: roles for path, roles in parts.items() if roles}
     _check_adapted_once(low_rank, replacements)
@@ -128,9 +152,9 @@ def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> L
     if not modules and not replacements:
         raise _no_effect("the adapter changes no module of the base model")
     places = {spec.name: (path, role) for path, roles in low_rank.items() for role, spec in roles.items()}
-    places |= {spec.name: (path, TensorRole.REPLACEMENT) for path, spec in replacements.items()}
-    places |= {spec.name: (path, TensorRole.BASE_COPY) for path, spec in base_copies.items()}
-    return LoRAPlan(modules=modules, replacements=replacements, base_copies=base_copies, places=places)
+    places |= {spec.name: (path, role) for role, specs in whole.items() for path, spec in specs.items()}
+    biases = whole[TensorRole.BIAS_REPLACEMENT]
+    return LoRAPlan(modules=modules, replacements=replacements, replaced_biases=biases, places=places)
 
 
 def _find_modules_to_save(config: LoRAConfig, base: BaseModules) -> dict[str, str]:
@@ -162,7 +186,8 @@ def _sort_by_module(tensors: Iterable[TensorSpec], base: BaseModules) -> dict[st
         module, role = place
         _check_role(module, role, spec)
         parts = by_path.setdefault(module.path, {})
-        if role in parts or (role in _WHOLE_WEIGHTS and not parts.keys().isdisjoint(_WHOLE_WEIGHTS)):
+        alike = next((roles for roles in (_WHOLE_WEIGHTS, _WHOLE_BIASES) if role in roles), (role,))
+        if not parts.keys().isdisjoint(alike):
             raise bad_tensor("UNEXPECTED_TENSOR", spec.name, f"its module already has {role}")
         parts[role] = spec
     if strangers and not by_path:
@@ -176,29 +201,31 @@ def _sort_by_module(tensors: Iterable[TensorSpec], base: BaseModules) -> dict[st
 def _find_place(name: str, base: BaseModules) -> tuple[BaseModule, TensorRole] | None:
     if not name.startswith(_PREFIX):
         return None
-    for suffixes, is_embedding in ((_LINEAR_SUFFIXES, False), (_EMBEDDING_SUFFIXES, True)):
-        for suffix, role in suffixes:
-            module = base.by_path.get(name[len(_PREFIX) : -len(suffix)]) if name.endswith(suffix) else None
-            if module is not None and (module.kind is ModuleKind.EMBEDDING) is is_embedding:
-                return module, role
+    for suffix, role in _ALL_SUFFIXES:
+        module = base.by_path.get(name[len(_PREFIX) : -len(suffix)]) if name.endswith(suffix) else None
+        if module is not None and (suffix, role) in _SUFFIXES[module.kind]:
+            return module, role
     return None
 
 
 def _check_role(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None:
     if role in _WHOLE_WEIGHTS and not module.is_vocabulary:
         raise unsupported(f"tensor {quoted(spec.name)} replaces a whole weight inside the layers")
+    if role in _WHOLE_BIASES and not module.has_bias:
+        raise bad_tensor("UNEXPECTED_TENSOR", spec.name, "the base model's module has no bias")
     if role is TensorRole.MAGNITUDE and module.kind is ModuleKind.EMBEDDING:
         raise unsupported("DoRA on the input embedding")
 
 
-def _check_whole_weight(module: BaseModule, spec: TensorSpec) -> None:
-    if spec.shape == module.weight_shape:
+def _check_whole(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None:
+    shape = (module.d_out,) if role in _WHOLE_BIASES else module.weight_shape
+    if spec.shape == shape:
         return
-    if len(spec.shape) == 2 and spec.shape[1] == module.weight_shape[1]:
+    if role in _WHOLE_WEIGHTS and len(spec.shape) == 2 and spec.shape[1] == module.weight_shape[1]:
         raise unsupported(
             f"a resized vocabulary of {spec.shape[0]} tokens; the base model's has {module.weight_shape[0]}"
         )
-    raise _wrong_shape(spec, module.weight_shape)
+    raise _wrong_shape(spec, shape)
 
 
 def _check_declared(declared: Mapping[str, str], replacements: Mapping[str, TensorSpec]) -> None:

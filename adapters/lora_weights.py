@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -41,12 +41,13 @@ class LoRAWeights:
     """An adapter's checked content, in private memory; nobody writes to its tensors after loading.
 
     `digest` is the sha256 (hex) of the weights file. `replacements` are whole weights that stand in for the
-    base's (modules_to_save of the LM head or the embedding).
+    base's (modules_to_save of the LM head or the embedding), `replaced_biases` the biases of such heads.
     """
 
     digest: str
     modules: Mapping[str, ModuleLoRA]  # by module path
     replacements: Mapping[str, Tensor]  # by module path, [vocab, hidden]
+    replaced_biases: Mapping[str, Tensor] = field(default_factory=dict)  # by module path, [vocab]
     unused_bytes: int = 0  # taken of the host beside the tensors, where memory comes in powers of two
 
     @cached_property
@@ -58,7 +59,8 @@ class LoRAWeights:
     def nbytes(self) -> int:
         """Bytes it takes on the host."""
         low_rank = sum(module.nbytes for module in self.modules.values())
-        return low_rank + sum(tensor.nbytes for tensor in self.replacements.values()) + self.unused_bytes
+        whole = (*self.replacements.values(), *self.replaced_biases.values())
+        return low_rank + sum(tensor.nbytes for tensor in whole) + self.unused_bytes
 
     @cached_property
     def has_magnitudes(self) -> bool:

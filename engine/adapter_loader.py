@@ -54,6 +54,7 @@ class AdapterLoader:
             budget_bytes=self._budget_bytes,
             base_weight=base.base_weight,
             base_step=base.base_step,
+            base_bias=base.base_bias,
         )
         self.prepare(weights.modules)
         self._spare.refill_soon()

@@ -131,6 +131,12 @@ class BaseModel:
         )
         return weight.T if isinstance(base, Conv1D) else weight
 
+    def base_bias(self, path: str) -> Tensor:
+        """The frozen bias [d_out] of the module at `path`, which must have one."""
+        bias = self._base_module(path).bias
+        assert isinstance(bias, Tensor)
+        return bias
+
 
 def load_base_model(config: EngineConfig) -> BaseModel:
     """Loads, checks and adapts the model. Raises StartupError with one line that says what is wrong."""

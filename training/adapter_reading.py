@@ -23,11 +23,12 @@ def read_adapter(directory: Path, base: FrozenBase, *, allow_base_mismatch: bool
             base.modules,
             policy=policy,
             budget_bytes=sys.maxsize,
-            base_weight=lambda path: _weight_of(base, path),
+            base_weight=lambda path: _tensor_of(base, path, "weight"),
+            base_bias=lambda path: _tensor_of(base, path, "bias"),
         )
 
 
-def _weight_of(base: FrozenBase, path: str) -> Tensor:
-    weight = base.model.get_submodule(path).weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _tensor_of(base: FrozenBase, path: str, name: str) -> Tensor:
+    tensor = getattr(base.model.get_submodule(path), name)
+    assert isinstance(tensor, Tensor)
+    return tensor

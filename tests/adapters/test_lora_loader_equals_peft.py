@@ -320,7 +320,7 @@ def test_copy_of_changed_embedding_is_refused(target: str, tmp_path: Path) -> No
     with torch.no_grad():
         changed.get_input_embeddings().weight[7, 3] += 0.01
     save(adapt(changed, target_modules=[target]), tmp_path, save_embedding_layers=True)
-    with pytest.raises(ArtifactError, match="changed base embedding") as refusal:
+    with pytest.raises(ArtifactError, match="changed copy of the base") as refusal:
         load_directory(tmp_path, describe_base_modules(model), model=model)
     assert refusal.value.reason == "ADAPTER_UNSUPPORTED"
     assert load_directory(tmp_path, describe_base_modules(changed), model=changed).replacements == {}

@@ -94,7 +94,14 @@ _GPT2: dict[str, dict[str, object]] = {
     "saved_head": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], **_CONV1D},
     "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True, **_CONV1D},
 }
-ADAPTERS = {"llama": _LLAMA, "tied_llama": _TIED_LLAMA, "gpt2": _GPT2}
+_PHI: dict[str, dict[str, object]] = {
+    "plain": {"target_modules": ["q_proj", "fc2"], "lora_alpha": 8},
+    "embedding": _LLAMA["embedding"],
+    "lm_head": _LLAMA["lm_head"],
+    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "dora_head": {"target_modules": ["lm_head", "v_proj"], "use_dora": True, "lora_alpha": 6},
+}
+ADAPTERS = {"llama": _LLAMA, "tied_llama": _TIED_LLAMA, "gpt2": _GPT2, "phi": _PHI}
 CASES = [(family, name) for family, adapters in ADAPTERS.items() for name in adapters]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -108,11 +109,11 @@ def load_directory(
 ) -> LoRAWeights:
     """The loader with roomy limits; base weights come from `model`."""
 
-    def base_weight(path: str) -> Tensor:
+    def base_tensor(path: str, name: str) -> Tensor:
         assert model is not None
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, Tensor)
-        return weight
+        tensor = getattr(model.get_submodule(path), name)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     policy = LoadPolicy(
         dtype=dtype,
@@ -127,5 +128,6 @@ def load_directory(
             base or make_base_modules(),
             policy=policy,
             budget_bytes=budget_bytes,
-            base_weight=no_base_weight if model is None else base_weight,
+            base_weight=no_base_weight if model is None else partial(base_tensor, name="weight"),
+            base_bias=partial(base_tensor, name="bias"),
         )

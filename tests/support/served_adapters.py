@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from fusionserve.adapters.adapter import AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
@@ -45,8 +53,10 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def make_model(family: str) -> PreTrainedModel:
-    """Two layers with weights large enough for lively text: "llama", "tied_llama" or "gpt2"."""
+    """Two layers with weights large enough for lively text: "llama", "tied_llama", "gpt2" or "phi"."""
     torch.manual_seed(7)
+    if family == "phi":
+        return _phi()
     if family == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
@@ -73,6 +83,27 @@ def make_model(family: str) -> PreTrainedModel:
             tie_word_embeddings=family == "tied_llama",
         )
     ).eval()
+
+
+def _phi() -> PreTrainedModel:
+    """Every module has a bias, the LM head as well."""
+    config = PhiConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = PhiForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return model
 
 
 def write_model(directory: Path, family: str = "llama") -> Path:
