@@ -37,6 +37,9 @@ class Attends(Protocol):
     ) -> Tensor:
         """query, key, value [num_tokens, heads, dim] of the new tokens -> [num_tokens, heads, dim]."""
 
+    def pass_over(self, handed: Mapping[str, object]) -> None:
+        """Told what a model hands its attention beside, by name; none of it is read."""
+
 
 _batch: ContextVar[Attends] = ContextVar("_batch")
 
@@ -65,6 +68,9 @@ class AttentionBatch:
         cache = self._caches[module]
         cache.store_(self._paged.new_slots, key, value)
         return self._paged.attend(query.contiguous(), cache, options)
+
+    def pass_over(self, handed: Mapping[str, object]) -> None:
+        """`check_fit` has looked at it."""
 
     def cache_of(self, module: nn.Module) -> LayerCache:
         """The cache of an attention module."""
@@ -99,7 +105,7 @@ def paged_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, num_tokens, dim] -> ([1, num_tokens, heads, dim], None).
 
@@ -109,8 +115,9 @@ def paged_attention_forward(
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     options = AttentionOptions(softmax_scale, sliding_window, softcap, sinks)
     query, key, value = (heads_first[0].transpose(0, 1) for heads_first in (query, key, value))
-    output = _batch.get().attend(module, query, key, value, options)
-    return output[None], None
+    batch = _batch.get()
+    batch.pass_over({"attention_mask": attention_mask, **others})
+    return batch.attend(module, query, key, value, options)[None], None
 
 
 def register_attention() -> None:

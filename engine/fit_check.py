@@ -1,14 +1,15 @@
 """Finds out, before serving, whether a model can be served packed and paged, instead of trusting a list of names.
 
 The model runs two short prompts twice: apart, with its own attention, and packed into one row with ours. If the logits
-differ, something besides plain attention is at work (a state space, ALiBi biases, attention sinks, ...). The same run
+differ, something besides plain attention is at work (a state space, ALiBi biases, attention sinks, ...). So it is if
+the model hands its attention tensors that ours does not read, however little they do to these prompts. The same run
 shows the shapes of each attention layer's keys and values, which layers have a sliding window, and which linear modules
 see every token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -62,6 +63,12 @@ class _RecordingBatch:
         self.options: dict[nn.Module, AttentionOptions] = {}
         self.is_repeated = False
         self.is_causal = True
+        self.unread: set[str] = set()
+
+    def pass_over(self, handed: Mapping[str, object]) -> None:
+        """Notes what may change the result; positions are in queries and keys already."""
+        self.unread |= {name for name, value in handed.items() if isinstance(value, Tensor | list | tuple)}
+        self.unread -= {"position_ids"}
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -108,6 +115,10 @@ def _check_attention(model: PreTrainedModel, batch: _RecordingBatch, max_context
         raise _unsupported(model, "one attention module serves several layers")
     if not batch.is_causal:
         raise _unsupported(model, "its attention is not causal")
+    if batch.unread:
+        raise _unsupported(
+            model, f"its attention takes more into account than is served ({min(batch.unread)})"
+        )
     num_windows = sum(options.sliding_window is not None for options in batch.options.values())
     if num_windows < num_windowed_layers(model.config, len(batch.shapes), max_context_tokens):
         raise _unsupported(model, "its sliding window does not go through the attention interface")

@@ -98,7 +98,11 @@ UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedConfig], str]] = {
     ),
     "attention to few of the tokens": (
         lambda: DogeConfig(**_SIZES, keep_window_size=2),
-        "its output is not that of plain attention over the request's own tokens",
+        "its attention takes more into account than is served (attention_mask)",
+    ),
+    "attention to few of the tokens, of more than the probe has": (
+        lambda: DogeConfig(**_SIZES),
+        "its attention takes more into account than is served (attention_mask)",
     ),
     "window that attention is not told of": (
         lambda: PhimoeConfig(**_WINDOWED, num_local_experts=2),
