@@ -1,10 +1,12 @@
 """The real thing: `fusionserve serve` in a process of its own, with the embedded model, used as its clients use it."""
 
+import hashlib
 import os
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from grpc_requests import Client as ReflectionClient
@@ -13,12 +15,14 @@ from server_process import FUSIONSERVE, ServerProcess, server_process
 from fusionserve.client import (
     AbortedError,
     Client,
+    DataLossError,
     FailedPreconditionError,
     Generation,
     GenerationChunk,
     InvalidRequestError,
     NotFoundError,
 )
+from fusionserve.config import EMBEDDED_ADAPTERS, EMBEDDED_FUSIONS
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.8, "seed": 5}
@@ -139,6 +143,57 @@ def test_reflection_client_needs_no_proto(server: ServerProcess) -> None:
     request = {"request": {"text": "The", "stopping": {"max_new_tokens": 4}}}
     *_, last = client.request("fusionserve.v1.InferenceService", "StreamGenerate", request)
     assert last["finished"]["usage"]["generated_tokens"] == 4
+
+
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+DIGESTS = {
+    ("adapters", "cpp"): sha256_of(EMBEDDED_ADAPTERS / "cpp" / "adapter_model.safetensors"),
+    ("fusions", "domains"): sha256_of(EMBEDDED_FUSIONS / "domains" / "fusion_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("noun", "name"), DIGESTS)
+def test_only_weights_of_the_digest_asked_for_are_loaded(client: Client, noun: str, name: str) -> None:
+    life, digest = getattr(client, noun), DIGESTS[noun, name]
+    with pytest.raises(DataLossError) as caught:
+        life.load("checked", name, sha256="0" * 64)
+    assert caught.value.reason == "CHECKSUM_MISMATCH"
+    with pytest.raises(NotFoundError):
+        life.get("checked")
+    assert life.load("checked", name, sha256=digest).digest == digest
+    with pytest.raises(DataLossError, match="CHECKSUM_MISMATCH"):
+        life.reload("checked", name, sha256="0" * 64)
+    assert life.get("checked").version == 1
+    assert life.reload("checked", name, sha256=digest).version == 2
+    life.unload("checked")
+
+
+@pytest.mark.parametrize("noun", ["adapters", "fusions"])
+@pytest.mark.parametrize("digest", ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, "0" * 64 + "\n"])
+def test_digest_that_is_none_is_refused(client: Client, noun: str, digest: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        getattr(client, noun).load("nobody", sha256=digest)
+    assert caught.value.reason == "DIGEST_INVALID"
+    assert [violation.field for violation in caught.value.field_violations] == ["sha256"]
+
+
+@pytest.mark.parametrize(("noun", "name"), DIGESTS)
+def test_command_line_loads_by_digest(server: ServerProcess, client: Client, noun: str, name: str) -> None:
+    environment = {**os.environ, "FUSIONSERVE_SERVER": server.grpc}
+
+    def reload(digest: str) -> subprocess.CompletedProcess[str]:
+        command = [FUSIONSERVE, noun, "reload", name, "--sha256", digest]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    right, wrong = reload(DIGESTS[noun, name]), reload("0" * 64)
+    assert right.returncode == 0
+    assert name in right.stdout
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: DATA_LOSS CHECKSUM_MISMATCH")
+    assert getattr(client, noun).get(name).digest == DIGESTS[noun, name]
 
 
 def test_command_line_generates_and_lists(server: ServerProcess, client: Client) -> None:
