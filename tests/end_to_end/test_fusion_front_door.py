@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fusionserve.client import (
+    AbortedError,
     AdapterState,
     Client,
     FailedPreconditionError,
@@ -90,6 +92,8 @@ def test_unloaded_fusion_ends_its_stream_first_and_is_gone_then(client: Client) 
     ):
         next(stream)
         unloading = pool.submit(client.fusions.unload, "leaving")
+        while client.fusions.get("leaving").state is not AdapterState.DRAINING:
+            time.sleep(0.001)  # the stream ends long after this, else there would be nothing to get
         *_, last = stream
         unloading.result(60)
     assert isinstance(last, Generation)
@@ -98,6 +102,15 @@ def test_unloaded_fusion_ends_its_stream_first_and_is_gone_then(client: Client) 
         client.generate("The", fusion="leaving", **GREEDY)
     with pytest.raises(NotFoundError, match="FUSION_NOT_FOUND"):
         client.fusions.get("leaving")
+
+
+def test_forced_unload_ends_its_streams_with_a_status(client: Client) -> None:
+    with client.stream("The", fusion="lazy", **LONG) as stream:
+        next(stream)
+        assert client.fusions.unload("lazy", force=True).state is AdapterState.AVAILABLE
+        with pytest.raises(AbortedError) as caught:
+            list(stream)
+    assert caught.value.reason == "FUSION_UNLOADED"
 
 
 def test_name_of_the_base_is_refused(client: Client) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -17,23 +16,18 @@ from served_adapters import (
     make_params,
     make_prompt,
     running_engine,
-    until,
     write_model,
 )
-from served_fusions import MEMBERS, forget_fusions, fusion, run_unfolded, write_fusion
+from served_fusions import MEMBERS, fusion, run_unfolded, write_fusion
 
-from fusionserve.adapter_status import AdapterState
 from fusionserve.errors import (
     ArtifactError,
-    InternalError,
     InvalidRequestError,
     NotFoundError,
-    PreconditionError,
     StartupError,
 )
 from fusionserve.fusion.config import FusionConfig, FusionMember
 from fusionserve.generation import Adaptation, OutputOptions
-from fusionserve.metrics import REGISTRY
 
 pytestmark = pytest.mark.gpu
 
@@ -115,38 +109,6 @@ async def test_mask_and_version_never_share_the_prefix_cache(
     assert tokens != first[1]
 
 
-async def test_fusion_keeps_its_members_loaded(engine: TestedEngine) -> None:
-    status = await engine.load_fusion("mix", None, pin=False, replace=False)
-    assert [member.name for member in status.members] == list(MEMBERS)
-    held = await engine.get_adapter("ada")
-    assert (held.held_by_fusions, held.active_requests) == (("mix",), 0)
-    with pytest.raises(PreconditionError) as caught:
-        await engine.unload_adapter("ada", force=True)
-    assert caught.value.metadata == {"adapter": "ada", "fusions": "mix"}
-    await engine.unload_fusion("mix", force=False)
-    assert (await engine.unload_adapter("ada", force=False)).state is AdapterState.AVAILABLE
-
-
-async def test_running_requests_finish_on_the_version_they_started_on(
-    engine: TestedEngine, adapters: Path, fusions: Path
-) -> None:
-    params = make_params("long", fusion("mix"), PROMPT, num_tokens=60)
-    expected = (await collect(engine, params)).tokens
-    running = asyncio.create_task(collect(engine, params))
-    await until(lambda: engine.engine.scheduler.running)
-    write_fusion(fusions, "mix", MEMBERS, adapters, seed=9)
-    await engine.load_fusion("mix", None, pin=False, replace=True)
-    assert (await running).tokens == expected
-
-
-async def test_fusion_unloaded_while_it_is_used_leaves_no_series(engine: TestedEngine) -> None:
-    running = asyncio.create_task(collect(engine, make_params("long", fusion("mix"), PROMPT, num_tokens=60)))
-    await until(lambda: engine.engine.scheduler.running)
-    await engine.unload_fusion("mix", force=False)
-    await running
-    assert REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"}) is None
-
-
 async def test_fusion_that_overflows_when_it_is_folded_is_refused(
     engine: TestedEngine, adapters: Path, fusions: Path
 ) -> None:
@@ -199,21 +161,6 @@ async def test_module_that_no_member_adapts_is_refused(
     assert engine.registry.num_leases == 0
 
 
-async def test_fusion_replaced_while_it_loads_is_the_old_or_the_new_one(
-    engine: TestedEngine, adapters: Path, fusions: Path
-) -> None:
-    expected = await greedy(engine, fusion("mix"))
-    await forget_fusions(engine)
-    await engine.unload_adapter("ada", force=False)
-    num_reads = engine.num_reads
-    with engine.slow_loads():
-        loading = asyncio.create_task(engine.load_fusion("mix", None, pin=False, replace=False))
-        await until(lambda: engine.num_reads > num_reads)  # the fusion is read, its member is waited for
-        write_fusion(fusions, "mix", MEMBERS, adapters, seed=9, temperature=5.0)
-    await loading
-    assert await greedy(engine, fusion("mix")) == expected
-
-
 async def test_name_of_the_base_is_refused(engine: TestedEngine, fusions: Path) -> None:
     with pytest.raises(InvalidRequestError) as loaded:
         await engine.load_fusion("tiny", "mix", pin=False, replace=False)
@@ -241,16 +188,3 @@ async def test_bad_requests_are_refused(engine: TestedEngine) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await greedy(engine, fusion("mix", *excluded))
         assert caught.value.reason == reason
-
-
-async def test_fusion_that_fails_to_be_published_lets_its_members_go(
-    engine: TestedEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise RuntimeError("a bug")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine._fusions.registry, "publish", fail)
-        with pytest.raises(InternalError):
-            await engine.load_fusion("mix", None, pin=False, replace=False)
-    engine.registry.check_integrity(0)
