@@ -44,7 +44,7 @@ bench: $(INSTALLED) ## Measure this server beside transformers and PEFT (docs/pe
 bench-peers: peers ## Measure this server beside vLLM and llama.cpp, too (half an hour; docs/peers.md)
 	@$(BIN)/python -P -m fusionserve.loadtest.bench.command $(BENCH)
 
-bench-gpu: $(INSTALLED) ## Measure a GPU beside its limits, transformers and PEFT (ten minutes; docs/benchmarks.md)
+bench-gpu: $(INSTALLED) ## Measure a GPU beside its limits, transformers and PEFT (seven minutes; docs/benchmarks.md)
 	@$(BIN)/python -P -m fusionserve.loadtest.gpu $(BENCH)
 
 peers: $(INSTALLED) ## Install vLLM and llama.cpp into environments of their own under build/peers

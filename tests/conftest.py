@@ -1,7 +1,7 @@
 """Runs before any test imports torch or Triton."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -13,6 +13,25 @@ import torch
 # Without a GPU Triton's interpreter runs the kernels of `kernels/device`. It must be told before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Ends a process whose GPU a test has spoiled: all that follow would fail. pytest-xdist goes on in another."""
+    done = yield
+    if torch.cuda.is_initialized() and _is_gpu_lost():
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit("the GPU does nothing more in this process", returncode=1)
+    return done
+
+
+def _is_gpu_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture
