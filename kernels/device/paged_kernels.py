@@ -76,7 +76,7 @@ def _join(
     return highest, total * shrinkage + tl.sum(powers, axis=1), output
 
 
-@triton.jit(do_not_specialize=["table_width", "num_tokens"])
+@triton.jit(do_not_specialize=["table_width"])
 def attend_kernel(
     query: tl.tensor,
     keys: tl.tensor,
@@ -87,7 +87,6 @@ def attend_kernel(
     tables: tl.tensor,
     sinks: tl.tensor,
     table_width: int,
-    num_tokens: int,
     num_kv_heads: int,
     window: int,
     scale: float,
@@ -106,10 +105,10 @@ def attend_kernel(
     HAS_SINKS: tl.constexpr,
     WIDE_DOT: tl.constexpr,
 ) -> None:
-    """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tokens, heads, VALUE_DIM] and their statistics.
+    """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tiles * TOKENS, heads, VALUE_DIM] and their statistics.
 
-    `statistics` [SPLITS, num_tokens, heads, 2] are the largest score and the sum of the powers, with which a part is to
-    be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
+    `statistics` [SPLITS, num_tiles * TOKENS, heads, 2] are the largest score and the sum of the powers, with which a
+    part is to be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
     [requests, table_width] with the request's blocks. sinks [heads], if it HAS_SINKS. `window` is 0 for none. Programs
     (tile, kv head, split).
     """
@@ -139,44 +138,44 @@ def attend_kernel(
             may = (distance >= 0) & ((window == 0) | (distance < window))
             scores = tl.where(may, _capped(scores, softcap, HAS_SOFTCAP), float("-inf"))
             best, total, output = _join(scores, value, best, total, output)
-        row += split.to(tl.int64) * num_tokens * num_kv_heads * HEADS_PER_KV
-        _store_slots(parts, row, here, output, VALUE_DIM, VALUE_LANES)
-        tl.store(statistics + row * 2, best, mask=here)
-        tl.store(statistics + row * 2 + 1, total, mask=here)
+        place = (split.to(tl.int64) * tl.num_programs(0) + tile) * TOKENS + token
+        part = (place * num_kv_heads + kv_head) * HEADS_PER_KV + head
+        _store_slots(parts, part, here, output, VALUE_DIM, VALUE_LANES)
+        tl.store(statistics + part * 2, best, mask=here)
+        tl.store(statistics + part * 2 + 1, total, mask=here)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def combine_kernel(
     parts: tl.tensor,
     statistics: tl.tensor,
     output: tl.tensor,
     tiles: tl.tensor,
-    num_rows: int,
     num_heads: int,
     VALUE_DIM: tl.constexpr,
     VALUE_LANES: tl.constexpr,
     HEAD_LANES: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    """output [num_tokens, num_heads, VALUE_DIM] from the parts of its num_rows rows; programs (tile, token of it)."""
+    """output [num_tokens, num_heads, VALUE_DIM] from the parts of its tiles; programs (tile, token of it)."""
     tile, lane = tl.program_id(0), tl.program_id(1)
     if lane < tl.load(tiles + tile * 4 + 1):
         token = (tl.load(tiles + tile * 4) + lane).to(tl.int64)
         heads, dims = tl.arange(0, HEAD_LANES), tl.arange(0, VALUE_LANES)
-        row, here = token * num_heads + heads, heads < num_heads
-        best = tl.load(statistics + row * 2, mask=here, other=0.0)
+        here, num_rows = heads < num_heads, tl.num_programs(0).to(tl.int64) * tl.num_programs(1) * num_heads
+        first = (tile.to(tl.int64) * tl.num_programs(1) + lane) * num_heads + heads
+        best = tl.load(statistics + first * 2, mask=here, other=0.0)
         for split in range(1, SPLITS):
-            best = tl.maximum(best, tl.load(statistics + (split * num_rows + row) * 2, mask=here, other=0.0))
+            best = tl.maximum(best, tl.load(statistics + (split * num_rows + first) * 2, mask=here, other=0.0))
         total = tl.zeros((HEAD_LANES,), tl.float32)
         joined = tl.zeros((HEAD_LANES, VALUE_LANES), tl.float32)
         mask = here[:, None] & (dims < VALUE_DIM)[None, :]
         for split in range(SPLITS):
-            own = split * num_rows + row
+            own = split * num_rows + first
             share = tl.exp(tl.load(statistics + own * 2, mask=here, other=float("-inf")) - best)
             total += share * tl.load(statistics + own * 2 + 1, mask=here, other=0.0)
             cells = own[:, None] * VALUE_DIM + dims[None, :]
             joined += share[:, None] * tl.load(parts + cells, mask=mask, other=0.0)
         joined = joined / tl.where(here, total, 1.0)[:, None]
-        tl.store(
-            output + row[:, None] * VALUE_DIM + dims[None, :], joined.to(output.dtype.element_ty), mask=mask
-        )
+        cells = (token * num_heads + heads)[:, None] * VALUE_DIM + dims[None, :]
+        tl.store(output + cells, joined.to(output.dtype.element_ty), mask=mask)

@@ -119,14 +119,15 @@ def attend_(
     """
     for tensor in (query, keys, values, output):
         assert tensor.is_contiguous() and tensor.dtype is query.dtype
-    num_tokens, num_heads, dim = query.shape
+    _, num_heads, dim = query.shape
     num_kv_heads, value_dim = values.shape[1:]
     assert num_heads % num_kv_heads == 0 and keys.shape == (len(values), num_kv_heads, dim)
     if not len(tables.tiles):
         return
     splits = _SINGLE_SPLITS if tables.tokens_per_tile == 1 else 1
-    parts = torch.empty(splits, *output.shape, dtype=torch.float32, device=query.device)
-    statistics = torch.empty(splits, num_tokens, num_heads, 2, dtype=torch.float32, device=query.device)
+    places = splits, len(tables.tiles) * tables.tokens_per_tile, num_heads
+    parts = torch.empty(*places, value_dim, dtype=torch.float32, device=query.device)
+    statistics = torch.empty(*places, 2, dtype=torch.float32, device=query.device)
     attend_kernel[(len(tables.tiles), num_kv_heads, splits)](
         query,
         keys,
@@ -137,7 +138,6 @@ def attend_(
         tables.blocks,
         statistics if options.sinks is None else options.sinks,
         tables.blocks.shape[1],
-        num_tokens,
         num_kv_heads,
         options.sliding_window or 0,
         options.softmax_scale,
@@ -161,7 +161,6 @@ def attend_(
         statistics,
         output,
         tables.tiles,
-        num_tokens * num_heads,
         num_heads,
         VALUE_DIM=value_dim,
         VALUE_LANES=num_lanes(value_dim),

@@ -106,6 +106,23 @@ def test_single_token_gets_the_same_bits_in_any_company() -> None:
         assert torch.equal(alone[0], together[index])
 
 
+def test_single_tokens_beside_prompts_take_scratch_for_themselves_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sequences = make_sequences(((0, 60), (3, 1), (40, 1)), 16)
+    query, keys, values = attended(sequences, (4, 2, 16, 16), torch.float32, 16)
+    output, taken, empty = torch.empty_like(query), [], torch.empty
+
+    def count(*shape: int, **options: object) -> Tensor:
+        taken.append(empty(*shape, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", count)
+    tables = make_query_tables(sequences[1:], 1, 4).to(DEVICE)
+    attend_(query, keys, values, tables, 16, OPTIONS["plain"], output)
+    assert sum(tensor.nbytes for tensor in taken) == 8 * 2 * 4 * (16 + 2) * 4
+
+
 def test_tokens_in_no_tile_are_left_as_they_are() -> None:
     sequences = make_sequences(((5, 1),), 16)
     query, keys, values = attended(sequences, (4, 2, 16, 16), torch.float32, 16)
