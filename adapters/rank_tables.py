@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,21 +21,25 @@ class _Lists:
 
     tiles: list[tuple[int, ...]] = field(default_factory=list)
     items: list[tuple[int, ...]] = field(default_factory=list)
-    coefficients: list[list[float]] = field(default_factory=list)  # of the tokens of each item
+    coefficients: list[tuple[int, list[float]]] = field(default_factory=list)  # of some items' tokens
     groups: list[tuple[int, ...]] = field(default_factory=list)
     fused: list[tuple[int, ...]] = field(default_factory=list)
     member_of_row: list[Tensor] = field(default_factory=list)
     attends: list[Tensor] = field(default_factory=list)
     present: list[Tensor] = field(default_factory=list)
 
-    def add_items(
-        self, tokens: range, rows: range, coefficients: list[float], group: int = -1, is_score: int = 0
-    ) -> None:
+    def add_items(self, tokens: range, rows: range, group: int = -1, is_score: int = 0) -> None:
         """Items of one tile of tokens by rows that lie side by side."""
-        for start in range(rows.start, rows.stop, BLOCK):
-            num_rows = min(BLOCK, rows.stop - start)
-            self.items.append((tokens.start, len(tokens), start, num_rows, group, is_score))
-            self.coefficients.append(coefficients)
+        self.items += [
+            (tokens.start, len(tokens), start, min(BLOCK, rows.stop - start), group, is_score)
+            for start in range(rows.start, rows.stop, BLOCK)
+        ]
+
+    def add_given(self, tokens: range, rows: range, coefficients: list[float]) -> None:
+        """The same with a coefficient for each token."""
+        first_item = len(self.items)
+        self.add_items(tokens, rows)
+        self.coefficients += [(item, coefficients) for item in range(first_item, len(self.items))]
 
     def add_tile(self, tokens: range, first_item: int) -> None:
         """A tile to which all items from `first_item` on are added."""
@@ -50,11 +56,11 @@ def make_tables(
     for tokens in fused:
         _add_fused(lists, tokens, module_ids)
     return RankTables(
-        tiles=_int32(lists.tiles, 4),
-        items=_int32(lists.items, 6),
+        tiles=_table(lists.tiles, 4),
+        items=_table(lists.items, 6),
         given=_given(lists),
-        groups=_int32(lists.groups, 5),
-        fused=torch.tensor(lists.fused, dtype=torch.int64).view(-1, 4),
+        groups=_table(lists.groups, 5),
+        fused=_table(lists.fused, 4, torch.int64),
         member_of_row=_joined(lists.member_of_row, torch.int32),
         attends=_joined(lists.attends, torch.int32).view(-1, len(module_ids)),
         present=_joined(lists.present, torch.int64).view(-1, len(module_ids)),
@@ -87,7 +93,7 @@ def _add_adapted(lists: _Lists, neighbours: Sequence[AdaptedTokens]) -> None:
         here = [whose[token - neighbours[0].start] for token in tile]
         for index, (start, end) in enumerate(neighbours[0].places):
             coefficients = [tokens.rows[index].coefficient for tokens in here]
-            lists.add_items(tile, range(start, end), coefficients)
+            lists.add_given(tile, range(start, end), coefficients)
         lists.add_tile(tile, first_item)
 
 
@@ -103,10 +109,9 @@ def _add_fused(lists: _Lists, tokens: FusedRange, module_ids: Mapping[str, int])
     scores_start = tokens.row_start + num_rows
     for tile in _tiles(tokens.start, tokens.end):
         first_item = len(lists.items)
-        nothing = [0.0] * len(tile)
-        lists.add_items(tile, range(tokens.row_start, scores_start), nothing, group)
+        lists.add_items(tile, range(tokens.row_start, scores_start), group)
         lists.add_tile(tile, first_item)
-        lists.add_items(tile, range(scores_start, scores_start + num_rows + num_keys), nothing, group, 1)
+        lists.add_items(tile, range(scores_start, scores_start + num_rows + num_keys), group, 1)
         for lane, token in enumerate(tile):
             says = allowed[0] if len(allowed) == 1 else allowed[token - tokens.start]
             lists.fused.append((group, first_item, lane, says))
@@ -118,12 +123,11 @@ def _tiles(start: int, end: int) -> Iterable[range]:
 
 def _given(lists: _Lists) -> Tensor:
     """Coefficients of tokens by rank rows, zero where there is no token or no row."""
-    by_token = torch.zeros(len(lists.items), BLOCK)
-    for item, coefficients in enumerate(lists.coefficients):
-        by_token[item, : len(coefficients)] = torch.tensor(coefficients)
-    num_rows = torch.tensor([item[3] for item in lists.items])
-    has_row = torch.arange(BLOCK) < num_rows[:, None]
-    return by_token[:, :, None] * has_row[:, None, :]
+    given = torch.zeros(len(lists.items), BLOCK, BLOCK)
+    numbers = given.numpy()  # which takes lists as they are; a prompt of a fusion has thousands of items
+    for item, coefficients in lists.coefficients:
+        numbers[item, : len(coefficients), : lists.items[item][3]] = [[each] for each in coefficients]
+    return given
 
 
 def _bits(members: Tensor) -> int:
@@ -136,8 +140,11 @@ def _by_module(module_ids: Mapping[str, int], values: Mapping[str, int]) -> Tens
     return torch.tensor([values.get(path, 0) for path in module_ids])
 
 
-def _int32(rows: Sequence[tuple[int, ...]], width: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32).view(-1, width)
+def _table(rows: Sequence[tuple[int, ...]], width: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    if not rows:  # frombuffer refuses nothing
+        return torch.empty(0, width, dtype=dtype)
+    numbers = array("i" if dtype is torch.int32 else "q", chain.from_iterable(rows))
+    return torch.frombuffer(numbers, dtype=dtype).view(-1, width)
 
 
 def _joined(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,6 @@ class DevicePlanner:
         self._like = like
         self._module_ids = {path: index for index, path in enumerate(modules.by_path)}
         self._head = None if modules.lm_head is None else modules.lm_head.path
-        self._max_d_in = max(module.d_in for module in modules.by_path.values())
 
     def items(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankItems | None:
         """The items of adapted tokens, in ascending order, and of fused ones; None if there are neither."""
@@ -62,7 +61,6 @@ class DevicePlanner:
         return RankItems(
             self._to_device(tables),
             self._like,
-            max_d_in=self._max_d_in,
             module_ids=self._module_ids,
             fusion_width=fusion_width,
         )

@@ -166,7 +166,9 @@ def combine_kernel(
         first = (tile.to(tl.int64) * tl.num_programs(1) + lane) * num_heads + heads
         best = tl.load(statistics + first * 2, mask=here, other=0.0)
         for split in range(1, SPLITS):
-            best = tl.maximum(best, tl.load(statistics + (split * num_rows + first) * 2, mask=here, other=0.0))
+            best = tl.maximum(
+                best, tl.load(statistics + (split * num_rows + first) * 2, mask=here, other=0.0)
+            )
         total = tl.zeros((HEAD_LANES,), tl.float32)
         joined = tl.zeros((HEAD_LANES, VALUE_LANES), tl.float32)
         mask = here[:, None] & (dims < VALUE_DIM)[None, :]

@@ -54,7 +54,7 @@ def num_splits(d_in: int) -> int:
 
 
 class RankItems:
-    """Adds the low-rank parts of one step to the modules' outputs; the scratch is shared by all modules.
+    """Adds the low-rank parts of one step to the modules' outputs.
 
     `fusion_width` is 0 without fusions, else a power of two that no fusion has more members than.
     """
@@ -64,7 +64,6 @@ class RankItems:
         tables: RankTables,
         like: Tensor,
         *,
-        max_d_in: int,
         module_ids: Mapping[str, int],
         fusion_width: int,
     ) -> None:
@@ -76,8 +75,6 @@ class RankItems:
         num_items, num_fused = len(tables.items), len(tables.fused)
         scratch = torch.float32
         device = like.device
-        blocks = MAX_PLACES * num_splits(max_d_in) * num_items
-        self._u = torch.empty(blocks * BLOCK * BLOCK, dtype=scratch, device=device)
         self._attended = tables.given
         if fusion_width:
             self._attended = torch.zeros(MAX_PLACES * num_items * BLOCK * BLOCK, dtype=scratch, device=device)
@@ -97,9 +94,10 @@ class RankItems:
         assert x.shape[1] == parts.d_in and [y.shape[1] for y in outputs] == parts.d_outs
         splits = num_splits(parts.d_in)
         tables, num_items = self.tables, len(self.tables.items)
+        u = self._scratch(parts.num_places * splits)
         shrink_kernel[(num_items, splits, parts.num_places)](
             x,
-            self._u,
+            u,
             tables.items,
             tables.attends,
             *three(parts.shrink),
@@ -113,19 +111,25 @@ class RankItems:
             WIDE_DOT=self._wide_dot,
         )
         if self._fusion_width:
-            self._weigh(parts, splits)
-        self._expand(parts, outputs, splits, self._attended, 1.0)
+            self._weigh(u, parts, splits)
+        self._expand(u, parts, outputs, splits, self._attended, 1.0)
+
+    def _scratch(self, num_sums: int) -> Tensor:
+        """Of one group, for so many sums [num_items, 16, 16]: a prompt has thousands of items."""
+        shape = num_sums, len(self.tables.items), BLOCK, BLOCK
+        return torch.empty(shape, dtype=torch.float32, device=self._shares.device)
 
     def add_embedded_(self, ids: Tensor, part: GroupParts, y: Tensor, scale: float) -> None:
         """The same for one-hot inputs: token ids [num_tokens], y [num_tokens, hidden]; fusions do not embed."""
         num_items, vocab = len(self.tables.items), part.d_in
-        shrink_ids_kernel[(num_items,)](ids, self._u, self.tables.items, part.shrink[0], part.bias[0], vocab)
-        self._expand(part, [y], 1, self.tables.given, scale)
+        u = self._scratch(1)
+        shrink_ids_kernel[(num_items,)](ids, u, self.tables.items, part.shrink[0], part.bias[0], vocab)
+        self._expand(u, part, [y], 1, self.tables.given, scale)
 
-    def _weigh(self, parts: GroupParts, splits: int) -> None:
+    def _weigh(self, u: Tensor, parts: GroupParts, splits: int) -> None:
         tables = self.tables
         weigh_kernel[(len(tables.fused),)](
-            self._u,
+            u,
             self._attended,
             self._shares,
             self.weights,
@@ -145,12 +149,18 @@ class RankItems:
         )
 
     def _expand(
-        self, parts: GroupParts, outputs: Sequence[Tensor], splits: int, attended: Tensor, scale: float
+        self,
+        u: Tensor,
+        parts: GroupParts,
+        outputs: Sequence[Tensor],
+        splits: int,
+        attended: Tensor,
+        scale: float,
     ) -> None:
         tables = self.tables
         grid = (len(tables.tiles), num_programs(max(parts.d_outs), _BLOCK_N), parts.num_places)
         expand_kernel[grid](
-            self._u,
+            u,
             tables.items,
             tables.tiles,
             tables.given,

@@ -166,7 +166,7 @@ def _adapter_pair(sizes: KernelSizes, device: torch.device, num_tokens: int) -> 
     module_ids = {"module": 0}
     on_host = make_tables(adapted, [], module_ids)
     tables = RankTables(*(getattr(on_host, name).to(device) for name in RankTables.__slots__))
-    items = RankItems(tables, x, max_d_in=sizes.hidden, module_ids=module_ids, fusion_width=0)
+    items = RankItems(tables, x, module_ids=module_ids, fusion_width=0)
     parts = GroupParts([PartRows(shrink, None, expand)], [0])
     y = before.clone()
 

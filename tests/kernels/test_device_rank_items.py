@@ -38,7 +38,7 @@ def to_device(tables: RankTables) -> RankTables:
 
 def rank_items(tables: RankTables, like: Tensor, *, width: int = 0) -> RankItems:
     ids = {"a": 0, "b": 1, "c": 2}
-    return RankItems(to_device(tables), like, max_d_in=4000, module_ids=ids, fusion_width=width)
+    return RankItems(to_device(tables), like, module_ids=ids, fusion_width=width)
 
 
 def expected(x: Tensor, part: PartRows, y: Tensor, coefficients: Tensor) -> Tensor:
@@ -222,6 +222,21 @@ def test_tables_may_be_larger_than_what_they_hold() -> None:
         rank_items(padded, x, width=4).add_(x, GroupParts([part], [0]), [y])
         results.append(y)
     assert results[0].any() and torch.equal(*results)
+
+
+def test_tables_of_a_long_prompt_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(member_keys=True, base_member=False, attends=(True, False, False))
+    ranges = [FusedRange(0, 600, 0, rows, torch.tensor([True] * 3))]
+    adapted = [AdaptedTokens(600, 1200, (RowRange(0, 300, 0.5),))]
+    made, make_tensor = [], torch.tensor
+
+    def count(*values: object, **options: object) -> Tensor:
+        made.append(make_tensor(*values, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "tensor", count)
+    tables = make_tables(adapted, ranges, {"a": 0, "b": 1, "c": 2})
+    assert len(tables.items) > 500 and len(made) < 10
 
 
 def _padded(table: Tensor, spare: int) -> Tensor:

@@ -118,7 +118,7 @@ def launch_rank_items(count: int) -> None:
     for d_in, places in ((_HIDDEN, 3), (_INNER, 1)):
         parts = [PartRows(number(256, d_in), number(256), number(256, _HIDDEN)) for _ in range(places)]
         for width in (0, 4):
-            items = RankItems(tables, number(0), max_d_in=_INNER, module_ids=ids, fusion_width=width)
+            items = RankItems(tables, number(0), module_ids=ids, fusion_width=width)
             outputs = [number(9, _HIDDEN) for _ in range(places)]
             items.add_(number(9, d_in), GroupParts(parts, range(places)), outputs)
     embedded = PartRows(number(256, 32000), number(256), number(256, _HIDDEN))
