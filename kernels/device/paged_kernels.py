@@ -108,9 +108,9 @@ def attend_kernel(
     """query [num_tokens, heads, DIM] -> parts [SPLITS, num_tiles * TOKENS, heads, VALUE_DIM] and their statistics.
 
     `statistics` [SPLITS, num_tiles * TOKENS, heads, 2] are the largest score and the sum of the powers, with which a
-    part is to be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of `tables`
-    [requests, table_width] with the request's blocks. sinks [heads], if it HAS_SINKS. `window` is 0 for none. Programs
-    (tile, kv head, split).
+    part is to be divided. tiles [num_tiles, 4]: first token, tokens (at most TOKENS), position of the first, row of
+    `tables` [requests, table_width] with the request's blocks. sinks [heads], if it HAS_SINKS. `window` is 0 for none.
+    Programs (tile, kv head, split).
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles += tile * 4
