@@ -206,10 +206,11 @@ class _Graph:
         if step.late_ids is not None:
             self._numbers[0, :num_tokens].copy_(step.late_ids)
         singles = self._queries.singles
-        queries = make_query_tables(step.sequences, 1, singles.blocks.shape[1])
+        width = max(len(sequence.blocks) for sequence in step.sequences)  # nobody reads behind a last block
+        queries = make_query_tables(step.sequences, 1, width)
         singles.tiles.zero_()
         _copy(queries.tiles, singles.tiles[:num_tokens])
-        _copy(queries.blocks, singles.blocks[:num_tokens])
+        _copy(queries.blocks, singles.blocks[:num_tokens, :width])
         if self.items is not None and tables is not None:
             _fill_tables(self.items.tables, tables)
             self.items.begin_step()

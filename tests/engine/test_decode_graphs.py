@@ -13,8 +13,9 @@ from fake_cuda import FakeCuda, is_replay
 from torch import Tensor
 
 from fusionserve.engine import decode_graphs, graph_recorder
-from fusionserve.engine.decode_graphs import DecodeGraphs, GraphSize
+from fusionserve.engine.decode_graphs import DecodeGraphs, DecodeStep, GraphSize
 from fusionserve.engine.graph_recorder import GraphRecorder
+from fusionserve.kernels.paged_sequence import PackedSequence
 
 
 class Base:
@@ -97,3 +98,13 @@ def test_model_that_waits_in_its_pass_is_served_unrecorded(
     graph = graphs._graph(GraphSize(2))
     graph.replay()
     assert graph.logits.shape == (2, 5)
+
+
+def test_block_tables_are_copied_as_far_as_they_are_used(graphs: DecodeGraphs) -> None:
+    graph = graphs._graph(GraphSize(4))
+    blocks = graph._queries.singles.blocks
+    blocks.fill_(-1)
+    sequences = [PackedSequence(0, 1, 20, (7, 5)), PackedSequence(1, 2, 3, (6,))]
+    graph.fill(DecodeStep([1, 2], sequences, (), ()), None)
+    assert blocks.tolist() == [[7, 5, -1, -1], [6, 0, -1, -1], [-1] * 4, [-1] * 4]
+    assert graph._queries.singles.tiles.tolist() == [[0, 1, 20, 0], [1, 1, 3, 1], [0] * 4, [0] * 4]
