@@ -13,6 +13,7 @@ from fusionserve.adapters.rank_tables import collect_weights, make_tables
 from fusionserve.adapters.row_plan import AdaptedTokens
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
 from fusionserve.kernels.device.triton_use import num_lanes
+from fusionserve.kernels.host_copy import sent
 
 
 class DevicePlanner:
@@ -71,4 +72,4 @@ class DevicePlanner:
 
     def _to_device(self, tables: RankTables) -> RankTables:
         device = self._like.device
-        return RankTables(**{each.name: getattr(tables, each.name).to(device) for each in fields(tables)})
+        return RankTables(**{each.name: sent(getattr(tables, each.name), device) for each in fields(tables)})

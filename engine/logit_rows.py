@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fusionserve.engine.chunk_result import ChunkResult
+from fusionserve.engine.fused_chunks import LateWeights
 from fusionserve.engine.fused_weights import ChunkWeights
 from fusionserve.engine.sampler import Logprobs, SamplerRow, logprobs_of, sample
 from fusionserve.engine.scheduled_batch import ScheduledChunk
+from fusionserve.kernels.index_tensor import index_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,16 @@ def to_results(
     planned: Sequence[LogitRows],
     logits: Tensor,
     eos_token_ids: frozenset[int],
-    weights: Mapping[ScheduledChunk, ChunkWeights],
+    late_weights: LateWeights,
 ) -> list[ChunkResult]:
-    """What each chunk is given, from the logits [rows, vocab] of all of them, with the fusion weights of fused ones."""
+    """What each chunk is given, from the logits [rows, vocab] of all of them, with the fusion weights of fused ones.
+
+    A GPU is waited for once all is asked of it.
+    """
     drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
     tokens = [next(drawn) if rows.chunk.is_last else None for rows in planned]
     told = _chosen_logprobs(planned, tokens, logits)
+    weights = late_weights.read()
     logprobs = [told.get(rows.chunk) for rows in planned] if told else [None] * len(planned)
     fused = [weights.get(rows.chunk) for rows in planned] if weights else [None] * len(planned)
     return [_to_result(*each, logits) for each in zip(planned, tokens, logprobs, fused, strict=True)]
@@ -87,7 +93,7 @@ def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[
     wanted = [rows.end - 1 for rows in last]
     is_all = len(wanted) == len(logits)  # they ascend
     rows = [sampler_row(rows.chunk, eos_token_ids) for rows in last]
-    return sample(logits if is_all else logits[wanted], rows)
+    return sample(logits if is_all else logits.index_select(0, index_tensor(wanted, logits.device)), rows)
 
 
 def _chosen_logprobs(

@@ -98,7 +98,7 @@ class ModelRunner:
             logits = self._graphs.run(self._decode_step(chunks, fused))
         else:
             logits = self._forward(chunks, starts, logit_rows, fused)
-        return to_results(logit_rows, logits, self._base.eos_token_ids, LateWeights(fused).read())
+        return to_results(logit_rows, logits, self._base.eos_token_ids, LateWeights(fused))
 
     @property
     def runs_ahead(self) -> bool:

@@ -27,6 +27,10 @@ class HostCopy:
 
 
 def to_device(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of these numbers; from pinned memory, so that nobody waits for a GPU."""
-    tensor = torch.tensor(values, dtype=dtype)
+    """A tensor of these numbers; nobody waits for a GPU."""
+    return sent(torch.tensor(values, dtype=dtype), device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; from pinned memory, so that nobody waits for a GPU."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusionserve.kernels.device.paged_kernels import attend_kernel, combine_kernel
 from fusionserve.kernels.device.triton_use import dot_in_float32, num_lanes
+from fusionserve.kernels.host_copy import sent
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_attention import AttentionOptions
 from fusionserve.kernels.paged_sequence import PackedSequence
@@ -33,7 +34,7 @@ class QueryTables:
 
     def to(self, device: torch.device) -> QueryTables:
         """The same on a device."""
-        return QueryTables(self.tiles.to(device), self.blocks.to(device), self.tokens_per_tile)
+        return QueryTables(sent(self.tiles, device), sent(self.blocks, device), self.tokens_per_tile)
 
 
 def chunk_tokens(num_heads: int, num_kv_heads: int) -> int:
