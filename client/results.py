@@ -89,7 +89,8 @@ class ResolvedAdaptation:
     """The adaptation a request really ran with: `kind` is "base", "lora", "blend" or "fusion".
 
     `name`, `version` and `digest` are those of the one adapter or of the fusion, else empty and 0. A fusion's
-    members have weight 1, or 0 where the request left them out.
+    members have weight 1, or 0 where the request left them out. A request whose time limit passed before it was
+    admitted ran on nothing: it has the names it asked for, with versions of 0.
     """
 
     kind: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
 from fusionserve.engine.text_output import TextOutput
 from fusionserve.engine.tokenizer import Tokenizer
+from fusionserve.engine.unadmitted import TimeLimitPassed
 from fusionserve.errors import (
     CapacityError,
     DeadlineError,
@@ -65,16 +67,20 @@ class Admission:
 
         `take_tokens(n)` is called before the leases with the most tokens the request may come to have; it may refuse.
         Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, DeadlineError, what loading an
-        adapter raises, and UnavailableError if `end` is called before it is done.
+        adapter raises, and UnavailableError if `end` is called before it is done; TimeLimitPassed if that comes first.
         """
-        limit = asyncio.timeout_at(params.deadline_s)
+        arrival_s = time.monotonic()
+        time_limit_at_s = arrival_s + _or_never(params.stopping.time_limit_s)
+        limit = asyncio.timeout_at(min(time_limit_at_s, _or_never(params.deadline_s)))
         self._limits.add(limit)
         try:
             async with limit:
-                return await self._admit(params, take_tokens)
+                return await self._admit(params, take_tokens, arrival_s)
         except TimeoutError:
             if self.has_ended:
                 raise shutting_down() from None
+            if time_limit_at_s < _or_never(params.deadline_s):
+                raise TimeLimitPassed(params, time.monotonic() - arrival_s) from None
             raise DeadlineError("the deadline passed before the request was admitted") from None
         finally:
             self._limits.discard(limit)
@@ -86,8 +92,9 @@ class Admission:
             if not limit.expired():
                 limit.reschedule(0.0)
 
-    async def _admit(self, params: GenerateParams, take_tokens: Callable[[int], None]) -> Generation:
-        arrival_s = time.monotonic()
+    async def _admit(
+        self, params: GenerateParams, take_tokens: Callable[[int], None], arrival_s: float
+    ) -> Generation:
         prompt_ids = await self.encode(params.prompt, add_special_tokens=True)
         self._check_prompt(prompt_ids)
         self._check_tokens(params)
@@ -240,6 +247,10 @@ class Admission:
 def shutting_down() -> UnavailableError:
     """What a request is told that comes too late, or takes too long."""
     return UnavailableError("the server is shutting down", reason="DRAINING")
+
+
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def _count_bytes(prompt: TextPrompt | ChatPrompt) -> int:

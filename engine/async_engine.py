@@ -30,6 +30,7 @@ from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.open_requests import OpenRequests, SharedRoom
 from fusionserve.engine.pool_memory import PoolMemory
 from fusionserve.engine.request import Generation
+from fusionserve.engine.unadmitted import TimeLimitPassed
 from fusionserve.engine.warm_up import WARM_UP
 from fusionserve.errors import (
     AbortedError,
@@ -42,12 +43,7 @@ from fusionserve.fusion.fusion import Fusion
 from fusionserve.fusion.loader import FusionPolicy
 from fusionserve.fusion.registry import FusionRegistry
 from fusionserve.fusion.store import FusionStore
-from fusionserve.generation import (
-    GenerateParams,
-    GenerationEvent,
-    GenerationFinished,
-    Prompt,
-)
+from fusionserve.generation import GenerateParams, GenerationEvent, GenerationFinished, Prompt
 from fusionserve.kernels.threads import compute_alone
 from fusionserve.metrics import AdapterLabels, FusionLabels
 from fusionserve.model_info import ModelInfo
@@ -141,7 +137,12 @@ class AsyncEngine:
         """Yields started, chunks and finished; closing the generator aborts the request. Raises FusionServeErrors."""
         self._refuse_unless_open(params)
         with self._open.opened(params), ExitStack() as held:
-            generation = await self._admit(params, held)
+            try:
+                generation = await self._admit(params, held)
+            except TimeLimitPassed as ended:
+                for told in ended.events:
+                    yield told
+                return
             stream = self._streams[generation] = GenerationStream(params.output.stream_interval)
             self._thread.post(lambda engine: engine.add(generation))
             try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,13 @@ from fusionserve.errors import (
     DeadlineError,
     UnavailableError,
 )
-from fusionserve.generation import FinishReason, GenerationStarted
+from fusionserve.generation import (
+    Adaptation,
+    FinishReason,
+    GenerationEvent,
+    GenerationFinished,
+    GenerationStarted,
+)
 
 
 class TestHostBudget:
@@ -141,6 +149,23 @@ class TestEndings:
         assert 1 <= len(candidate.token_ids) < 60
         assert candidate.token_ids == alone[: len(candidate.token_ids)]
 
+    @pytest.mark.parametrize("adaptation", [lora("a", 0.5), blend(a=1.0, b=2.0)], ids=lambda a: a.kind)
+    async def test_time_limit_ends_a_request_in_admission(
+        self, engine: TestedEngine, adaptation: Adaptation
+    ) -> None:
+        deadline_s = time.monotonic() + 60
+        params = make_params("brief", adaptation, time_limit_s=0.05, deadline_s=deadline_s)
+        with engine.slow_loads():
+            generating = engine.generate(replace(params, num_candidates=2))
+            started, finished = await asyncio.wait_for(_events(generating), 5)
+        assert isinstance(started, GenerationStarted) and isinstance(finished, GenerationFinished)
+        told = [(c.index, c.token_ids, c.text, c.finish_reason) for c in finished.candidates]
+        assert told == [(index, (), "", FinishReason.TIME_LIMIT) for index in range(2)]
+        members = [(m.name, m.version, m.scale) for m in finished.adaptation.members]
+        assert members == [(term.name, 0, term.scale) for term in adaptation.terms]
+        assert started.adaptation == finished.adaptation and finished.timings.total_s >= 0.05
+        await check_at_rest(engine)
+
     async def test_queued_requests_meet_deadline_and_time_limit(self, model: Path, root: Path) -> None:
         async with running_engine(model, root, max_batch_requests=1) as engine:
             alone = await tokens_of(engine, "a", 60)
@@ -216,3 +241,7 @@ async def test_kv_too_small_for_all_still_serves_all(model: Path, root: Path) ->
         for stream, name in zip(streams, "abcdabcd", strict=True):
             assert await stream.tokens() == alone[name]
         assert engine.engine.scheduler.num_preemptions > before
+
+
+async def _events(generating: AsyncGenerator[GenerationEvent, None]) -> list[GenerationEvent]:
+    return [event async for event in generating]

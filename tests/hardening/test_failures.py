@@ -15,8 +15,10 @@ from server_process import ServerProcess, server_process
 from fusionserve.client import (
     Client,
     ClientError,
+    FinishReason,
     Generation,
     GenerationChunk,
+    GenerationStarted,
     InternalError,
     ResourceExhaustedError,
     UnavailableError,
@@ -99,6 +101,22 @@ def test_dead_engine_ends_streams_and_the_process() -> None:
             assert caught.value.reason == "ENGINE_FAILED"
         assert server.wait() == 1
     assert "the engine thread died" in server.log
+
+
+def test_time_limit_ends_what_waits_for_a_slow_disk() -> None:
+    limit = {**GREEDY, "time_limit_s": 0.2}
+    with (
+        server_process(failpoints="artifact.header=sleep(3)") as server,
+        Client(server.grpc, timeout_s=60) as client,
+    ):
+        started_s = time.monotonic()
+        whole = client.generate("The", adapter="perl", **limit)
+        started, *_, last = client.stream("The", fusion="domains", **limit)
+        assert time.monotonic() - started_s < 2.5
+        assert isinstance(started, GenerationStarted) and isinstance(last, Generation)
+        for generation in (whole, last):
+            assert (generation.text, generation.finish_reason) == ("", FinishReason.TIME_LIMIT)
+        assert (whole.adaptation.name, last.adaptation.name) == ("perl", "domains")
 
 
 def test_loop_that_stands_still_ends_the_process() -> None:
