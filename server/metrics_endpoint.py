@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import threading
@@ -27,6 +28,7 @@ PATH = "/metrics"
 # A scraper sends its request and reads the answer at once; one that dawdles must not keep a thread.
 CONNECTION_LIMIT_S = 5.0
 MAX_CONNECTIONS = 32
+_IS_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _POLL_S = 0.05  # how often the listener looks whether it should close, and whose time is over
 
 ProcessCollector(registry=REGISTRY)
@@ -69,6 +71,14 @@ class _Server(ThreadingTCPServer):
         self._opened: dict[socket.socket, float] = {}  # since when, the oldest first
         self._lock = threading.Lock()
         self.server_activate()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in _IS_FULL:  # the connection stays in the queue, and would be tried again at once
+                time.sleep(_POLL_S)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:

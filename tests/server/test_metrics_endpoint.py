@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import urllib.error
 import urllib.request
@@ -50,6 +51,24 @@ async def test_other_paths_are_not_found(served: Served, path: str) -> None:
         await asyncio.to_thread(get, served, path)
     assert caught.value.code == 404
     caught.value.close()
+
+
+async def test_endpoint_without_descriptors_rests_between_its_tries(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tries = 0
+
+    def fail(_: socket.socket) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socket.socket, "accept", fail)
+        scrape = asyncio.create_task(asyncio.to_thread(get, served, "/metrics"))
+        await asyncio.sleep(0.5)
+    assert 0 < num_tries < 20
+    assert "fusionserve_build_info" in await scrape
 
 
 async def test_garbage_is_survived(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
