@@ -19,6 +19,7 @@ from typing import Generic, ParamSpec, TypeVar
 from fusionserve.adapters.artifact_sources import ArtifactSource, ArtifactSources
 from fusionserve.adapters.disk_slots import DiskSlots
 from fusionserve.adapters.host_registry import C, HostRegistry, L, RegistryEntry
+from fusionserve.adapters.name_listing import NameListing
 from fusionserve.errors import (
     CapacityError,
     ChecksumError,
@@ -83,7 +84,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         self._sources = ArtifactSources(roots, config_file)
         self._loads: dict[str, _Flight[L]] = {}
         self._reading = DiskSlots(_MAX_CONCURRENT_LOADS, load_timeout_s)
-        self._listing = DiskSlots(1, load_timeout_s)
+        self._listing = NameListing(self._sources.names_on_disk, load_timeout_s)
 
     @abstractmethod
     async def _read(self, name: str, source: ArtifactSource) -> C:
@@ -316,9 +317,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     async def _list(self) -> set[str]:
         """The names on disk. Raises UnavailableError."""
         try:
-            return await self._listing.run(
-                lambda: asyncio.to_thread(self._sources.names_on_disk), lambda _: None
-            )
+            return await self._listing.names()
         except TimeoutError:
             raise self._too_slow(f"the {self._noun} folders", "listed") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -197,7 +197,7 @@ async def test_use_does_not_fail_by_what_is_wrong_with_a_command(
 
 
 @pytest.fixture
-def hung_listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+async def hung_listing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[int]]:
     """Whoever lists a folder waits for the end of the test; how many do."""
     gate, waiting = threading.Event(), [0]
 
