@@ -21,11 +21,11 @@ TOKEN = Kind("TEXT", lambda text: checked_token(text.strip()))
 # FUSIONSERVE_TLS_CERT and FUSIONSERVE_TLS_KEY are the server's, where a command may run beside it.
 _CLIENT_PREFIX = "FUSIONSERVE_CLIENT_"
 TLS_SETTINGS = (
-    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust the authorities in this file (PEM)"),
+    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file (PEM)"),
     Setting(
         name="tls-cert",
         kind=kinds.FILE,
-        help="certificate to show to a server that asks for one (PEM)",
+        help="certificate to show (PEM)",
         env_prefix=_CLIENT_PREFIX,
     ),
     Setting(name="tls-key", kind=kinds.FILE, help="its private key (PEM)", env_prefix=_CLIENT_PREFIX),
