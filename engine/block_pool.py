@@ -7,7 +7,7 @@ request with the same prefix may take it back.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 BlockHash = bytes
@@ -90,6 +90,12 @@ class BlockPool:
         if block_hash not in self._block_of and self._hash_of[block] is None:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+
+    def withdraw(self, hashes: Iterable[BlockHash]) -> None:
+        """Makes contents unfindable, whoever holds their blocks."""
+        for block_hash in hashes:
+            if block_hash in self._block_of:
+                self._forget_content(self._block_of[block_hash])
 
     def check_integrity(self, num_references: int | None = None) -> None:
         """Asserts that free and referenced blocks partition the pool, and that there are `num_references` if given."""

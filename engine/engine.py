@@ -177,12 +177,15 @@ class Engine:
     def _update_one(self, result: ChunkResult, now_s: float) -> None:
         request = result.chunk.request
         self._emit_started_once(request.generation)
+        if not result.is_finite:
+            for candidate in request.generation.requests:
+                self.scheduler.withdraw(candidate)
+            self._finish(request.generation, _not_finite())
+            return
         self.scheduler.advance(result.chunk)
         self._record_prompt_logprobs(result)
         self._record_fusion_weights(result)
-        if not result.is_finite:
-            self._finish(request.generation, _not_finite())
-        elif result.token_id is not None:
+        if result.token_id is not None:
             self._accept_token(request, result.token_id, result.logprobs, now_s)
 
     def _emit_started_once(self, generation: Generation) -> None:

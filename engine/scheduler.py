@@ -149,6 +149,14 @@ class Scheduler:
             self.blocks.publish(request.blocks[index], request.block_hashes[index])
         request.num_published_blocks = max(num_full, request.num_published_blocks)
 
+    def withdraw(self, request: Request) -> None:
+        """Takes whatever was computed of a request whose numbers are not finite out of the prefix cache.
+
+        Attention multiplies the values of later tokens of a chunk by zero, and NaN stays NaN: keys and values of tokens
+        before the bad one may be bad, too, in blocks that others find who do not have it.
+        """
+        self.blocks.withdraw(request.block_hashes)
+
     def remove(self, request: Request) -> None:
         """Takes a request out, whatever its state, and gives back its blocks and its hold on the adapter pool."""
         if request.status is RequestStatus.RUNNING:

@@ -64,6 +64,19 @@ def test_first_block_of_a_content_stays_the_one_found() -> None:
     pool.check_integrity(2)
 
 
+def test_withdrawn_content_is_not_found_and_its_block_stays_held() -> None:
+    pool = BlockPool(2, 4)
+    first, second = pool.allocate(2) or []
+    pool.publish(first, b"1")
+    pool.publish(second, b"2")
+    pool.free([second])
+    pool.withdraw([b"2", b"unknown", b"1"])
+    assert (pool.find([b"1"]), pool.find([b"2"]), pool.num_free) == ([], [], 1)
+    pool.publish(first, b"1")
+    assert pool.find([b"1"]) == [first]
+    pool.check_integrity(1)
+
+
 def test_freeing_twice_is_a_bug_that_is_noticed() -> None:
     pool = BlockPool(2, 4)
     blocks = pool.allocate(1) or []
@@ -124,6 +137,11 @@ class BlockPoolMachine(RuleBasedStateMachine):
         for block in found:
             self.references[block] += 1
         return found
+
+    @rule(keys=st.lists(st.integers(0, 7), max_size=4))
+    def withdraw(self, keys: list[int]) -> None:
+        self.pool.withdraw([b"%d" % key for key in keys])
+        self.content = {content: block for content, block in self.content.items() if int(content) not in keys}
 
     @invariant()
     def agrees_with_the_model(self) -> None:
