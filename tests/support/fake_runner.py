@@ -12,6 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from typing import Any
 
+import pytest
 from delayed_copies import DelayedCopies
 from schedules import BLOCK_SIZE, as_made, make_scheduler
 
@@ -59,7 +60,7 @@ class FakeRunner:
     runs_ahead = False
 
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
-        raise AssertionError("it does not run ahead")
+        pytest.fail("it does not run ahead")
 
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
         self.batches.append(batch)
@@ -97,7 +98,8 @@ class FakeRunner:
                 # Nothing is left where they were: others may be written there in this very step.
                 moved = [self._rows.pop(change.source + row, None) for row in range(change.num_rows)]
                 for row, uid in enumerate(moved):
-                    assert uid is not None, "rows are moved that nobody wrote"
+                    if uid is None:
+                        pytest.fail("rows are moved that nobody wrote")
                     self._rows[change.target + row] = uid
             else:
                 self._write(change)
@@ -108,17 +110,17 @@ class FakeRunner:
 
     def _check(self, chunk: ScheduledChunk) -> None:
         request = chunk.request
-        assert chunk.num_tokens > 0
-        assert len(request.blocks) * BLOCK_SIZE >= chunk.end, "a chunk without blocks"
+        must(chunk.num_tokens > 0, "a chunk without tokens")
+        must(len(request.blocks) * BLOCK_SIZE >= chunk.end, "a chunk without blocks")
         states = _states(request)
         slots = [block * BLOCK_SIZE + offset for block in request.blocks for offset in range(BLOCK_SIZE)]
         for position in range(chunk.start):
-            assert self._slots.get(slots[position]) == states[position], f"foreign context at {position}"
+            must(self._slots.get(slots[position]) == states[position], f"foreign context at {position}")
         for position in range(chunk.start, chunk.end):
             self._slots[slots[position]] = states[position]
         for adapter, start in zip(request.generation.adapters, chunk.row_starts, strict=True):
             rows = {self._rows.get(start + row) for row in range(adapter.num_rows)}
-            assert rows == {adapter.uid}, f"the rows of {adapter.name} hold something else"
+            must(rows == {adapter.uid}, f"the rows of {adapter.name} hold something else")
 
     def _result(self, chunk: ScheduledChunk) -> ChunkResult:
         output = chunk.request.generation.params.output
@@ -131,6 +133,12 @@ class FakeRunner:
         token_id = self._choose(chunk.request)
         logprobs = None if output.logprobs is None or token_id is None else _logprobs(token_id)
         return ChunkResult(chunk, token_id, token_id is not None, logprobs, prompt)
+
+
+def must(condition: bool, message: str) -> None:
+    """Fails the test, also where an engine would make an InternalError of an AssertionError."""
+    if not condition:
+        pytest.fail(message)
 
 
 class EngineHarness:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from fake_runner import EOS, EngineHarness, FakeRunner, next_token
+from fake_runner import EOS, EngineHarness, FakeRunner, must, next_token
 
 from fusionserve.engine.chunk_result import ChunkResult
 from fusionserve.engine.fused_chunks import LateWeights
@@ -40,7 +40,8 @@ class LateRunner(FakeRunner):
         return super().execute(batch)
 
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None) -> LaunchedStep:
-        assert batch.chunks and not batch.pool_changes and not batch.copies
+        must(bool(batch.chunks), "an empty step is launched")
+        must(not batch.pool_changes and not batch.copies, "a step with changes to the pool is launched")
         assert before is None or isinstance(before, LateStep)
         step = LateStep(self, len(self.batches), batch, before)
         self.batches.append(batch)
@@ -109,10 +110,10 @@ class LateStep(LaunchedStep):
         late = {} if self._before is None else {r.chunk.request: r.token_id for r in self._before.results}
         for chunk, known in zip(self.batch.chunks, self._known, strict=True):
             if self._before is not None:
-                assert len(known.request.token_ids) == chunk.start, "a token that nobody has read was known"
+                must(len(known.request.token_ids) == chunk.start, "a token that nobody has read was known")
                 token_id = late[chunk.request]
                 known.request.token_ids.append(1 if token_id is None else token_id)
-            assert chunk.end == len(known.request.token_ids)
+            must(chunk.end == len(known.request.token_ids), "a chunk that does not end with the newest token")
             self.results.append(replace(self._runner.compute(known), chunk=chunk))
 
 
