@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers.models
 from tiny_models import CONFIGS, make_tiny_model, save_tiny_model
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import load_base_model
@@ -74,3 +78,33 @@ def test_experts_of_a_model_that_goes_to_a_gpu_stay(device: str) -> None:
     model = make_tiny_model(CONFIGS["mixtral"]())
     packed = bring_experts_into_panels(model, None, torch.device(device), HugePages())
     assert bool(packed) == any(isinstance(m, PanelExperts) for m in model.modules()) == (device == "cpu")
+
+
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_experts_of_other_code_stay(
+    bits: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a release of transformers may bring it under a name that is listed: a gate that is limited, say."""
+    if bits is not None and not has_quantized_product():
+        pytest.skip("the processor has no product of bytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = CONFIGS["mixtral"]()
+    config.update(sizes)
+    model, limited = (make_tiny_model(config).to(dtype) for _ in range(2))
+    assert bring_experts_into_panels(model, bits, torch.device("cpu"), HugePages())
+    assert not caplog.messages
+
+    def forward(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in range(experts.num_experts):
+            gate, up = functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            share = (weights * (chosen == expert)).sum(-1, keepdim=True)
+            y += functional.linear(functional.silu(gate.clamp(max=1)) * up, experts.down_proj[expert]) * share
+        return y
+
+    monkeypatch.setattr(MixtralExperts, "forward", forward)
+    assert not bring_experts_into_panels(limited, bits, torch.device("cpu"), HugePages())
+    assert not any(isinstance(module, PanelExperts) for module in limited.modules())
+    assert len(caplog.messages) == 1 and "MixtralExperts" in caplog.messages[0]
