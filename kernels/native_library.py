@@ -30,12 +30,13 @@ _FLAGS = (
     "-std=c++20",
     "-O3",
     "-march=native",
-    "-mprefer-vector-width=512",
     "-fPIC",
     "-fopenmp-simd",
     "-pthread",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Other processors' compilers do not know it.
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 _BUILD_PREFIX = "build-"
 _COMPILE_TIMEOUT_S = 120
@@ -49,7 +50,7 @@ def native_library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH) == "off":
         return None
     try:
-        library = ctypes.CDLL(str(_built_library()))
+        library = _load()
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("computing without native kernels, several times slower: %s", _why(error))
         return None
@@ -57,14 +58,17 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
-def _built_library() -> Path:
+def _load() -> ctypes.CDLL:
+    """Builds the library if it is not kept, or is kept damaged."""
     compiler = _compiler()
     path = _cache_folder() / f"native-{_key(compiler)}.so"
     if path.exists():
         _refuse_strangers(path)
-    else:
-        _build(compiler, path)
-    return path
+        with suppress(OSError):
+            return ctypes.CDLL(str(path))
+        path.unlink(missing_ok=True)
+    _build(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compiler() -> str:
@@ -75,7 +79,7 @@ def _compiler() -> str:
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Compiles to a temporary folder and moves the result, so that nobody loads half a library."""
+    """Compiles to a temporary folder and moves the result once it is on disk, so that nobody loads half a library."""
     _remove_abandoned(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_BUILD_PREFIX) as folder:
         objects = [f"{folder}/{source.stem}.o" for source in _units()]
@@ -87,7 +91,14 @@ def _build(compiler: str, path: Path) -> None:
             list(workers.map(compile_unit, _units(), objects))
         _run(compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
         os.chmod(f"{folder}/native.so", 0o700)
+        _flush(f"{folder}/native.so")
         os.replace(f"{folder}/native.so", path)
+
+
+def _flush(path: str) -> None:
+    """A machine that loses power behind the move would else find the name with nothing under it."""
+    with open(path, "rb") as file:
+        os.fsync(file)
 
 
 def _remove_abandoned(cache: Path) -> None:
@@ -127,11 +138,18 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "fusionserve"
+    root = os.environ.get("XDG_CACHE_HOME")
+    folder = (Path(root) if root else _home() / ".cache") / "fusionserve"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _refuse_strangers(folder)
     return folder
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # a user that the system does not list, as containers may have
+        raise FileNotFoundError("there is no folder to keep them in: set HOME or XDG_CACHE_HOME") from error
 
 
 def _refuse_strangers(path: Path) -> None:
@@ -142,7 +160,7 @@ def _refuse_strangers(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, subprocess.CalledProcessError) and error.stderr:
-        lines = str(error.stderr).strip().splitlines()
+    lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
+    if isinstance(error, subprocess.CalledProcessError) and lines:
         return f"the compiler failed: {next((line for line in lines if 'error' in line), lines[0])}"
     return str(error)

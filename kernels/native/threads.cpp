@@ -41,7 +41,8 @@ struct alignas(64) Queue {
     std::atomic<Index> end{0};
 };
 
-// The job at hand. Written only while its tickets show no pieces, so whoever claims a piece has read it whole.
+// The job at hand. Written only while its tickets show no pieces, so whoever claims a piece has read it whole: who reads the
+// next job's `end` finds tickets that were taken away before (the fence in `open`), and claims nothing by the last one's.
 struct Job {
     std::atomic<Piece> run{nullptr};
     std::atomic<const void*> work{nullptr};
@@ -112,6 +113,7 @@ private:
     // Shares the pieces out; returns to how many queues.
     int open(Piece run, const void* work, Index count) {
         const int num_queues = static_cast<int>(std::min<Index>({size(), MOST_QUEUES, count}));
+        std::atomic_thread_fence(std::memory_order_release);  // the last job's tickets go before this one's stores
         job_.run.store(run, std::memory_order_relaxed);
         job_.work.store(work, std::memory_order_relaxed);
         job_.num_queues.store(num_queues, std::memory_order_relaxed);
@@ -142,7 +144,7 @@ private:
             const Index piece = ticket & PIECE_MASK;
             const Piece run = job_.run.load(std::memory_order_relaxed);
             const void* work = job_.work.load(std::memory_order_relaxed);
-            if (piece >= queue.end.load(std::memory_order_relaxed)) break;
+            if (piece >= queue.end.load(std::memory_order_acquire)) break;
             if (!queue.ticket.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
             run(work, piece);
             ++num_done;

@@ -91,6 +91,47 @@ def test_compiler_that_fails_is_named(tmp_path: Path) -> None:
     assert "computing without native kernels" in found.stderr
 
 
+def test_compiler_that_fails_without_a_word_is_named(tmp_path: Path) -> None:
+    compiler = tmp_path / "silent-compiler"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho >&2\nexit 3\n')
+    compiler.chmod(0o700)
+    found = run(PRINT, tmp_path, CXX=str(compiler))
+    assert found.stdout == "False\n"
+    assert "computing without native kernels" in found.stderr and "exit status 3" in found.stderr
+
+
+def test_user_without_a_home_gets_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As containers run programs: by a number that the system does not list, and with no HOME."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert native_library.native_library.__wrapped__() is None
+    assert "set HOME or XDG_CACHE_HOME" in caplog.text
+
+
+def test_damaged_library_is_built_again(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "fusionserve").mkdir(mode=0o700)
+    copy = tmp_path / "fusionserve" / built.kept[0].name
+    copy.write_bytes(b"")
+    copy.chmod(0o700)
+    assert run(PRINT, tmp_path, CXX=str(built.compiler)).stdout == "True\n"
+    assert copy.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("machine", "is_told"), [("x86_64", True), ("aarch64", False)])
+def test_width_of_vectors_is_told_to_the_compilers_that_know_it(machine: str, is_told: bool) -> None:
+    script = (
+        f"import platform; platform.machine = lambda: {machine!r}; "
+        "from fusionserve.kernels.native_library import _FLAGS; print('-mprefer-vector-width=512' in _FLAGS)"
+    )
+    assert run(script, Path("unused")).stdout == f"{is_told}\n"
+
+
 def test_library_that_others_may_write_is_not_loaded(built: Built, tmp_path: Path) -> None:
     (tmp_path / "fusionserve").mkdir(mode=0o700)
     copy = Path(shutil.copy(built.kept[0], tmp_path / "fusionserve"))
