@@ -1,6 +1,5 @@
 """A run that is killed goes on from its last complete checkpoint and comes to what it would have come to."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_training import (
@@ -20,13 +20,15 @@ from tiny_training import (
     write_member,
     write_texts,
 )
+from torch import Tensor
 
 from fusionserve.errors import TrainingError
 from fusionserve.training import checkpoints
+from fusionserve.training.adaptation_trainer import AdaptationTrainer
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.checkpoints import mark_complete, prepare_work_dir, remove_work_dir
 from fusionserve.training.fusion_training import train_fusion
-from fusionserve.training.training_summary import SUMMARY_FILE
+from fusionserve.training.training_summary import TrainingSummary
 from fusionserve.training_config import DataConfig
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,15 +37,17 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 FUSIONSERVE = Path(sys.executable).with_name("fusionserve")
+NUM_STEPS, INTERVAL = 24, 4
+SCORE_DROPOUT = 0.2  # so that the state of the random numbers counts
 SETTINGS = {
-    "steps": 40,
+    "steps": NUM_STEPS,
     "batch-rows": 4,
     "max-tokens": 32,
     "d-key": 8,
     "learning-rate": 0.02,
-    "eval-steps": 4,
+    "eval-steps": INTERVAL,
+    "score-dropout": SCORE_DROPOUT,
 }
-SETTINGS |= {"score-dropout": 0.2}  # so that the state of the random numbers counts
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,26 @@ def start(root: Path, out: str, *flags: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def complete_steps(work_dir: Path) -> list[int]:
+    return [int(marker.parent.name.split("-")[1]) for marker in work_dir.glob("checkpoint-*/complete.json")]
+
+
+def steps_from_here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are trained from here on, by their number."""
+    steps, train = list[int](), AdaptationTrainer.training_step
+
+    def note(trainer: AdaptationTrainer, *arguments: Any, **options: Any) -> Tensor:
+        steps.append(trainer.state.global_step)
+        return train(trainer, *arguments, **options)
+
+    monkeypatch.setattr(AdaptationTrainer, "training_step", note)
+    return steps
+
+
+def losses_of(summary: TrainingSummary) -> list[float]:
+    return [entry["loss"] for entry in summary.history if "loss" in entry]
+
+
 def test_a_run_does_not_go_on_with_other_members(root: Path, tmp_path: Path) -> None:
     members = {name: write_member(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))}
     run = fusion_run(root, root / "both.jsonl", members, keep_checkpoints=True, out=tmp_path / "mix")
@@ -77,7 +101,7 @@ def test_a_run_does_not_go_on_with_other_members(root: Path, tmp_path: Path) -> 
         train_fusion(replace(run, out=tmp_path / "mix", resume=True))
 
 
-def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_loss(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start(root, "killed")
     deadline_s = time.monotonic() + 60
     while not (root / "killed.work" / "checkpoint-8" / "complete.json").exists():
@@ -88,25 +112,31 @@ def test_a_killed_run_resumes_to_the_same_loss(root: Path) -> None:
     process.wait()
     process.stdout.close()  # type: ignore[union-attr]
     assert not (root / "killed").exists()
-    assert not (root / "killed.work" / f"checkpoint-{SETTINGS['steps']}").exists()
+    newest = max(complete_steps(root / "killed.work"))
+    assert newest < NUM_STEPS
 
-    resumed = start(root, "killed", "--resume")
-    printed = resumed.communicate(timeout=100)[0].decode()
-    assert resumed.returncode == 0, printed
-    config = optimization(SETTINGS["steps"], eval_steps=SETTINGS["eval-steps"])  # type: ignore[arg-type]
-    run = fusion_run(root, root / "both.jsonl", {"m1": root / "m1", "m2": root / "m2"}, score_dropout=0.2)
-    whole = train_fusion(replace(run, optimization=config, out=root / "whole"))
-    found = json.loads((root / "killed" / SUMMARY_FILE).read_text())
-    assert found["steps"] == whole.steps == SETTINGS["steps"]
-    assert found["held_out_loss"] == pytest.approx(whole.held_out_loss, rel=1e-4)
-    losses = [entry["loss"] for entry in whole.history if "loss" in entry]
-    assert [entry["loss"] for entry in found["history"] if "loss" in entry] == pytest.approx(losses, rel=1e-3)
+    run = fusion_run(
+        root,
+        root / "both.jsonl",
+        {"m1": root / "m1", "m2": root / "m2"},
+        score_dropout=SCORE_DROPOUT,
+        optimization=optimization(NUM_STEPS, eval_steps=INTERVAL),
+    )
+    whole = train_fusion(replace(run, out=root / "whole"))
+    steps = steps_from_here(monkeypatch)
+    found = train_fusion(replace(run, out=root / "killed", resume=True))
+    assert steps == list(range(newest, NUM_STEPS))
+    assert found.steps == whole.steps == NUM_STEPS
+    assert found.held_out_loss == pytest.approx(whole.held_out_loss, rel=1e-4)
+    assert losses_of(found) == pytest.approx(losses_of(whole), rel=1e-3)
 
 
-def test_a_run_killed_behind_its_last_step_only_writes(root: Path) -> None:
+def test_a_run_killed_behind_its_last_step_only_writes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = adapter_run(root, root / "both.jsonl", keep_checkpoints=True)
     whole = train_adapter(run)
+    steps = steps_from_here(monkeypatch)
     resumed = train_adapter(replace(run, resume=True))
+    assert not steps
     assert resumed.steps == whole.steps
     assert resumed.held_out_loss == whole.held_out_loss
     assert resumed.seconds >= whole.seconds - 0.2
@@ -114,7 +144,9 @@ def test_a_run_killed_behind_its_last_step_only_writes(root: Path) -> None:
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
-def test_a_run_that_ended_early_goes_no_further(root: Path, tmp_path: Path, is_moved: bool) -> None:
+def test_a_run_that_ended_early_goes_no_further(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_moved: bool
+) -> None:
     """Its patience was out at the last checkpoint; what was best lies in the folder, wherever that is by now."""
     quick = optimization(40, learning_rate=0.3, eval_steps=2, patience=1)
     run = adapter_run(
@@ -125,7 +157,9 @@ def test_a_run_that_ended_early_goes_no_further(root: Path, tmp_path: Path, is_m
     if is_moved:
         run.checkpoints.rename(tmp_path / "b.work")
         run = replace(run, out=tmp_path / "b")
+    steps = steps_from_here(monkeypatch)
     resumed = train_adapter(replace(run, resume=True))
+    assert not steps
     assert (resumed.steps, resumed.best_step) == (whole.steps, whole.best_step)
     assert resumed.held_out_loss == whole.held_out_loss
 

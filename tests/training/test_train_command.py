@@ -44,6 +44,14 @@ def test_without_flags_a_run_has_the_defaults(data: str, tmp_path: Path) -> None
     )
 
 
+def test_resume_is_asked_for_by_a_flag(data: str, tmp_path: Path) -> None:
+    flags = ("--data", data, "--out", str(tmp_path / "out"))
+    assert [to_adapter_run(values("adapter", *flags, *more)).resume for more in ((), ("--resume",))] == [
+        False,
+        True,
+    ]
+
+
 def test_members_are_found_by_name_or_path(data: str, tmp_path: Path) -> None:
     flags = ("--member", NAMES[0], "--member", f"other={EMBEDDED_ADAPTERS / NAMES[1]}", "--value", "diagonal")
     run = to_fusion_run(values("fusion", "--data", data, "--out", str(tmp_path / "mix"), *flags))
