@@ -1,12 +1,15 @@
-"""Compiles what `kernels/device` launches for a Hopper GPU, which needs no GPU, and prints each kernel's name.
+"""Compiles what `kernels/device` launches for a Hopper GPU, which needs no GPU.
 
-To be run by itself, without TRITON_INTERPRET: the interpreter takes much that the compiler refuses.
+Prints a line per kernel: its name, variants, and the most bytes of shared memory that one takes. A program that takes
+more than a multiprocessor gives would fail when it is launched, and fails here. To be run by itself, without
+TRITON_INTERPRET: the interpreter takes much that the compiler refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,15 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fusionserve.kernels.activations import Activation
-from fusionserve.kernels.device import (
-    few_bits_kernels,
-    member_kernels,
-    paged_kernels,
-    paged_launch,
-    pointwise_kernels,
-    pointwise_launch,
-    rank_kernels,
-)
+from fusionserve.kernels.device import paged_launch, pointwise_launch
 from fusionserve.kernels.device.group_parts import GroupParts
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
 from fusionserve.kernels.paged_attention import AttentionOptions
@@ -31,7 +26,24 @@ from fusionserve.kernels.segments import PartRows
 from fusionserve.kernels.tiled_linear import TiledLinear
 
 _HOPPER = GPUTarget("cuda", 90, 32)
-_HIDDEN, _INNER, _HEADS, _KV_HEADS, _DIM = 2048, 5632, 16, 4, 128
+_MAX_SHARED_BYTES = 232_448  # of a program
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a model's layers."""
+
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+    vocab: int
+
+
+LLAMA_3_8B = Shape(4096, 14336, 32, 8, 128, 128256)
+QWEN_2_5_05B = Shape(896, 4864, 14, 2, 64, 151936)
+GEMMA_3_1B = Shape(1152, 6912, 4, 1, 256, 262145)  # with a token that somebody added
 
 
 class _Driver:
@@ -48,19 +60,26 @@ class _Driver:
 
 
 @contextmanager
-def compiling_only() -> Iterator[set[str]]:
-    """Launches in the block compile and do not run; the names of their kernels."""
-    launched: set[str] = set()
+def compiling_only() -> Iterator[dict[str, dict[str, int]]]:
+    """Launches in the block compile and do not run; by kernel the shared bytes of each variant.
+
+    Raises MemoryError for a variant that takes too many.
+    """
+    shared: dict[str, dict[str, int]] = {}
     run = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: object, **options: object) -> object:
-        launched.add(kernel.__name__)
-        return run(kernel, *args, **{**options, "warmup": True})
+        compiled = run(kernel, *args, **{**options, "warmup": True})
+        num_bytes = compiled.metadata.shared
+        if num_bytes > _MAX_SHARED_BYTES:
+            raise MemoryError(f"{kernel.__name__} takes {num_bytes} bytes of shared memory")
+        shared.setdefault(kernel.__name__, {})[compiled.hash] = num_bytes
+        return compiled
 
     driver.set_active(_Driver())
     JITFunction.run = compile_only
     try:
-        yield launched
+        yield shared
     finally:
         JITFunction.run = run
 
@@ -70,36 +89,39 @@ def number(*shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_pointwise(num_tokens: int) -> None:
+def launch_pointwise(shape: Shape, num_tokens: int) -> None:
     """Norm, gate and rotation."""
-    x, wide = number(num_tokens, _HIDDEN), number(_HIDDEN, dtype=torch.float32)
-    for weight, bias in ((number(_HIDDEN), None), (wide, None), (wide, wide)):
+    x, wide = number(num_tokens, shape.hidden), number(shape.hidden, dtype=torch.float32)
+    for weight, bias in ((number(shape.hidden), None), (wide, None), (wide, wide)):
         pointwise_launch.normalize(x, weight, bias, 1e-5)
     for activation in Activation:
-        pointwise_launch.gated_product(activation, number(num_tokens, _INNER), number(num_tokens, _INNER))
-    heads, cache = number(num_tokens, _KV_HEADS, _DIM), number(64, _KV_HEADS, _DIM)
-    query, slots = number(num_tokens, _HEADS, _DIM), number(num_tokens, dtype=torch.long)
-    for turned in (_DIM, _DIM // 2, 0):
+        pointwise_launch.gated_product(
+            activation, number(num_tokens, shape.inner), number(num_tokens, shape.inner)
+        )
+    heads, cache = number(num_tokens, shape.kv_heads, shape.dim), number(64, shape.kv_heads, shape.dim)
+    query, slots = number(num_tokens, shape.heads, shape.dim), number(num_tokens, dtype=torch.long)
+    for turned in (shape.dim, shape.dim // 2, 0):
         angles = number(num_tokens, turned, dtype=torch.float32)
         for by_neighbours in (False, True):
             arguments = query, heads, heads, cache, cache, angles, angles, slots
             pointwise_launch.rotate_and_store(*arguments, by_neighbours=by_neighbours)
 
 
-def launch_attention(count: int) -> None:
+def launch_attention(shape: Shape, count: int) -> None:
     """Single tokens and chunks; so many tokens, tiles and blocks of a request."""
-    query, cache = number(count, _HEADS, _DIM), number(640, _KV_HEADS, _DIM)
-    for tokens in (1, paged_launch.chunk_tokens(_HEADS, _KV_HEADS)):
+    query, cache = number(count, shape.heads, shape.dim), number(640, shape.kv_heads, shape.dim)
+    for tokens in (1, paged_launch.chunk_tokens(shape.heads, shape.kv_heads)):
         tables = paged_launch.QueryTables(
             number(count, 4, dtype=torch.int32), number(count, count, dtype=torch.int32), tokens
         )
-        sinks = number(_HEADS, dtype=torch.float32)
+        sinks = number(shape.heads, dtype=torch.float32)
         windowed = AttentionOptions(0.1, sliding_window=64, softcap=30.0)
         for options in (AttentionOptions(0.1), windowed, AttentionOptions(0.1, sinks=sinks)):
-            paged_launch.attend_(query, cache, cache, tables, 16, options, number(count, _HEADS, _DIM))
+            output = torch.empty_like(query)
+            paged_launch.attend_(query, cache, cache, tables, 16, options, output)
 
 
-def launch_rank_items(count: int) -> None:
+def launch_rank_items(shape: Shape, count: int) -> None:
     """Shrink, the attention of fusions, expand; and embeddings. So many items and fused tokens."""
     sizes = {
         "tiles": (4, 4),
@@ -109,33 +131,46 @@ def launch_rank_items(count: int) -> None:
         "attends": (2, 3),
     }
     tables = RankTables(
-        **{name: number(*shape, dtype=torch.int32) for name, shape in sizes.items()},
+        **{name: number(*size, dtype=torch.int32) for name, size in sizes.items()},
         given=number(count, BLOCK, BLOCK, dtype=torch.float32),
         fused=number(count, 4, dtype=torch.long),
         present=number(2, 3, dtype=torch.long),
     )
     ids = {"q": 0, "k": 1, "v": 2}
-    for d_in, places in ((_HIDDEN, 3), (_INNER, 1)):
-        parts = [PartRows(number(256, d_in), number(256), number(256, _HIDDEN)) for _ in range(places)]
+    for d_in, d_out, places in (
+        (shape.hidden, shape.hidden, 3),
+        (shape.inner, shape.hidden, 1),
+        (shape.hidden, shape.vocab, 1),
+    ):
+        parts = [PartRows(number(256, d_in), number(256), number(256, d_out)) for _ in range(places)]
         for width in (0, 4):
             items = RankItems(tables, number(0), module_ids=ids, fusion_width=width)
-            outputs = [number(9, _HIDDEN) for _ in range(places)]
+            outputs = [number(9, d_out) for _ in range(places)]
             items.add_(number(9, d_in), GroupParts(parts, range(places)), outputs)
-    embedded = PartRows(number(256, 32000), number(256), number(256, _HIDDEN))
-    items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), number(9, _HIDDEN), 1.0)
+    embedded = PartRows(number(256, shape.vocab), number(256), number(256, shape.hidden))
+    output = number(9, shape.hidden)
+    items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), output, 1.0)
 
 
-def launch_few_bits(*counts: int) -> None:
+def launch_layer(shape: Shape, count: int) -> None:
+    """All of a layer in full, with adapters, for so many of whatever is counted."""
+    launch_pointwise(shape, count)
+    launch_attention(shape, count)
+    launch_rank_items(shape, count)
+
+
+def launch_few_bits(shape: Shape, *counts: int) -> None:
     """Products of one module and of three, with and without bias, of so many tokens."""
+    kv_width = shape.kv_heads * shape.dim
     for bits in (8, 4):
-        for d_outs, has_bias in (((_HIDDEN,), False), ((_HIDDEN, 512, 512), True)):
-            modules = [tiled_linear(_INNER, d_out, bits, has_bias=has_bias) for d_out in d_outs]
+        for d_outs, has_bias in (((shape.hidden,), False), ((shape.hidden, kv_width, kv_width), True)):
+            modules = [tiled_linear(shape.inner, d_out, bits, has_bias=has_bias) for d_out in d_outs]
             product = TiledLinear.product(modules)
             for num_tokens in counts:
-                x = number(num_tokens, _INNER)
+                x = number(num_tokens, shape.inner)
                 product(x)
                 if len(modules) == 1:
-                    product.add_(x, number(num_tokens, _HIDDEN))
+                    product.add_(x, number(num_tokens, shape.hidden))
 
 
 def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLinear:
@@ -148,28 +183,22 @@ def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLi
     )
 
 
-def num_variants() -> int:
-    """Compiled so far, of all kernels."""
-    modules = member_kernels, paged_kernels, pointwise_kernels, rank_kernels, few_bits_kernels
-    kernels = {k for module in modules for k in vars(module).values() if isinstance(k, JITFunction)}
-    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
-
-
 if __name__ == "__main__":
-    with compiling_only() as launched:
-        for dtype in (torch.bfloat16, torch.float32):
+    with compiling_only() as shared:
+        for dtype, shapes in (
+            (torch.bfloat16, (LLAMA_3_8B, QWEN_2_5_05B, GEMMA_3_1B)),
+            (torch.float32, (QWEN_2_5_05B,)),  # of wide heads a kernel takes the compiler 13 s
+        ):
             torch.set_default_dtype(dtype)
-            for launch in (launch_pointwise, launch_attention, launch_rank_items):
-                launch(3)
+            for shape in shapes:
+                launch_layer(shape, 3)
         torch.set_default_dtype(torch.bfloat16)
-        launch_few_bits(1, 20, 64, 4096)
-        before = num_variants()
+        launch_few_bits(LLAMA_3_8B, 1, 20, 64, 4096)
+        before = {name: len(variants) for name, variants in shared.items()}
         for count in (1, 16):  # the numbers that Triton has variants for
-            launch_pointwise(count)
-            launch_attention(count)
-            launch_rank_items(count)
-        launch_few_bits(16, 21, 72, 4099)
-        assert num_variants() == before, (
-            f"{num_variants() - before} variants more, by numbers of tokens or items"
-        )
-    print(*sorted(launched))
+            launch_layer(LLAMA_3_8B, count)
+        launch_few_bits(LLAMA_3_8B, 16, 21, 72, 4099)
+        more = {name for name, variants in shared.items() if len(variants) > before[name]}
+        assert not more, f"variants by numbers of tokens or items: {more}"
+    for name, variants in sorted(shared.items()):
+        print(name, len(variants), max(variants.values()))
