@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from fusionserve.adapters.artifact_directory import (
     open_directory,
 )
 from fusionserve.errors import NotFoundError
+from fusionserve.limits import RESERVED_NAMES
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ class ArtifactSources:
         self._roots = roots
         self._config_file = config_file
         self._known: dict[str, ArtifactSource] = {}
+        self._told: set[str] = set()  # reserved names that were logged
 
     def known(self, name: str) -> ArtifactSource | None:
         """Where the name was loaded from last."""
@@ -76,9 +81,15 @@ class ArtifactSources:
         return found
 
     def names_on_disk(self) -> set[str]:
-        """The names under the roots. Reads."""
+        """The names under the roots. Reads, and logs those that cannot be loaded because they are reserved, once."""
         names: set[str] = set()
         for root in self._roots:
             with suppress(NotFoundError):  # a root that was removed has none
                 names.update(list_artifact_names(root, self._config_file))
-        return names
+        self._tell_of(names & RESERVED_NAMES)
+        return names - RESERVED_NAMES
+
+    def _tell_of(self, reserved: set[str]) -> None:
+        for name in sorted(reserved - self._told):
+            _log.warning("%s is a reserved name: what is in the folder of that name cannot be loaded", name)
+        self._told |= reserved

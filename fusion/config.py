@@ -22,7 +22,7 @@ from fusionserve.adapters.artifact_errors import quoted
 from fusionserve.adapters.strict_json import StrictJsonError, parse_json_object
 from fusionserve.artifact_folders import FUSION_CONFIG
 from fusionserve.errors import ArtifactError
-from fusionserve.limits import is_name
+from fusionserve.limits import is_artifact_name
 
 FORMAT_VERSION = 1
 MAX_CONFIG_BYTES = 1 << 20
@@ -188,7 +188,7 @@ def _to_member(item: object) -> FusionMember:
     fields = _Fields("members.", item)
     member = FusionMember(fields.take("name", str), fields.take("sha256", str))
     fields.refuse_rest()
-    if not is_name(member.name):
+    if not is_artifact_name(member.name):
         raise _malformed(f"a member is named {quoted(member.name)}, which no adapter can be")
     if not _DIGEST.fullmatch(member.digest):
         raise _malformed(f"the sha256 of member {member.name} is not 64 hexadecimal digits")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+# What the base is called among flows and a fusion's weights, and in metrics all that has no label of its own.
+RESERVED_NAMES = frozenset({"base", "other"})
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 MAX_REQUEST_ID_LENGTH = 128
 MAX_PATH_LENGTH = 1024
@@ -29,8 +31,13 @@ MAX_PRIORITY = 1000
 
 
 def is_name(text: str) -> bool:
-    """True if `text` may name an adapter: 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit, no "..".
+    """True if `text` has the form of a name: 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit, no "..".
 
     The form leaves no room for a path separator, a parent folder or an escape sequence.
     """
     return NAME_PATTERN.fullmatch(text) is not None and ".." not in text
+
+
+def is_artifact_name(text: str) -> bool:
+    """True if `text` may name an adapter or a fusion: a name that is not reserved."""
+    return is_name(text) and text not in RESERVED_NAMES

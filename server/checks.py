@@ -7,7 +7,7 @@ import re
 from collections.abc import Sized
 
 from fusionserve.errors import InvalidRequestError
-from fusionserve.limits import MAX_PATH_LENGTH, MAX_PATH_PARTS, is_name
+from fusionserve.limits import MAX_PATH_LENGTH, MAX_PATH_PARTS, is_artifact_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -61,10 +61,11 @@ def check_length(field: str, text: str, low: int, high: int) -> None:
 
 
 def check_name(field: str, name: str, what: str = "adapter") -> None:
-    """Raises ADAPTER_ID_INVALID, or FUSION_ID_INVALID, unless `name` has the form of a name."""
-    if not is_name(name):
+    """Raises ADAPTER_ID_INVALID, or FUSION_ID_INVALID, unless `name` may be one's name."""
+    if not is_artifact_name(name):
         raise InvalidRequestError(
-            f"{field} must be 1 to 63 of a-z 0-9 . _ -, start with a letter or digit and have no double dot",
+            f"{field} must be 1 to 63 of a-z 0-9 . _ -, start with a letter or digit, have no double dot, "
+            "and be neither base nor other, which are reserved",
             field=field,
             reason=f"{what.upper()}_ID_INVALID",
         )

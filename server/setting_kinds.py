@@ -11,7 +11,7 @@ from typing import Any
 
 from fusionserve.artifact_folders import ADAPTER_CONFIG, FUSION_CONFIG
 from fusionserve.errors import StartupError
-from fusionserve.limits import is_name
+from fusionserve.limits import RESERVED_NAMES, is_name
 from fusionserve.server.listen_address import ListenAddress
 
 SIZE_UNITS = {
@@ -215,6 +215,8 @@ def _parse_named(text: str, what: str, config_file: str) -> tuple[str, Path]:
         raise ValueError(f"{text!r} is not NAME=PATH")
     if not is_name(name):
         raise ValueError(f"{name!r} is not a name: 1 to 63 of a-z 0-9 . _ -, starting with a letter or digit")
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is a reserved name")
     folder = parse_folder(path)
     if not (folder / config_file).is_file():
         raise ValueError(f"{path!r} is not {what} folder: it has no {config_file}")

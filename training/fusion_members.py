@@ -11,7 +11,7 @@ from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.errors import FusionServeError, TrainingError
 from fusionserve.fusion.config import FusionConfig, FusionMember, Scope, ValueKind, parse_fusion_config
 from fusionserve.fusion.loader import check_members
-from fusionserve.limits import is_name
+from fusionserve.limits import is_artifact_name
 from fusionserve.training.adapter_reading import read_adapter
 from fusionserve.training.frozen_base import FrozenBase
 from fusionserve.training_config import FusionRun
@@ -69,12 +69,12 @@ def _check_names(run: FusionRun) -> None:
     if not names:
         raise TrainingError("a fusion needs members; name them with --member NAME=PATH")
     for name in (run.name, *names):
-        if not is_name(name):
-            raise TrainingError(f"{name!r} is not a name: 1 to 63 of a-z 0-9 . _ -")
+        if not is_artifact_name(name):
+            raise TrainingError(
+                f"{name!r} is not a name: 1 to 63 of a-z 0-9 . _ -, and neither base nor other"
+            )
     if len(set(names)) != len(names):
         raise TrainingError("a member is named twice")
-    if run.base_member and "base" in names:
-        raise TrainingError("a member is named base, as the base member is")
 
 
 def _choose_modules(run: FusionRun, base: FrozenBase, members: Sequence[LoRAWeights]) -> tuple[str, ...]:

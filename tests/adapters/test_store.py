@@ -280,6 +280,16 @@ async def test_statuses_list_all_that_is_loaded_or_on_disk(disk: Disk, store: Ad
     store.registry.release([*leased, *await lease])
 
 
+async def test_reserved_name_on_disk_is_told_of_once_and_not_listed(
+    disk: Disk, store: AdapterStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "base", "other"):
+        disk.write(name)
+    for _ in range(2):
+        assert [status.name for status in await store.statuses(frozenset())] == ["a"]
+    assert [caplog.text.count(f"{name} is a reserved name") for name in ("base", "other")] == [1, 1]
+
+
 async def test_unload_waits_for_leases_and_survives_its_callers_departure(
     disk: Disk, store: AdapterStore
 ) -> None:

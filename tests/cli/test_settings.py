@@ -105,6 +105,12 @@ def test_flag_wins_over_environment_over_file_over_default(
     assert (found["prefix-cache"], found["listen"], found["drain-grace"]) == (False, "localhost:1", 30.0)
 
 
+@pytest.mark.parametrize("name", ["base", "other"])
+def test_reserved_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' is a reserved name"):
+        values("--adapter", f"{name}={adapter_folder(tmp_path / name)}")
+
+
 def test_file_may_have_lists_and_mappings(tmp_path: Path) -> None:
     adapter = adapter_folder(tmp_path / "one")
     file = tmp_path / "serve.yaml"

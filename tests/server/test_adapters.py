@@ -42,7 +42,7 @@ async def test_name_in_use_needs_replace(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "../x", "a/../../b", ".", "..", "~", "%2e%2e", "A", "x" * 64, MODEL_NAME]
+    "name", ["", "../x", "a/../../b", ".", "..", "~", "%2e%2e", "A", "x" * 64, MODEL_NAME, "base", "other"]
 )
 async def test_impossible_name_is_refused(served: Served, name: str) -> None:
     failure = await refused(served.adapters.LoadAdapter(pb.LoadAdapterRequest(name=name)))
@@ -52,8 +52,9 @@ async def test_impossible_name_is_refused(served: Served, name: str) -> None:
 
 @pytest.mark.parametrize("method", ["GetAdapter", "UnloadAdapter"])
 async def test_every_method_checks_the_name(served: Served, method: str) -> None:
-    failure = await refused(getattr(served.adapters, method)(getattr(pb, f"{method}Request")(name="../x")))
-    assert failure.reason == "ADAPTER_ID_INVALID"
+    for name in ("../x", "other"):
+        failure = await refused(getattr(served.adapters, method)(getattr(pb, f"{method}Request")(name=name)))
+        assert failure.reason == "ADAPTER_ID_INVALID"
 
 
 @pytest.mark.parametrize(

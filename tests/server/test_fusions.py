@@ -61,6 +61,7 @@ async def test_names_and_paths_are_checked(served: Served) -> None:
     stub = served.adapters
     invalid = ("INVALID_ARGUMENT", "FUSION_ID_INVALID")
     assert await refused(stub.LoadFusion(pb.LoadFusionRequest(name=MODEL_NAME))) == invalid
+    assert await refused(stub.LoadFusion(pb.LoadFusionRequest(name="other"))) == invalid
     assert await refused(stub.GetFusion(pb.GetFusionRequest(name="../x"))) == invalid
     assert await refused(stub.UnloadFusion(pb.UnloadFusionRequest(name=""))) == invalid
     path = await refused(stub.LoadFusion(pb.LoadFusionRequest(name="duo", path="a/../b")))

@@ -104,6 +104,9 @@ REFUSED = [
         for name in ("../x", "/etc", ".", "..", "~", "A")
     ),
     *((adapter(name), "adapter.name", "ADAPTER_ID_INVALID") for name in ("a..b", "%2e%2e", "x" * 64, "a\n")),
+    *((adapter(name), "adapter.name", "ADAPTER_ID_INVALID") for name in ("base", "other")),
+    (blend(("a", 1), ("base", 1)), "blend.members[1].name", "ADAPTER_ID_INVALID"),
+    (fusion("other"), "fusion.name", "FUSION_ID_INVALID"),
     (adapter("a", scale=NAN), "adapter.scale", "NOT_FINITE"),
     (adapter("a", scale=-101), "adapter.scale", "OUT_OF_RANGE"),
     (blend(), "blend.members", "BLEND_EMPTY"),

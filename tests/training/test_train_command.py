@@ -53,12 +53,19 @@ def test_resume_is_asked_for_by_a_flag(data: str, tmp_path: Path) -> None:
 
 
 def test_members_are_found_by_name_or_path(data: str, tmp_path: Path) -> None:
-    flags = ("--member", NAMES[0], "--member", f"other={EMBEDDED_ADAPTERS / NAMES[1]}", "--value", "diagonal")
+    flags = (
+        "--member",
+        NAMES[0],
+        "--member",
+        f"another={EMBEDDED_ADAPTERS / NAMES[1]}",
+        "--value",
+        "diagonal",
+    )
     run = to_fusion_run(values("fusion", "--data", data, "--out", str(tmp_path / "mix"), *flags))
     assert run == FusionRun(
         name="mix",
         out=tmp_path / "mix",
-        members=((NAMES[0], EMBEDDED_ADAPTERS / NAMES[0]), ("other", EMBEDDED_ADAPTERS / NAMES[1])),
+        members=((NAMES[0], EMBEDDED_ADAPTERS / NAMES[0]), ("another", EMBEDDED_ADAPTERS / NAMES[1])),
         value="diagonal",
         data=DataConfig(train=(Path(data),)),
         optimization=OptimizationConfig(learning_rate=1e-3),
