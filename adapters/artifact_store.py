@@ -58,12 +58,13 @@ class _Wish:
 _ON_DEMAND = _Wish()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Flight(Generic[L]):
-    """A load under way."""
+    """A load under way; anybody can ask for a name, so it stands for something once its source `is_found`."""
 
     wish: _Wish
     task: asyncio.Task[L]
+    is_found: bool = False
 
 
 class ArtifactStore(ABC, Generic[C, L, S]):
@@ -187,7 +188,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         entry = self.registry.get(name)
         if entry is not None:
             return self._to_status(entry, device_uids)
-        if name in self._loads or self._sources.is_elsewhere(name) or name in await self._list():
+        if name in self._loading() or self._sources.is_elsewhere(name) or name in await self._list():
             return self._on_disk(name)
         raise self._unknown(name)
 
@@ -195,7 +196,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """All names, loaded and on disk, sorted by name. Raises UnavailableError."""
         on_disk = await self._list()
         loaded = {e.loaded.name: self._to_status(e, device_uids) for e in self.registry.entries()}
-        names = {*loaded, *self._loads, *self._sources.elsewhere(), *on_disk}
+        names = {*loaded, *self._loading(), *self._sources.elsewhere(), *on_disk}
         return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
 
     async def close(self, grace_s: float) -> None:
@@ -283,6 +284,9 @@ class ArtifactStore(ABC, Generic[C, L, S]):
 
     async def _find_and_read(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
         found = await self._find(name, wish)
+        flight = self._loads.get(name)
+        if flight is not None and flight.wish is wish:  # else it has taken too long, and nobody waits
+            flight.is_found = True
         try:
             return found, await self._read(name, found)
         except NotFoundError:
@@ -320,6 +324,10 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             return await self._listing.names()
         except TimeoutError:
             raise self._too_slow(f"the {self._noun} folders", "listed") from None
+
+    def _loading(self) -> set[str]:
+        """The names that are being read."""
+        return {name for name, flight in self._loads.items() if flight.is_found}
 
     def _on_disk(self, name: str) -> S:
         return self._to_unloaded_status(name, is_loading=name in self._loads)

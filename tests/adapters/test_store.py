@@ -15,6 +15,7 @@ from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
 from fusionserve.adapters import artifact_sources
 from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.artifact_sources import ArtifactSources
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.artifact_folders import ADAPTER_CONFIG
@@ -278,6 +279,44 @@ async def test_statuses_list_all_that_is_loaded_or_on_disk(disk: Disk, store: Ad
     with pytest.raises(NotFoundError):
         await store.status("nobody", frozenset())
     store.registry.release([*leased, *await lease])
+
+
+async def test_name_that_is_asked_for_and_not_there_is_not_loading(
+    disk: Disk, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, gate = threading.Event(), threading.Event()
+    find = ArtifactSources.root_of
+
+    def find_late(sources: ArtifactSources, path: str) -> Path | None:
+        looking.set()
+        assert gate.wait(20)
+        return find(sources, path)
+
+    monkeypatch.setattr(ArtifactSources, "root_of", find_late)
+    lease = asyncio.create_task(store.lease(["nobody"]))
+    await asyncio.to_thread(looking.wait, 10)
+    try:
+        with pytest.raises(NotFoundError):
+            await store.status("nobody", frozenset())
+        assert await store.statuses(frozenset()) == []
+    finally:
+        gate.set()
+    with pytest.raises(NotFoundError):
+        await lease
+
+
+async def test_adapter_from_another_folder_is_loading_once_it_is_found(
+    disk: Disk, store: AdapterStore
+) -> None:
+    disk.write("folder")
+    disk.gate.clear()
+    load = asyncio.create_task(store.load("a", "folder", pin=False, replace=False))
+    await reading(disk, 1)
+    states = [(status.name, status.state) for status in await store.statuses(frozenset())]
+    assert states == [("a", AdapterState.LOADING), ("folder", AdapterState.AVAILABLE)]
+    assert (await store.status("a", frozenset())).state is AdapterState.LOADING
+    disk.gate.set()
+    await load
 
 
 async def test_reserved_name_on_disk_is_told_of_once_and_not_listed(
