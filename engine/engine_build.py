@@ -9,6 +9,7 @@ from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.block_pool import BlockPool
+from fusionserve.engine.cache_budget import cache_budget
 from fusionserve.engine.cache_memory import CacheMemory
 from fusionserve.engine.engine import Engine
 from fusionserve.engine.fusion_metrics import FusionMetrics
@@ -32,7 +33,7 @@ def build_engine(
     num_blocks = num_cache_blocks(
         base,
         block_size=config.block_size,
-        budget_bytes=config.kv_cache_bytes,
+        budget_bytes=cache_budget(config, base),
         max_requests=config.max_batch_requests,
     )
     metrics.BASE_WEIGHT_BYTES.set(base.weight_bytes)

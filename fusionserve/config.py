@@ -43,7 +43,7 @@ class EngineConfig:
     max_open_tokens: int = 1 << 20  # tokens that all open requests may come to have
     default_max_new_tokens: int = 128
     block_size: int = 16  # tokens per KV block
-    kv_cache_bytes: int = 512 * MEBIBYTE
+    kv_cache_bytes: int | None = None  # None: 512 MiB, or what a GPU has left
     adapter_pool_ranks: int = 512  # rank rows on the device; an odd number gets one more
     adapter_host_bytes: int = 1024 * MEBIBYTE
     fusion_host_bytes: int = 256 * MEBIBYTE

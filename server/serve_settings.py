@@ -116,7 +116,13 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
         "tokens to generate for requests that do not say how many",
     ),
     **_engine("block_size", "block-size", integer(1, 4096), "tokens per block of the KV cache"),
-    **_engine("kv_cache_bytes", "kv-cache-size", kinds.SIZE, "memory for the KV cache"),
+    **_engine(
+        "kv_cache_bytes",
+        "kv-cache-size",
+        kinds.SIZE,
+        "memory for the KV cache",
+        "512MiB; of a GPU nine tenths of what is free, less the adapter pool and the largest step",
+    ),
     **_engine("adapter_pool_ranks", "adapter-pool-ranks", integer(1), "rank rows for adapters on the device"),
     **_engine("adapter_host_bytes", "adapter-host-size", kinds.SIZE, "host memory for loaded adapters"),
     **_engine(
