@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from served_adapters import TestedEngine, running_engine, write_lora, write_model
 from served_fusions import forget_fusions, write_members, write_mix_and_duo
+
+from fusionserve.kernels.native_layer import NativeLayers
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +48,17 @@ async def fusion_engine(model: Path, adapters: Path, fusions: Path) -> AsyncIter
     async with running_engine(model, adapters, **options) as engine:
         yield engine
         await forget_fusions(engine)
+
+
+@pytest.fixture
+def native_passes(monkeypatch: pytest.MonkeyPatch) -> list[NativeLayers]:
+    """The forward passes whose layers one native call has computed, from here on."""
+    passes: list[NativeLayers] = []
+    compute_ = NativeLayers.compute_
+
+    def note(layers: NativeLayers, *arguments: Any) -> None:
+        passes.append(layers)
+        compute_(layers, *arguments)
+
+    monkeypatch.setattr(NativeLayers, "compute_", note)
+    return passes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft_adapters import quiet_peft, randomize, save, wrap
 from served_adapters import Outcome, blend, collect_all, lora, make_params, make_prompt, running_engine
 from tiny_models import CONFIGS, FAMILIES, MIXTURES, make_tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fusionserve.generation import Adaptation, OutputOptions
@@ -29,27 +31,38 @@ WEIGHTS: tuple[dict[str, float], ...] = ({}, {"one": 1.0}, {"one": 0.5, "two": -
 MAX_SHORTFALL, MAX_SHORTFALL_OF_MIXTURE = 0.25, 0.5
 
 
-@pytest.fixture(params=sorted(FAMILIES | MIXTURES))
+@pytest.fixture(scope="module", params=sorted(FAMILIES | MIXTURES))
 def family(request: pytest.FixtureRequest) -> str:
     """Each of them."""
     name: str = request.param
     return name
 
 
-@pytest.fixture
-def directory(family: str, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def directory(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base of the family, tied, and two adapters for all its linear modules."""
+    folder = tmp_path_factory.mktemp(family)
     config = CONFIGS[family]()
     config.tie_word_embeddings = True
     model = make_tiny_model(config)
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder / "base")
     # PEFT would put rows beside experts, too.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
     for seed, name in enumerate(("one", "two"), start=1):
         adapter = wrap(model, target_modules=targets, r=3 + seed, lora_alpha=2)
         randomize(adapter, seed=seed)
-        save(adapter, tmp_path / "adapters" / name)
-    return tmp_path
+        save(adapter, folder / "adapters" / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peft(directory: Path) -> PeftModel:
+    """The oracle: base and adapters as PEFT loads them."""
+    base = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager")
+    with quiet_peft():
+        model = PeftModel.from_pretrained(base, str(directory / "adapters" / "one"), adapter_name="one")
+        model.load_adapter(str(directory / "adapters" / "two"), adapter_name="two")
+    return model.eval()
 
 
 async def serve(directory: Path, **options: Any) -> list[Outcome]:
@@ -70,61 +83,61 @@ def logprobs_of(outcome: Outcome) -> Tensor:
     return torch.tensor([entry.chosen.logprob for entry in reported])
 
 
-def peft_logprobs(directory: Path, weights: dict[str, float], token_ids: list[int]) -> Tensor:
-    """What PEFT gives each token but the first, with adapters' scales multiplied by the weights."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager")
-    with quiet_peft():
-        for name, weight in weights.items():
-            path, first = str(directory / "adapters" / name), not isinstance(model, PeftModel)
-            if first:
-                model = PeftModel.from_pretrained(model, path, adapter_name=name)
-            else:
-                model.load_adapter(path, adapter_name=name)
-            for module in model.modules():
-                if isinstance(module, LoraLayer) and name in module.scaling:
-                    module.scaling[name] *= weight
-        if isinstance(model, PeftModel):
-            model.base_model.set_adapter(list(weights))
-    with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+@contextmanager
+def weighed(peft: PeftModel, weights: dict[str, float]) -> Iterator[None]:
+    """In its block the adapters of `weights` are active, with their scales multiplied by the weights."""
+    layers = [module for module in peft.modules() if isinstance(module, LoraLayer)]
+    scalings = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: layer.scaling[name] * weight for name, weight in weights.items()})
+    with quiet_peft(), nullcontext() if weights else peft.disable_adapter():
+        if weights:
+            peft.base_model.set_adapter(list(weights))
+        yield
+    for layer, scaling in zip(layers, scalings, strict=True):
+        layer.scaling.update(scaling)
+
+
+def peft_logprobs(peft: PeftModel, weights: dict[str, float], token_ids: list[int]) -> Tensor:
+    """What PEFT gives each token but the first."""
+    with weighed(peft, weights), torch.no_grad():
+        logits = peft(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
     chosen = torch.tensor(token_ids[1:])
     return torch.log_softmax(logits[:-1], dim=-1).gather(1, chosen[:, None])[:, 0]
 
 
-def differences(directory: Path, outcomes: list[Outcome]) -> list[Tensor]:
+def differences(peft: PeftModel, outcomes: list[Outcome]) -> list[Tensor]:
     """Of each request's log-probabilities from PEFT's."""
     found = []
     for n, (outcome, weights) in enumerate(zip(outcomes, WEIGHTS, strict=True)):
         token_ids = [*make_prompt(n, 9 + 5 * n), *outcome.tokens]
-        found.append((logprobs_of(outcome) - peft_logprobs(directory, weights, token_ids)).abs())
+        found.append((logprobs_of(outcome) - peft_logprobs(peft, weights, token_ids)).abs())
     return found
 
 
-async def test_crowd_in_float32_equals_peft(directory: Path) -> None:
+async def test_crowd_in_float32_equals_peft(directory: Path, peft: PeftModel) -> None:
     outcomes = await serve(directory)
     assert len({outcome.tokens for outcome in outcomes}) == len(outcomes)
-    for difference in differences(directory, outcomes):
+    for difference in differences(peft, outcomes):
         assert difference.max() < 2e-4
 
 
 @needs_packing
 @pytest.mark.usefixtures("helpers")
 async def test_crowd_in_one_native_call_gets_the_bits_of_kernels_one_by_one_and_is_near_peft(
-    family: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    directory: Path,
+    peft: PeftModel,
+    native_passes: list[NativeLayers],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    passes: list[NativeLayers] = []
-    compute_ = NativeLayers.compute_
-
-    def spy(layers: NativeLayers, *args: Any) -> None:
-        passes.append(layers)
-        compute_(layers, *args)
-
-    monkeypatch.setattr(NativeLayers, "compute_", spy)
     outcomes = await serve(directory, dtype="bfloat16")
-    assert len(passes) > NUM_TOKENS
-    for difference in differences(directory, outcomes):
+    assert len(native_passes) > NUM_TOKENS
+    for difference in differences(peft, outcomes):
         assert difference.mean() < (MAX_SHORTFALL_OF_MIXTURE if family in MIXTURES else MAX_SHORTFALL)
     monkeypatch.setattr(NativeLayer, "can_compute", lambda *_: False)
+    native_passes.clear()
     again = await serve(directory, dtype="bfloat16")
+    assert not native_passes
     for ours, theirs in zip(outcomes, again, strict=True):
         assert torch.equal(logprobs_of(ours), logprobs_of(theirs)) and ours.tokens == theirs.tokens

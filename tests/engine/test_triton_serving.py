@@ -15,7 +15,7 @@ import pytest
 import torch
 from delayed_copies import DelayedCopies
 from device_kernels import DEVICE, serve_in_triton
-from fused_families import assert_weighed_as_unfolded
+from fused_families import assert_weighed_as_unfolded, write_fused
 from peft_adapters import randomize, save, wrap
 from served_adapters import (
     GREEDY,
@@ -239,7 +239,8 @@ async def test_fusion_of_a_parallel_layer_equals_the_unfolded_model(
     family: str, attention_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve_in_triton(monkeypatch)
-    await assert_weighed_as_unfolded(family, attention_at, DEVICE.type, tmp_path)
+    write_fused(family, attention_at, tmp_path)
+    await assert_weighed_as_unfolded(family, DEVICE.type, tmp_path)
 
 
 def stopping_at(params: GenerateParams, token_id: int) -> GenerateParams:

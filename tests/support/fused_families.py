@@ -21,8 +21,8 @@ NUM_TOKENS = 5
 HEADS = ("q_proj", "k_proj", "v_proj", "query_key_value", "qkv_proj", "c_attn")
 
 
-async def assert_weighed_as_unfolded(family: str, attention_at: str, device: str, folder: Path) -> None:
-    """Serves a fusion of scope layer and compares every token's log-probability.
+def write_fused(family: str, attention_at: str, folder: Path) -> None:
+    """A base of the family, two adapters and a fusion of scope layer.
 
     The weights of a layer come from its first module, or with `attention_at` "output" from what its attention makes,
     and reach its MLP.
@@ -34,24 +34,29 @@ async def assert_weighed_as_unfolded(family: str, attention_at: str, device: str
         adapter = wrap(model, target_modules=targets, r=3 + seed, lora_alpha=4)
         randomize(adapter, seed=seed)
         save(adapter, folder / "adapters" / name)
-    base, adapters = make_tiny_model(CONFIGS[family]()), folder / "adapters"
-    write_fusion(folder / "fusions", "mix", MEMBERS, adapters, seed=1, model=base, scope=Scope.LAYER)
+    write_fusion(
+        folder / "fusions", "mix", MEMBERS, folder / "adapters", seed=1, model=model, scope=Scope.LAYER
+    )
+
+
+async def assert_weighed_as_unfolded(family: str, device: str, folder: Path) -> None:
+    """Serves what `write_fused` has written and compares every token's log-probability."""
     output = OutputOptions(logprobs=0, prompt_logprobs=0)
     requests = [
         make_params(str(n), Adaptation("fusion", fusion="mix"), prompt, output=output, num_tokens=NUM_TOKENS)
         for n, prompt in enumerate(make_prompt(n, 7 + 6 * n) for n in range(2))
     ]
     options = {"fusion_dirs": (folder / "fusions",), "max_batch_tokens": 16, "device": device}
-    async with running_engine(folder / "base", adapters, **options) as engine:
+    async with running_engine(folder / "base", folder / "adapters", **options) as engine:
         outcomes = await collect_all(engine, requests)
         await engine.unload_fusion("mix", force=False)
     for n, outcome in enumerate(outcomes):
         token_ids = (*make_prompt(n, 7 + 6 * n), *outcome.tokens)
         model = make_tiny_model(CONFIGS[family]())
-        expected = run_unfolded(model, adapters, folder / "fusions" / "mix", token_ids).logprobs[:-1]
+        unfolded = run_unfolded(model, folder / "adapters", folder / "fusions" / "mix", token_ids)
         reported = (*outcome.finished.prompt_logprobs, *outcome.finished.candidates[0].logprobs)
         found = torch.tensor([entry.chosen.logprob for entry in reported])
-        chosen = expected.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+        chosen = unfolded.logprobs[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(found, chosen, rtol=0, atol=3e-3)
 
 
