@@ -185,14 +185,11 @@ def tiled_linear(d_in: int, d_out: int, bits: int, *, has_bias: bool) -> TiledLi
 
 if __name__ == "__main__":
     with compiling_only() as shared:
-        for dtype, shapes in (
-            (torch.bfloat16, (LLAMA_3_8B, QWEN_2_5_05B, GEMMA_3_1B)),
-            (torch.float32, (QWEN_2_5_05B,)),  # of wide heads a kernel takes the compiler 13 s
-        ):
-            torch.set_default_dtype(dtype)
-            for shape in shapes:
-                launch_layer(shape, 3)
+        torch.set_default_dtype(torch.float32)
+        launch_layer(QWEN_2_5_05B, 3)
         torch.set_default_dtype(torch.bfloat16)
+        launch_layer(LLAMA_3_8B, 3)
+        launch_attention(GEMMA_3_1B, 3)  # the widest heads
         launch_few_bits(LLAMA_3_8B, 1, 20, 64, 4096)
         before = {name: len(variants) for name, variants in shared.items()}
         for count in (1, 16):  # the numbers that Triton has variants for
