@@ -107,6 +107,7 @@ REFUSED = [
     *((adapter(name), "adapter.name", "ADAPTER_ID_INVALID") for name in ("base", "other")),
     (blend(("a", 1), ("base", 1)), "blend.members[1].name", "ADAPTER_ID_INVALID"),
     (fusion("other"), "fusion.name", "FUSION_ID_INVALID"),
+    (fusion("mix", "base"), "fusion.excluded_members[0]", "ADAPTER_ID_INVALID"),
     (adapter("a", scale=NAN), "adapter.scale", "NOT_FINITE"),
     (adapter("a", scale=-101), "adapter.scale", "OUT_OF_RANGE"),
     (blend(), "blend.members", "BLEND_EMPTY"),
