@@ -9,9 +9,7 @@ from fusionserve.engine.base_model import BaseModel
 
 _HOST_BYTES = 512 * MEBIBYTE
 _PART_OF_FREE = 0.9  # the rest is for graphs, libraries and what lies in holes
-_WIDE_ROWS = (
-    8  # of the widest module's inputs and outputs that a token has in a layer, some of them in float32
-)
+_WIDE_ROWS = 8  # that a token has in a layer, as wide as the widest module, some of them in float32
 _DRAW_BYTES = 40  # of a logit while a token is drawn: in the model's type, float32 and float64
 _ITEM_BYTES = 32 << 10  # of a token's items, if it is a fusion's
 
