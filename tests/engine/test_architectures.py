@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONFIGS, VOCAB_SIZE, save_tiny_model
+from tiny_models import CONFIGS, FAMILIES, MIXTURES, VOCAB_SIZE, save_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -64,6 +64,7 @@ PROMPTS = _make_prompts()
 class Subject:
     """A loaded model and what `generate` says about each of PROMPTS."""
 
+    architecture: str
     base: BaseModel
     expected: list[Tokens]
 
@@ -73,8 +74,19 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     directory = save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
-    yield Subject(load_base_model(make_config(directory)), greedy_oracle(directory))
+    yield Subject(request.param, load_base_model(make_config(directory)), greedy_oracle(directory))
     torch.set_num_threads(num_threads)
+
+
+def test_known_families_have_a_decoder_of_our_own(subject: Subject) -> None:
+    base, is_known = subject.base, subject.architecture in FAMILIES | MIXTURES
+    num_layers = len(base.decoder.layers) if base.decoder else 0
+    assert num_layers == (base.model.config.num_hidden_layers if is_known else 0)
+
+
+def test_directory_without_tokenizer_files_has_no_tokenizer(subject: Subject) -> None:
+    """transformers makes up an empty tokenizer for some architectures."""
+    assert not subject.base.tokenizer.is_present
 
 
 async def test_alone_equals_generate(subject: Subject) -> None:

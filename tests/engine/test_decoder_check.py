@@ -23,21 +23,22 @@ def load(directory: Path, **options: Any) -> BaseModel:
     return load_base_model(EngineConfig(model=str(directory), model_name="m", num_threads=1, **options))
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES | MIXTURES))
+@pytest.fixture(scope="module", params=sorted(FAMILIES | MIXTURES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of each."""
+    return save_tiny_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        {"dtype": "float32"},
-        {"dtype": "bfloat16"},
-        {"dtype": "float16"},
-        {"dtype": "float32", "quantize": "int8"},
-    ],
+    [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"dtype": "float32", "quantize": "int8"}],
     ids=lambda options: "-".join(options.values()),
 )
 def test_own_decoder_serves_where_it_is_right(
-    name: str, options: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: Path, options: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert load(save_tiny_model(name, tmp_path), **options).decoder is not None
+    """In float32 alone it does in test_architectures.py."""
+    assert load(family, **options).decoder is not None
     assert "decoder of our own for" not in caplog.text
 
 

@@ -317,13 +317,6 @@ def test_unreadable_tokenizer_is_refused(llama: Path) -> None:
     assert refusal(make_config(llama)).reason == "TOKENIZER_UNUSABLE"
 
 
-@pytest.mark.parametrize("architecture", sorted(CONFIGS))
-def test_directory_without_tokenizer_files_has_no_tokenizer(architecture: str, tmp_path: Path) -> None:
-    """transformers makes up an empty tokenizer for some architectures."""
-    save_tiny_model(architecture, tmp_path)
-    assert not load_base_model(make_config(tmp_path)).tokenizer.is_present
-
-
 async def test_model_without_tokenizer_serves_token_ids_only(llama: Path) -> None:
     engine = AsyncEngine.load(make_config(llama), AdapterLabels(8))
     await engine.start()
