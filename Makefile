@@ -54,7 +54,7 @@ soak: $(INSTALLED) ## Traffic, churn and hostile clients on one server at once (
 	@$(BIN)/python -P -m fusionserve.loadtest.soak $(SOAK)
 
 # First what serves where there is no compiler, then everything.
-WITHOUT_NATIVE := tests/engine --ignore-glob "*/test_triton_*"
+WITHOUT_NATIVE := tests/engine -m "not no_kernels" --ignore-glob "*/test_triton_*"
 
 test: $(INSTALLED) ## Run the tests
 	@FUSIONSERVE_NATIVE=off $(BIN)/pytest -q -n auto --dist loadfile $(WITHOUT_NATIVE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,16 @@ from served_adapters import TestedEngine, running_engine, write_lora, write_mode
 from served_fusions import forget_fusions, write_members, write_mix_and_duo
 
 from fusionserve.kernels.native_layer import NativeLayers
+from fusionserve.kernels.native_library import native_library
+
+
+@pytest.fixture(autouse=True)
+def _hold_to_no_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that says so asks for none; else it would be missing where there are none."""
+    asked = native_library.cache_info()
+    yield
+    if request.node.get_closest_marker("no_kernels") is not None:
+        assert native_library.cache_info() == asked, "it may depend on native kernels: take away its mark"
 
 
 @pytest.fixture(scope="module")

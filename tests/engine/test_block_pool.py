@@ -8,6 +8,8 @@ from schedules import make_adapter, make_request
 
 from fusionserve.engine.block_pool import BlockPool, chain_hashes
 
+pytestmark = pytest.mark.no_kernels
+
 NUM_BLOCKS = 6
 
 

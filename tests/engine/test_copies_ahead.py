@@ -31,6 +31,8 @@ from fusionserve.engine.scheduler import _MAX_OVERTAKES, _MAX_PREFETCHES, Schedu
 from fusionserve.errors import CapacityError, DeadlineError, InternalError
 from fusionserve.generation import GenerationFinished
 
+pytestmark = pytest.mark.no_kernels
+
 QUIET = logging.CRITICAL + 1
 NEVER = None  # by itself
 

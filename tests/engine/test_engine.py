@@ -21,6 +21,8 @@ from fusionserve.generation import (
 )
 from fusionserve.kernels.token_draw import NUM_UNIFORMS
 
+pytestmark = pytest.mark.no_kernels
+
 
 def script(*token_ids: int | None) -> Any:
     """Chooses these tokens in turn; None stands for logits that are not finite."""

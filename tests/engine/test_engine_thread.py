@@ -12,6 +12,8 @@ from fusionserve.engine.engine import Output
 from fusionserve.engine.engine_thread import EngineThread
 from fusionserve.generation import GenerationFinished
 
+pytestmark = pytest.mark.no_kernels
+
 TIMEOUT_S = 20.0
 
 

@@ -22,6 +22,8 @@ from fusionserve.engine.fair_queue import FairQueue, FlowService
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduler import Scheduler
 
+pytestmark = pytest.mark.no_kernels
+
 HOT, COLD, WARM = (make_adapter(4, name) for name in ("hot", "cold", "warm"))
 ADAPTERS = {"hot": HOT, "cold": COLD, "warm": WARM}
 

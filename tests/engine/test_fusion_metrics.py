@@ -15,6 +15,8 @@ from fusionserve.engine.scheduled_batch import ScheduledChunk
 from fusionserve.fusion.fusion import Fusion, FusionContent
 from fusionserve.metrics import REGISTRY, FusionLabels
 
+pytestmark = pytest.mark.no_kernels
+
 
 def counted(name: str, fusion: str, **labels: str) -> float:
     value = REGISTRY.get_sample_value(f"fusionserve_{name}_total", {"fusion": fusion, **labels})

@@ -20,6 +20,8 @@ from fusionserve.generation import (
     Usage,
 )
 
+pytestmark = pytest.mark.no_kernels
+
 STARTED = GenerationStarted(request_id="r", usage=Usage(prompt_tokens=1), adaptation=ResolvedAdaptation())
 FINISHED = GenerationFinished(
     request_id="r",

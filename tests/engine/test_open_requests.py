@@ -11,6 +11,8 @@ from fusionserve.engine.open_requests import OpenRequests, SharedRoom
 from fusionserve.errors import AlreadyExistsError, CapacityError
 from fusionserve.generation import Adaptation, AdapterTerm, GenerateParams, TokenPrompt
 
+pytestmark = pytest.mark.no_kernels
+
 
 def params(request_id: str, adapter: str = "a", tenant: str = "", num_candidates: int = 1) -> GenerateParams:
     return GenerateParams(

@@ -11,6 +11,8 @@ from fusionserve.adapters.pool_ledger import WriteRows
 from fusionserve.engine.prompt_pace import PromptPace
 from fusionserve.engine.scheduled_batch import ScheduledBatch
 
+pytestmark = pytest.mark.no_kernels
+
 LEAST, STEP_S = 128, 0.06
 
 

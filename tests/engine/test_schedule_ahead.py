@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 from delayed_copies import DelayedCopies
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from fusionserve.engine.fair_queue import Rank
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduled_batch import ScheduledBatch
 from fusionserve.engine.scheduler import Scheduler
+
+pytestmark = pytest.mark.no_kernels
 
 Planned = dict[tuple[str, int], tuple[int, int, tuple[int, ...]]]
 

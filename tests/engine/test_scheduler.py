@@ -25,6 +25,8 @@ from fusionserve.engine.request import Request, RequestStatus
 from fusionserve.engine.scheduler import _MAX_OVERTAKES, Scheduler
 from fusionserve.generation import OutputOptions
 
+pytestmark = pytest.mark.no_kernels
+
 
 def add_running(scheduler: Scheduler, **spec_fields: Any) -> Request:
     """A request whose prompt is computed and which decodes from now on."""

@@ -23,6 +23,8 @@ from fusionserve.generation import (
     StoppingCriteria,
 )
 
+pytestmark = pytest.mark.no_kernels
+
 
 def test_next_step_is_launched_before_the_last_one_is_read() -> None:
     harness = LateHarness()

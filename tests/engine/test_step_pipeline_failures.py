@@ -13,6 +13,8 @@ from schedules import assert_idle, make_adapter, make_generation
 from fusionserve.engine.request import Generation
 from fusionserve.errors import CapacityError, InternalError
 
+pytestmark = pytest.mark.no_kernels
+
 QUIET = logging.CRITICAL + 1
 MOMENTS = pytest.mark.parametrize("moment", ["launch", "read"])
 

@@ -26,6 +26,8 @@ from fusionserve.generation import (
     StoppingCriteria,
 )
 
+pytestmark = pytest.mark.no_kernels
+
 
 def choose_lively(request: Request) -> int | None:
     """Now and then the end of the text, hardly ever logits that are not finite."""

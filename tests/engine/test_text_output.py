@@ -13,6 +13,8 @@ from fusionserve.config import EMBEDDED_MODEL
 from fusionserve.engine.text_output import Decoder, TextOutput
 from fusionserve.engine.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.no_kernels
+
 VOCAB_SIZE = 4096
 REPLACEMENT = "�"
 SCRIPTS = "😀👩‍👩‍👧‍👦 日本語の文章 한국어 ñandú é é ﷺ 𝔘𝔫𝔦 \u0627\u0644 ZWJ\u200d.\n\t"

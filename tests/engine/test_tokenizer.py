@@ -12,6 +12,8 @@ from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import InvalidRequestError, PreconditionError
 from fusionserve.generation import ChatPrompt, TextPrompt, TokenPrompt
 
+pytestmark = pytest.mark.no_kernels
+
 RAW = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 SHIPPED = Tokenizer(RAW)
 NONE = Tokenizer(None)
