@@ -67,18 +67,19 @@ LARGEST_STEP = 0.1  # inputs in 8 bits: what a last digit that decides a roundin
 BFLOAT16_OF_PEFT, BFLOAT16_LARGEST = 1.1, 0.2
 EVERYTHING = OutputOptions(logprobs=VOCAB, prompt_logprobs=VOCAB)
 
-_LLAMA: dict[str, dict[str, object]] = {
-    "plain": {"target_modules": "all-linear", "lora_alpha": 8},
-    "dora": {"target_modules": ["q_proj", "up_proj", "down_proj"], "use_dora": True},
-    "lm_head": {"target_modules": ["lm_head", "k_proj"]},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-    "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+ADAPTERS: dict[str, dict[str, dict[str, object]]] = {
+    "llama": {
+        "plain": {"target_modules": "all-linear", "lora_alpha": 8},
+        "dora": {"target_modules": ["q_proj", "up_proj", "down_proj"], "use_dora": True},
+        "lm_head": {"target_modules": ["lm_head", "k_proj"]},
+        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+        "saved_head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    },
+    "gpt2": {
+        "plain": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+        "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    },
 }
-_GPT2: dict[str, dict[str, object]] = {
-    "plain": {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
-    "dora": {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
-}
-CASES = [("llama", name) for name in _LLAMA] + [("gpt2", name) for name in _GPT2]
 
 
 def write_adapter(directory: Path, family: str, seed: int, options: Mapping[str, object]) -> Path:
@@ -92,7 +93,7 @@ def write_adapter(directory: Path, family: str, seed: int, options: Mapping[str,
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and its adapters, made over the unquantized base, of either family."""
     found = {}
-    for family, adapters in (("llama", _LLAMA), ("gpt2", _GPT2)):
+    for family, adapters in ADAPTERS.items():
         found[family] = tmp_path_factory.mktemp(family)
         make_model(family).save_pretrained(found[family] / "tiny")
         for seed, (name, options) in enumerate(adapters.items(), start=1):
@@ -131,21 +132,30 @@ def distances(
 
 
 @pytest.mark.parametrize("bits", ["nf4", *BITS])
-@pytest.mark.parametrize(("family", "name"), CASES, ids=["-".join(case) for case in CASES])
-async def test_served_adapter_equals_peft_on_the_same_base(
-    families: dict[str, Path], family: str, name: str, bits: str
+@pytest.mark.parametrize("family", ADAPTERS)
+async def test_served_adapters_equal_peft_on_the_same_base(
+    families: dict[str, Path], family: str, bits: str
 ) -> None:
     root, prompt = families[family], make_prompt(3, 13)
-    oracle = served_by_peft(root / "tiny", root / "adapters" / name, bits)
+    kinds = {"base": Adaptation(), **{name: lora(name) for name in ADAPTERS[family]}}
     async with running_engine(root / "tiny", root / "adapters", quantize=bits) as engine:
-        params = make_params("one", lora(name), prompt, output=EVERYTHING)
-        outcome = await collect(engine, params)
-        base = await collect(engine, replace(params, adaptation=Adaptation()))
-    plain = model_in_few_bits(root / "tiny", bits)
-    for found in (errors(outcome, oracle, prompt), errors(base, plain, prompt)):
-        assert float(found.median()) < TOLERANCE
-        assert float(found.max()) < (TOLERANCE if bits == "nf4" else LARGEST_STEP)
-    assert outcome.finished.prompt_logprobs != base.finished.prompt_logprobs
+        outcomes = {
+            name: await collect(engine, make_params(name, kind, prompt, output=EVERYTHING))
+            for name, kind in kinds.items()
+        }
+    for name, outcome in outcomes.items():
+        found = errors(outcome, oracle_of(root, name, bits), prompt)
+        assert float(found.median()) < TOLERANCE, name
+        assert float(found.max()) < (TOLERANCE if bits == "nf4" else LARGEST_STEP), name
+        is_base = outcome.finished.prompt_logprobs == outcomes["base"].finished.prompt_logprobs
+        assert is_base == (name == "base"), name
+
+
+def oracle_of(root: Path, name: str, bits: str) -> torch.nn.Module:
+    """The base, or PEFT's model of an adapter over it."""
+    if name == "base":
+        return model_in_few_bits(root / "tiny", bits)
+    return served_by_peft(root / "tiny", root / "adapters" / name, bits)
 
 
 @pytest.fixture(scope="module")
