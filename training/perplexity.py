@@ -22,6 +22,7 @@ from fusionserve.training.loop import next_token_loss
 from fusionserve.training.tokens import TokenStream, consecutive_windows, encode_file
 
 BASE = "base"
+_BATCH_WINDOWS = 2  # with more, logits are written to memory that the system has yet to give
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,9 @@ def load_adapted(embedded: Path) -> tuple[PeftModel, list[str]]:
 def perplexity(model: nn.Module, stream: TokenStream, length: int, max_tokens: int) -> float:
     """Exponential of the mean loss over the first windows of a stream, each read on its own."""
     windows = consecutive_windows(stream, length)[: max(1, max_tokens // length)]
-    losses = [next_token_loss(model, batch).item() * len(batch) for batch in torch.split(windows, 8)]
+    losses = [
+        next_token_loss(model, batch).item() * len(batch) for batch in torch.split(windows, _BATCH_WINDOWS)
+    ]
     return math.exp(sum(losses) / len(windows))
 
 

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from fusionserve.config import EMBEDDED, EMBEDDED_ADAPTERS, EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
-from fusionserve.training.perplexity import evaluate, load_adapted
+from fusionserve.training.perplexity import evaluate, evaluate_fusions, load_adapted, perplexity
 from fusionserve.training.sample import NEUTRAL
+from fusionserve.training.tokens import encode_file
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT reads it
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -97,11 +98,21 @@ def test_peft_loads_every_adapter_onto_the_base() -> None:
 
 
 def test_every_adapter_lowers_perplexity_on_its_own_domain() -> None:
-    table = evaluate(EMBEDDED, length=512, max_tokens=8192)  # as the model card
+    table = evaluate(EMBEDDED, length=512, max_tokens=2048)  # the margins are wide
     gains = {domain: table.gain(domain) for domain in table.rows}
     assert {domain: gain for domain, gain in gains.items() if gain < MARGIN} == {}
     for domain, row in table.rows.items():
         alone = {name: value for name, value in row.items() if not name.startswith("fusion")}
         assert min(alone, key=alone.__getitem__) == domain, f"another model is better on {domain}"
-        assert row[domain] < 20
-        assert row["fusion domains"] < row[domain] * (1 + FUSION_MARGIN)
+
+
+def test_fusion_is_near_every_adapter_on_its_own_domain() -> None:
+    size = {"length": 512, "max_tokens": 8192}  # as the model card
+    fused = evaluate_fusions(EMBEDDED, NAMES, **size)
+    model, _ = load_adapted(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    for domain in NAMES:
+        model.set_adapter(domain)
+        alone = perplexity(model, encode_file(EMBEDDED / "heldout" / f"{domain}.txt", tokenizer), **size)
+        assert alone < 20
+        assert fused[domain]["fusion domains"] < alone * (1 + FUSION_MARGIN)
