@@ -20,12 +20,13 @@ SECONDS = 2.0
 
 async def stay_idle(target: Target) -> Counter[str]:
     """Opens them over a few connections and holds on; returns what the watches were told: OK, or why not."""
+    all_told = asyncio.Barrier(CONNECTIONS)  # until then none lets go of a watch for the others to have
     async with asyncio.TaskGroup() as group:
-        held = [group.create_task(_hold(target, number)) for number in range(CONNECTIONS)]
+        held = [group.create_task(_hold(target, number, all_told)) for number in range(CONNECTIONS)]
     return sum((connection.result() for connection in held), Counter())
 
 
-async def _hold(target: Target, number: int) -> Counter[str]:
+async def _hold(target: Target, number: int, all_told: asyncio.Barrier) -> Counter[str]:
     # Channels of other options do not share a connection.
     async with aio.insecure_channel(target.grpc, options=(("hostile", number),)) as channel:
         speechless: aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(
@@ -33,6 +34,7 @@ async def _hold(target: Target, number: int) -> Counter[str]:
         )
         watches = [HealthStub(channel).Watch(pb.HealthCheckRequest()) for _ in range(WATCHES // CONNECTIONS)]
         told = Counter(await asyncio.gather(*map(_first_word, watches)))
+        await all_told.wait()
         silent = [speechless() for _ in range(SPEECHLESS // CONNECTIONS)]  # some may wait for a stream
         await asyncio.sleep(SECONDS)
         for call in (*watches, *silent):
