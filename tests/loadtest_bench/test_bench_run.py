@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fusionserve.loadtest import model_shapes
-from fusionserve.loadtest.bench import system_process
+from fusionserve.loadtest.bench import system_process, turns
 from fusionserve.loadtest.bench.artifacts import make_files
 from fusionserve.loadtest.bench.bench_run import BenchRun, run_workload
 from fusionserve.loadtest.bench.floor import MachineLimit
-from fusionserve.loadtest.bench.protocol import BASE, FUSION, KINDS, MIXED, SAMPLED, Job
+from fusionserve.loadtest.bench.protocol import BASE, FUSION, KINDS, MIXED, SAMPLED, Outcome
 from fusionserve.loadtest.bench.report import to_json, to_text
 from fusionserve.loadtest.bench.system_process import SystemFailedError, SystemProcess, inherited_variables
 from fusionserve.loadtest.bench.systems import OURS, OURS_WIRE, PEFT, SYSTEMS, TRANSFORMERS, VLLM, make_setup
@@ -41,26 +41,6 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 def started(name: str, folder: Path) -> SystemProcess:
     system = SYSTEMS[name]
     return SystemProcess(system.python(folder), system.module, {"OMP_NUM_THREADS": "1"}, folder / "log")
-
-
-def test_transformers_answers_with_the_tokens_of_generate(tmp_path: Path) -> None:
-    files = make_files(WORKLOAD, tmp_path)
-    job = Job(BASE, WORKLOAD.prompts("test"), WORKLOAD.new_tokens)
-    process = started(TRANSFORMERS, tmp_path)
-    try:
-        process.load(make_setup(SYSTEMS[TRANSFORMERS], WORKLOAD, files, 1))
-        outcome = process.run(job)
-    finally:
-        process.close()
-    assert "transformers" in process.versions
-    assert outcome.prompt_s is not None
-    assert 0 < outcome.prompt_s < outcome.total_s
-    model = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.bfloat16)
-    prompts = torch.tensor(job.prompts)
-    tokens = model.generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=4
-    )
-    assert outcome.token_ids == tokens[:, WORKLOAD.prompt_tokens :].tolist()
 
 
 def test_errors_of_a_system_come_with_their_reason(tmp_path: Path) -> None:
@@ -132,6 +112,7 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder=tmp_path,
         peers=tmp_path / "peers",
     )
+    monkeypatch.setattr(turns, "_PAUSE_S", 0.0)
     report = run_workload(run, WORKLOAD)
     assert report.failures == {VLLM: "not installed (make peers)"}
     ours = {(system, kind) for system in (OURS, OURS_WIRE) for kind in KINDS}
@@ -150,3 +131,21 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert agreement[OURS, MIXED] > 0.6
     assert agreement[OURS, FUSION] is None
     assert "left out: vllm: not installed (make peers)" in to_text(report)
+    assert "transformers" in report.versions[TRANSFORMERS]
+    assert_generated(report.outcomes[TRANSFORMERS, BASE], make_files(WORKLOAD, tmp_path).model)
+
+
+def assert_generated(outcomes: list[Outcome], directory: Path) -> None:
+    """The tokens of every repeat are those of `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    for repeat, outcome in enumerate(outcomes, start=1):
+        assert outcome.prompt_s is not None
+        assert 0 < outcome.prompt_s < outcome.total_s
+        prompts = torch.tensor(WORKLOAD.prompts(f"{repeat} {BASE}"))
+        tokens = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=WORKLOAD.new_tokens,
+        )
+        assert outcome.token_ids == tokens[:, WORKLOAD.prompt_tokens :].tolist()
