@@ -21,7 +21,7 @@ from pathlib import Path
 from fusionserve import __version__
 from fusionserve.loadtest.bench.protocol import own_standard_output
 from fusionserve.loadtest.gpu.churn import ChurnWorkload
-from fusionserve.loadtest.gpu.part_process import end_after
+from fusionserve.loadtest.gpu.part_process import end_at
 from fusionserve.loadtest.gpu.parts import PARTS, Job, measure_part
 from fusionserve.loadtest.gpu.report import GpuFigures, to_table
 from fusionserve.loadtest.gpu.run import GpuRun
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parse(given)
     if options.part:
-        end_after(options.seconds)
+        end_at(options.end)
         measure_part(options.part, job_of(options), own_standard_output())
         return 0
     end_s = time.monotonic() + 60 * options.minutes
@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=Path(os.environ.get("OUT") or "build/gpu"),
         help="default: $OUT or build/gpu",
     )
-    for option, kind in (("--part", str), ("--seconds", float), ("--folder", Path)):
+    for option, kind in (("--part", str), ("--end", float), ("--folder", Path)):
         parser.add_argument(option, type=kind, help=argparse.SUPPRESS)  # what a part's process is told
     return parser.parse_args(arguments)
 

@@ -13,19 +13,19 @@ from fusionserve.loadtest.gpu.figures import Failure, Figure, from_line
 _LAST_WORDS_S = 5.0
 
 
-def end_after(seconds: float) -> None:
-    """Ends this process then, after it has printed where each of its threads is."""
-    faulthandler.dump_traceback_later(seconds, exit=True)
+def end_at(end_s: float) -> None:
+    """Ends this process then, by `time.monotonic`, after it has printed where each of its threads is."""
+    faulthandler.dump_traceback_later(max(0.1, end_s - time.monotonic()), exit=True)
 
 
 class PartProcess:
-    """A process that was started with `command`, calls `end_after(most_s)` and prints figures."""
+    """A process that is started with `command`, calls `end_at(end_s)` once it can, and prints figures."""
 
-    def __init__(self, part: str, command: Sequence[str], most_s: float) -> None:
+    def __init__(self, part: str, command: Sequence[str], end_s: float) -> None:
         self._part = part
         self._started_s = time.monotonic()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._killer = threading.Timer(most_s + _LAST_WORDS_S, self._process.kill)
+        self._killer = threading.Timer(end_s + _LAST_WORDS_S - self._started_s, self._process.kill)
         self._killer.start()
 
     def figures(self) -> Iterator[Figure]:

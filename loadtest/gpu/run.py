@@ -19,7 +19,7 @@ _LEAST_S = 15.0  # that a part needs to come to its first figure
 class GpuRun:
     """Begins no part that would not come to anything before `end_s`, by `time.monotonic`, and lets none go on then.
 
-    `command` starts a part's process once the part and its seconds are appended.
+    `command` starts a part's process once the part and when it must end are appended.
     """
 
     def __init__(self, figures: GpuFigures, command: Sequence[str], out: Path, end_s: float) -> None:
@@ -41,13 +41,15 @@ class GpuRun:
             self._collect(self._start(name))
 
     def _start(self, name: str) -> PartProcess | None:
-        left_s = min(PARTS[name].most_s, self._end_s - time.monotonic())
+        now_s = time.monotonic()
+        left_s = min(PARTS[name].most_s, self._end_s - now_s)
         if left_s < _LEAST_S:
             self._figures.add(Failure(part=name, case="", error="left out, there was no time"))
             self._write()
             return None
         print(f"{name}: at most {left_s:.0f} s", file=sys.stderr, flush=True)
-        return PartProcess(name, [*self._command, "--part", name, "--seconds", f"{left_s}"], left_s)
+        end_s = now_s + left_s
+        return PartProcess(name, [*self._command, "--part", name, "--end", f"{end_s}"], end_s)
 
     def _collect(self, process: PartProcess | None) -> None:
         for figure in process.figures() if process else ():

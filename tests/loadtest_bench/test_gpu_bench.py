@@ -120,21 +120,23 @@ def test_what_there_is_no_time_for_is_told_and_fails_the_run(tmp_path: Path) -> 
     assert failure == {"part": "device", "case": "", "error": "left out, there was no time"}
 
 
-def python(text: str, most_s: float) -> PartProcess:
-    """A part whose process runs this."""
+def python(text: str, end_s: float) -> PartProcess:
+    """A part whose process runs this and must end in so many seconds."""
     imports = (
         "import os, time",
-        "from fusionserve.loadtest.gpu.part_process import end_after",
+        "from fusionserve.loadtest.gpu.part_process import end_at",
         "print('what a library says')",
         f"print({to_line(SAMPLE)!r}, flush=True)",
     )
-    return PartProcess("engine", [sys.executable, "-P", "-c", "\n".join((*imports, text))], most_s)
+    return PartProcess(
+        "engine", [sys.executable, "-P", "-c", "\n".join((*imports, text))], time.monotonic() + end_s
+    )
 
 
 SAMPLE = Sample(what="step_s", case="base", seconds=0.5)
 
 
-@pytest.mark.parametrize("text", ["os.abort()", "os._exit(7)", "end_after(0.1); time.sleep(60)"])
+@pytest.mark.parametrize("text", ["os.abort()", "os._exit(7)", "end_at(time.monotonic()); time.sleep(60)"])
 def test_figures_of_a_process_that_ends_early_are_kept_and_its_end_is_told(text: str) -> None:
     started_s = time.monotonic()
     sample, failure = python(text, 60).figures()
