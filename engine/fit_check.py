@@ -1,6 +1,6 @@
 """Finds out, before serving, whether a model can be served packed and paged, instead of trusting a list of names.
 
-The model runs two short prompts twice: apart, with its own attention, and packed into one row with ours. If the logits
+The model runs two short prompts twice: apart, with transformers' plain attention, and packed into one row with ours. If the logits
 differ, something besides plain attention is at work (a state space, ALiBi biases, attention sinks, ...). So it is if
 the model hands its attention tensors that ours does not read, however little they do to these prompts. The same run
 shows the shapes of each attention layer's keys and values, which layers have a sliding window, and which linear modules
@@ -94,6 +94,7 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it carries a state from token to token")
     prompts = make_prompts(model)
+    model.set_attn_implementation("eager")  # the definition: of transformers 5.17 another one leaves out Gemma 2's cap
     apart = _run_apart(model, prompts)
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
