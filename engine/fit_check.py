@@ -94,7 +94,8 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     if getattr(model, "_is_stateful", False):
         raise _unsupported(model, "it carries a state from token to token")
     prompts = make_prompts(model)
-    model.set_attn_implementation("eager")  # the definition; transformers 5.17 leaves out Gemma 2's cap in another
+    # The definition: what transformers 5.17 prefers leaves out Gemma 2's cap.
+    model.set_attn_implementation("eager")
     apart = _run_apart(model, prompts)
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
