@@ -3,8 +3,8 @@
 The model runs two short prompts twice: apart, with transformers' plain attention, and packed into one row with ours. If
 the logits differ, something besides plain attention is at work (a state space, ALiBi biases, attention sinks, ...). So
 it is if the model hands its attention tensors that ours does not read, however little they do to these prompts. The
-same run shows the shapes of each attention layer's keys and values, which layers have a sliding window, and which linear
-modules see every token.
+same run shows the shapes of each attention layer's keys and values, which layers have a sliding window, and which
+linear modules see every token.
 """
 
 from __future__ import annotations
