@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+_COUNTS = ("num_experts", "total_experts")
+
 
 def router_paths(model: nn.Module) -> set[str]:
     """Of the linear modules, in a module that holds experts, that have one output for each of them, or one in all.
@@ -26,6 +28,6 @@ def router_paths(model: nn.Module) -> set[str]:
 
 
 def _sizes(mixture: nn.Module) -> list[int]:
-    """How many experts a module holds, for each kind of them."""
+    """Among how many experts a module's router chooses, for each kind; LongCat's total has some without weights."""
     experts: list[Any] = [child for child in mixture.children() if type(child).__name__.endswith("Experts")]
-    return [child.num_experts for child in experts if hasattr(child, "num_experts")]
+    return [getattr(child, name) for child in experts for name in _COUNTS if hasattr(child, name)]

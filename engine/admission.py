@@ -67,7 +67,8 @@ class Admission:
 
         `take_tokens(n)` is called before the leases with the most tokens the request may come to have; it may refuse.
         Raises InvalidRequestError, NotFoundError, PreconditionError, CapacityError, DeadlineError, what loading an
-        adapter raises, and UnavailableError if `end` is called before it is done; TimeLimitPassed if that comes first.
+        adapter raises, UnavailableError if `end` is called before it is done, and TimeLimitPassed if the request's own
+        time limit passes before.
         """
         arrival_s = time.monotonic()
         time_limit_at_s = arrival_s + _or_never(params.stopping.time_limit_s)

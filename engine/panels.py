@@ -76,8 +76,8 @@ def _to_panels(module: Any, bits: int | None, device: torch.device, pages: HugeP
         return None
     weight = module.weight.T if type(module) is Conv1D else module.weight
     if bits is None:
-        is_here = device.type == "cpu" and can_pack(weight)
-        return PackedLinear(weight, module.bias, pages) if is_here else None
+        fits = device.type == "cpu" and can_pack(weight)
+        return PackedLinear(weight, module.bias, pages) if fits else None
     if not can_quantize(weight):
         return None
     if uses_triton(device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from grpc import aio
 
@@ -16,6 +18,8 @@ from fusionserve.server.engine_gate import EngineGate
 from fusionserve.server.fusion_message import to_fusion
 from fusionserve.v1 import adapter_pb2 as pb
 from fusionserve.v1 import adapter_pb2_grpc
+
+StatusT = TypeVar("StatusT")
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
@@ -34,15 +38,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.LoadAdapterResponse:
         """The adapter, ready."""
         engine = self._gate.admit()
-        path = _checked_path(request, engine.model_info().name, "adapter")
-        status = await engine.load_adapter(
-            request.name,
-            path,
-            pin=request.pin,
-            replace=request.replace,
-            digest=_checked_digest(request),
-            tenant=caller().name,
-        )
+        status = await _load(engine.load_adapter, request, engine.model_info().name, "adapter")
         return pb.LoadAdapterResponse(adapter=_to_message(status))
 
     async def UnloadAdapter(
@@ -88,15 +84,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.LoadFusionResponse:
         """The fusion, ready."""
         engine = self._gate.admit()
-        path = _checked_path(request, engine.model_info().name, "fusion")
-        status = await engine.load_fusion(
-            request.name,
-            path,
-            pin=request.pin,
-            replace=request.replace,
-            digest=_checked_digest(request),
-            tenant=caller().name,
-        )
+        status = await _load(engine.load_fusion, request, engine.model_info().name, "fusion")
         return pb.LoadFusionResponse(fusion=to_fusion(status))
 
     async def UnloadFusion(
@@ -137,6 +125,24 @@ def _to_message(status: AdapterStatus) -> pb.Adapter:
     """The status without fusions that the caller may not use."""
     fusions = filter(caller().may_use, status.held_by_fusions)
     return to_adapter(replace(status, held_by_fusions=tuple(fusions)))
+
+
+async def _load(
+    load: Callable[..., Awaitable[StatusT]],
+    request: pb.LoadAdapterRequest | pb.LoadFusionRequest,
+    model_name: str,
+    what: str,
+) -> StatusT:
+    """What the engine's `load` returns for the request. Raises what it does, and for a bad request before."""
+    path = _checked_path(request, model_name, what)
+    return await load(
+        request.name,
+        path,
+        pin=request.pin,
+        replace=request.replace,
+        digest=_checked_digest(request),
+        tenant=caller().name,
+    )
 
 
 def _checked_path(

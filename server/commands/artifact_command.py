@@ -54,9 +54,8 @@ class ArtifactCommand(Generic[ItemT]):
         """Runs one action and prints what it is about."""
         actions = self._actions()
         arguments = self._parser(actions).parse_args(argv)
-        others = [
-            setting for _, settings in actions.values() for setting in settings
-        ]  # one file serves all actions
+        # One configuration file serves all actions.
+        others = [setting for _, settings in actions.values() for setting in settings]
         values = resolve((*actions[arguments.action][1], *self._shared()), arguments, others)
         with connected(values) as client:
             items = _act(self.life(client), arguments, values)

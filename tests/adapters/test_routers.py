@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_tiny_model
-from transformers import AfmoeConfig, HunYuanMoEV1Config, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
+from transformers import (
+    AfmoeConfig,
+    HunYuanMoEV1Config,
+    LongcatFlashConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+)
 
 from fusionserve.adapters.nf4 import nf4_modules
 from fusionserve.adapters.routers import router_paths
@@ -51,6 +58,26 @@ MIXTURES: dict[str, tuple[PreTrainedConfig, list[str]]] = {
 @pytest.mark.parametrize(("config", "routers"), MIXTURES.values(), ids=MIXTURES)
 def test_routers_are_found(config: PreTrainedConfig, routers: list[str]) -> None:
     assert sorted(router_paths(make_tiny_model(config))) == routers
+
+
+def test_router_may_choose_experts_without_weights() -> None:
+    config = LongcatFlashConfig(
+        vocab_size=80,
+        hidden_size=64,
+        num_layers=1,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=8,
+        zero_expert_num=4,
+        expert_ffn_hidden_size=64,
+        moe_topk=2,
+    )
+    assert router_paths(make_tiny_model(config)) == {"model.layers.0.mlp.router.classifier"}
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4", "nf4"])
