@@ -284,9 +284,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
 
     async def _find_and_read(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
         found = await self._find(name, wish)
-        flight = self._loads.get(name)
-        if flight is not None and flight.wish is wish:  # else it has taken too long, and nobody waits
-            flight.is_found = True
+        self._note_found(name, wish)
         try:
             return found, await self._read(name, found)
         except NotFoundError:
@@ -295,6 +293,12 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         # It is no longer where it was loaded from; it may have moved to another root.
         found = replace(found, root=await self._find_root(name, found.relative))
         return found, await self._read(name, found)
+
+    def _note_found(self, name: str, wish: _Wish) -> None:
+        """A frame that waits and knows its own flight is kept, with all it has read, by the error it ends with."""
+        flight = self._loads.get(name)
+        if flight is not None and flight.wish is wish:  # else it has taken too long, and nobody waits
+            flight.is_found = True
 
     async def _find(self, name: str, wish: _Wish) -> ArtifactSource:
         if wish.directory is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from loose_adapters import FIRST, make_content, make_lora
 from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState, Residency
 from fusionserve.adapters import artifact_sources
-from fusionserve.adapters.adapter import Adapter
+from fusionserve.adapters.adapter import Adapter, AdapterContent
+from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_sources import ArtifactSources
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
@@ -195,6 +198,31 @@ async def test_use_does_not_fail_by_what_is_wrong_with_a_command(
     store.registry.release(await lease)
     with pytest.raises((ArtifactError, ChecksumError)):
         await command
+
+
+@pytest.mark.parametrize("ask", ["load", "use"])
+async def test_failed_load_leaves_nothing_to_the_collector(ask: str, disk: Disk, store: AdapterStore) -> None:
+    """Else what a broken file was read into stays until a full collection."""
+    disk.write("broken", "no number")
+    read: list[weakref.ref[ArtifactDirectory]] = []
+
+    def load(directory: ArtifactDirectory) -> AdapterContent:
+        read.append(weakref.ref(directory))
+        return disk.load_content(directory)
+
+    store._load_content = load
+    asked = store.lease(["broken"]) if ask == "use" else store.load("broken", None, pin=False, replace=True)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            await asked
+        except ArtifactError as error:
+            error.__traceback__ = None  # as the server lets go of what it has told
+        await asyncio.sleep(0.01)
+        assert [directory() for directory in read] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.fixture
