@@ -50,7 +50,7 @@ class _Wish:
 
     path: str | None = None
     directory: Path | None = None
-    pin: bool = False
+    pin: bool | None = None  # as the version before
     replace: bool = True
     digest: str | None = None  # what the weights must have
 
@@ -135,7 +135,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         raise self._unstable(", ".join(names))
 
     async def load(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None = None
+        self, name: str, path: str | None, *, pin: bool | None, replace: bool, digest: str | None = None
     ) -> L:
         """Loads `name` from the relative `path` (default: the name) under a root.
 

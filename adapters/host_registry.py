@@ -98,9 +98,10 @@ class HostRegistry(Generic[C, L]):
         host_metrics.limit_bytes.set(budget_bytes)
         self._measure()
 
-    def publish(self, name: str, content: C, *, pin: bool, replace: bool) -> L:
+    def publish(self, name: str, content: C, *, pin: bool | None, replace: bool) -> L:
         """Makes a new READY version, atomically taking the place of the old one, which drains.
 
+        It is pinned if the old one was, unless `pin` says.
         Raises AlreadyExistsError if the name is taken and not `replace`, CapacityError if the budget cannot hold it.
         """
         gone: list[L] = []
@@ -112,9 +113,9 @@ class HostRegistry(Generic[C, L]):
             previous = self._ready.pop(name, None)
             if previous is not None:
                 gone += self._retire(previous)
-            entry = _Entry(
-                self._mint(name, content), pinned=pin or (previous is not None and previous.pinned)
-            )
+            if pin is None:
+                pin = previous is not None and previous.pinned
+            entry = _Entry(self._mint(name, content), pinned=pin)
             self._ready[name] = entry
             self._measure()
         self._let_go(gone)

@@ -195,7 +195,7 @@ GenerationEvent = GenerationStarted | GenerationChunk | Generation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A snapshot of one adapter; `version` 0 means it has not been loaded."""
+    """A snapshot of one adapter; `version` 0 means it is not loaded."""
 
     name: str
     version: int
@@ -221,7 +221,7 @@ class FusionMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fusion:
-    """A snapshot of one fusion; `version` 0 means it has not been loaded."""
+    """A snapshot of one fusion; `version` 0 means it is not loaded."""
 
     name: str
     version: int

@@ -181,9 +181,12 @@ class Artifacts(Generic[ItemT]):
         return self._call("Load", name=name, path=path, pin=pin, sha256=sha256)
 
     def reload(
-        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+        self, name: str, path: str | None = None, *, pin: bool | None = None, sha256: str | None = None
     ) -> ItemT:
-        """Publishes a new version; requests that run finish on the old one."""
+        """Publishes a new version; requests that run finish on the old one.
+
+        It is pinned if the old one was, unless `pin` says.
+        """
         return self._call("Load", name=name, path=path, pin=pin, sha256=sha256, replace=True)
 
     def unload(self, name: str, *, force: bool = False) -> ItemT:

@@ -163,8 +163,9 @@ class Engine:
                 generation.first_scheduled_s = now_s
                 generation.num_cached_tokens = chunk.start
                 metrics.QUEUE_SECONDS.observe(now_s - generation.arrival_s)
-                metrics.PREFIX_QUERY_TOKENS.inc(len(generation.prompt_token_ids))
-                metrics.PREFIX_HIT_TOKENS.inc(chunk.start)
+                if self.scheduler.looks_up(chunk.request):
+                    metrics.PREFIX_QUERY_TOKENS.inc(len(generation.prompt_token_ids))
+                    metrics.PREFIX_HIT_TOKENS.inc(chunk.start)
 
     def _update(self, results: Iterable[ChunkResult], now_s: float) -> None:
         running = [each for each in results if _is_running(each)]  # the others ended before the step was read

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from typing import TypeVar
 
+from fusionserve import metrics
 from fusionserve.errors import AlreadyExistsError, CapacityError
 from fusionserve.generation import GenerateParams
 
@@ -108,10 +109,12 @@ class OpenRequests:
         with self._requests.taking(params.tenant, params.adaptation.flow, params.num_candidates):
             self._ids.add(key)
             self._idle.clear()
+            metrics.REQUESTS_OPEN.inc()
             try:
                 yield
             finally:
                 self._ids.remove(key)
+                metrics.REQUESTS_OPEN.dec()
                 if not self._ids:
                     self._idle.set()
 

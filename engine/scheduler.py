@@ -137,6 +137,10 @@ class Scheduler:
         if batch.chunks and not (batch.pool_changes or batch.copies):
             self._pace.observe(batch.num_prompt_tokens, seconds)
 
+    def looks_up(self, request: Request) -> bool:
+        """True if the request's beginning is looked for in the prefix cache."""
+        return self._enable_prefix_cache and not request.needs_every_token
+
     def advance(self, chunk: ScheduledChunk) -> None:
         """Notes that a chunk was computed, and offers its full blocks to the prefix cache."""
         request = chunk.request
@@ -249,7 +253,7 @@ class Scheduler:
             return True
         while (blocks := self.blocks.allocate(num_missing)) is None:
             victim = self._last_in_order()
-            self._preempt(victim, plan)
+            self._preempt(victim, plan, "blocks")
             if victim is request:
                 return False
         request.blocks += blocks
@@ -260,7 +264,7 @@ class Scheduler:
         loads = self._service.loads(self.running)
         return max(self.running, key=lambda r: (-r.priority, loads[r.flow], r.generation.arrival_s, r.index))
 
-    def _preempt(self, request: Request, plan: _Plan) -> None:
+    def _preempt(self, request: Request, plan: _Plan, cause: str) -> None:
         """Sends a running request back to the queue; its tokens stay, their keys and values are computed again."""
         self._is_settled = False
         self.running.remove(request)
@@ -270,7 +274,7 @@ class Scheduler:
         self._give_back(request)
         plan.num_preemptions += 1
         self.num_preemptions += 1
-        metrics.PREEMPTIONS.inc()
+        metrics.PREEMPTIONS.labels(cause).inc()
         request.status = RequestStatus.WAITING
         self.waiting.add(request)
 
@@ -308,7 +312,7 @@ class Scheduler:
             if victim is None:
                 return False
             plan.num_fair_preemptions += 1
-            self._preempt(victim, plan)
+            self._preempt(victim, plan, "turn")
         self._service.admit(request.flow)
         self._plan(request, self._chunk_size(request, plan.budget), plan)
         return True
@@ -354,7 +358,7 @@ class Scheduler:
 
     def _find_cached(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning; at least one token is left to compute, for its logits."""
-        if not self._enable_prefix_cache or request.needs_every_token:
+        if not self.looks_up(request):
             return []
         self._extend_hashes(request)
         return self.blocks.find(

@@ -16,7 +16,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 REQUESTS = Counter(
     "fusionserve_requests_total",
@@ -25,7 +25,14 @@ REQUESTS = Counter(
     registry=REGISTRY,
 )
 REQUESTS_RUNNING = Gauge("fusionserve_requests_running", "Sequences in the running batch.", registry=REGISTRY)
-REQUESTS_QUEUED = Gauge("fusionserve_requests_queued", "Sequences waiting for admission.", registry=REGISTRY)
+REQUESTS_QUEUED = Gauge(
+    "fusionserve_requests_queued", "Sequences waiting for a place in the batch.", registry=REGISTRY
+)
+REQUESTS_OPEN = Gauge(
+    "fusionserve_requests_open",
+    "Requests that have not ended: running, queued, or waiting for their prompt's tokens or their adapter.",
+    registry=REGISTRY,
+)
 PROMPT_TOKENS = Counter(
     "fusionserve_prompt_tokens_total", "Prompt tokens of admitted requests.", registry=REGISTRY
 )
@@ -49,7 +56,10 @@ INTER_TOKEN_SECONDS = Histogram(
     registry=REGISTRY,
 )
 REQUEST_SECONDS = Histogram(
-    "fusionserve_request_seconds", "From arrival to the end.", buckets=_LATENCY_BUCKETS, registry=REGISTRY
+    "fusionserve_request_seconds",
+    "From arrival to the end, of requests that came into the queue.",
+    buckets=_LATENCY_BUCKETS,
+    registry=REGISTRY,
 )
 STEP_SECONDS = Histogram(
     "fusionserve_step_seconds",
@@ -76,9 +86,12 @@ PREFIX_HIT_TOKENS = Counter(
 )
 PREEMPTIONS = Counter(
     "fusionserve_preemptions_total",
-    "Running requests sent back to the queue to free KV blocks.",
+    "Running sequences sent back to the queue, by cause: blocks for those that stay, or another's turn.",
+    ("cause",),
     registry=REGISTRY,
 )
+for _cause in ("blocks", "turn"):
+    PREEMPTIONS.labels(_cause)  # there from the start, so that the first one is an increase
 
 ADAPTERS = Gauge("fusionserve_adapters", "Adapters by state.", ("state",), registry=REGISTRY)
 ADAPTER_POOL_RANKS_USED = Gauge(
@@ -110,23 +123,23 @@ ADAPTER_LOAD_FAILURES = Counter(
 )
 ADAPTER_LOAD_SECONDS = Histogram(
     "fusionserve_adapter_load_seconds",
-    "Reading and checking one adapter.",
+    "Reading, checking and publishing one adapter, from asking for it: the wait for other loads is included.",
     buckets=_LATENCY_BUCKETS,
     registry=REGISTRY,
 )
 ADAPTER_ACTIVATIONS = Counter(
     "fusionserve_adapter_activations_total",
-    "Copies of an adapter from host to the device pool.",
+    "Copies of an adapter or a fusion from host to the device pool.",
     registry=REGISTRY,
 )
 ADAPTER_PREFETCHES = Counter(
     "fusionserve_adapter_prefetches_total",
-    "Of these copies, those begun for the next requests of the queue before their turn; on a GPU only.",
+    "Of these copies, those planned for the next requests of the queue before their turn; on a GPU only.",
     registry=REGISTRY,
 )
 ADAPTER_EVICTIONS = Counter(
     "fusionserve_adapter_evictions_total",
-    "Adapters dropped to make room, by tier.",
+    "Adapters dropped to make room, by tier; from the device pool fusions, too.",
     ("tier",),
     registry=REGISTRY,
 )
@@ -156,7 +169,9 @@ FUSION_EVICTIONS = Counter(
     "fusionserve_fusion_evictions_total", "Fusions dropped from the host to make room.", registry=REGISTRY
 )
 FUSION_PINS = Gauge(
-    "fusionserve_fusion_pinned_members", "Adapters kept loaded by fusions.", registry=REGISTRY
+    "fusionserve_fusion_pinned_members",
+    "Members that loaded fusions keep loaded; one counts for each of its fusions.",
+    registry=REGISTRY,
 )
 FUSION_LOADS = Counter("fusionserve_fusion_loads_total", "Fusions loaded from disk.", registry=REGISTRY)
 FUSION_LOAD_FAILURES = Counter(
@@ -167,7 +182,7 @@ FUSION_LOAD_FAILURES = Counter(
 )
 FUSION_LOAD_SECONDS = Histogram(
     "fusionserve_fusion_load_seconds",
-    "Reading, checking and folding one fusion, its members included.",
+    "Reading, checking and folding one fusion, its members and the wait for other loads included.",
     buckets=_LATENCY_BUCKETS,
     registry=REGISTRY,
 )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fusionserve.client import AlreadyExistsError, AsyncClient, ClientError
@@ -21,6 +20,7 @@ class Storm:
     """What became of the loads."""
 
     seconds: list[float] = field(default_factory=list)  # of each that succeeded
+    num_present: int = 0  # in memory before
     num_refused: int = 0
 
     @property
@@ -43,9 +43,12 @@ async def load_pinned(target: str, names: Sequence[str]) -> None:
 
 @contextlib.asynccontextmanager
 async def storm_of_loads(
-    target: str, names: Sequence[str], per_s: float, storm: Storm
+    target: str, names: Iterable[str], per_s: float, storm: Storm
 ) -> AsyncIterator[None]:
-    """While the block runs, `per_s` adapters a second are loaded, in turn; fewer once MAX_LOADS are being loaded."""
+    """While the block runs, `per_s` adapters a second are loaded, in turn; fewer once MAX_LOADS are being loaded.
+
+    Several storms that share an iterator go on where the one before ended, with adapters that nobody has loaded yet.
+    """
     async with (
         AsyncClient(target) as client,
         asyncio.TaskGroup() as group,
@@ -55,10 +58,10 @@ async def storm_of_loads(
 
 
 async def _keep_loading(
-    client: AsyncClient, names: Sequence[str], per_s: float, storm: Storm, group: asyncio.TaskGroup
+    client: AsyncClient, names: Iterable[str], per_s: float, storm: Storm, group: asyncio.TaskGroup
 ) -> None:
     room = asyncio.Semaphore(MAX_LOADS)
-    for name in itertools.cycle(names):
+    for name in names:
         await room.acquire()
         group.create_task(_load(client, name, storm)).add_done_callback(lambda _: room.release())
         await asyncio.sleep(1 / per_s)
@@ -69,7 +72,8 @@ async def _load(client: AsyncClient, name: str, storm: Storm) -> None:
     try:
         await client.adapters.load(name)
     except AlreadyExistsError:
-        return  # still in memory from before
+        storm.num_present += 1
+        return
     except ClientError:
         storm.num_refused += 1
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import statistics
 import tempfile
@@ -136,7 +137,7 @@ async def _measure_storm(
 ) -> tuple[list[RequestRecord], list[RequestRecord], Storm]:
     """The requests of calm and of stormy stretches, and the storm."""
     pinned = tuple(f"adapter{n:03}" for n in range(PINNED_ADAPTERS))
-    others = [f"adapter{n:03}" for n in reversed(range(PINNED_ADAPTERS, arguments.adapters))]
+    others = itertools.cycle(f"adapter{n:03}" for n in reversed(range(PINNED_ADAPTERS, arguments.adapters)))
     await load_pinned(target, pinned)
     background = replace(
         _zipf_config(target, arguments),
@@ -188,8 +189,8 @@ def _print_storm(calm: Sequence[RequestRecord], stormy: Sequence[RequestRecord],
         f"p99 ITL of {PINNED_ADAPTERS} streams: {without.p99 * 1000:.1f} ms calm, {during.p99 * 1000:.1f} ms "
         f"in a storm of {storm.num_loaded} loads, {during.p99 / without.p99:.2f} x (at most {ALLOWED_RATIO}); "
         f"p50 {without.p50 * 1000:.1f} and {during.p50 * 1000:.1f} ms\n"
-        f"a load took {storm.median_s * 1000:.0f} ms (median); {storm.num_refused} loads refused, "
-        f"{num_failed} requests failed"
+        f"a load took {storm.median_s * 1000:.0f} ms (median); {storm.num_present} were there before, "
+        f"{storm.num_refused} loads refused, {num_failed} requests failed"
     )
 
 

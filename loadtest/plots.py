@@ -110,8 +110,9 @@ def draw_timeline(outcome: Outcome, report: Json, path: Path) -> Path:
     """Tokens/s above, requests in flight below, and failures where there were any."""
     line = report["timeline"]
     figure, (above, below) = _figure(outcome, (10, 5.2), (2, 1), sharex=True)
-    edges_s, mean = line["edges_s"], report["throughput"]["generated_tokens_per_s"]
-    _fill(above, line["generated_tokens_per_s"], edges_s, _MAIN, "generated tokens/s")
+    edges_s, tokens_per_s = line["edges_s"], line["generated_tokens_per_s"]
+    mean = float(np.average(tokens_per_s, weights=np.diff(edges_s)))
+    _fill(above, tokens_per_s, edges_s, _MAIN, "generated tokens/s")
     above.axhline(mean, color=_MAIN, linewidth=1, linestyle=_DASHES)
     _note_right(above, f"mean {mean:,.0f}", mean, _MAIN)
     above.set_ylabel("tokens/s", color=_INK)

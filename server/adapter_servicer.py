@@ -138,7 +138,7 @@ async def _load(
     return await load(
         request.name,
         path,
-        pin=request.pin,
+        pin=request.pin if request.HasField("pin") else None,
         replace=request.replace,
         digest=_checked_digest(request),
         tenant=caller().name,

@@ -32,7 +32,7 @@ class EngineFacade(Protocol):
         """The base model and the engine's limits."""
 
     async def load_adapter(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None, tenant: str
+        self, name: str, path: str | None, *, pin: bool | None, replace: bool, digest: str | None, tenant: str
     ) -> AdapterStatus:
         """Loads from under the engine's adapter folders; returns when requests may use the adapter.
 
@@ -49,7 +49,7 @@ class EngineFacade(Protocol):
         """All adapters, loaded or on disk, by name."""
 
     async def load_fusion(
-        self, name: str, path: str | None, *, pin: bool, replace: bool, digest: str | None, tenant: str
+        self, name: str, path: str | None, *, pin: bool | None, replace: bool, digest: str | None, tenant: str
     ) -> FusionStatus:
         """Loads from under the engine's fusion folders, the members with it; returns when it may be used."""
 

@@ -27,7 +27,7 @@ class Life(Protocol[ItemT_co]):
         """Loads one."""
 
     def reload(
-        self, name: str, path: str | None = None, *, pin: bool = False, sha256: str | None = None
+        self, name: str, path: str | None = None, *, pin: bool | None = None, sha256: str | None = None
     ) -> ItemT_co:
         """Publishes a new version."""
 
@@ -141,7 +141,11 @@ def _act(life: Life[ItemT], arguments: argparse.Namespace, values: Values) -> li
         case "load":
             return [life.load(arguments.name, values["path"], pin=values["pin"], sha256=values["sha256"])]
         case "reload":
-            return [life.reload(arguments.name, values["path"], pin=values["pin"], sha256=values["sha256"])]
+            return [
+                life.reload(
+                    arguments.name, values["path"], pin=values["pin"] or None, sha256=values["sha256"]
+                )
+            ]
         case "unload":
             return [life.unload(arguments.name, force=values["force"])]
     return list(life.list())

@@ -168,7 +168,7 @@ async def test_adapters_live(shell: Shell, served: Served) -> None:
     assert served.engine.adapters["gamma"].pinned
     assert (await shell.run("adapters", "reload", "gamma")).code == 0
     (described,) = json.loads((await shell.run("adapters", "get", "gamma", "--json")).out)
-    assert (described["version"], described["state"], described["pinned"]) == (2, "ready", False)
+    assert (described["version"], described["state"], described["pinned"]) == (2, "ready", True)
     assert (await shell.run("adapters", "unload", "gamma", "--force")).code == 0
     assert (await shell.run("adapters", "get", "gamma")).code == 1
 

@@ -64,8 +64,9 @@ class TestHostBudget:
             for name in "bcd":
                 await tokens_of(engine, name)
             assert loaded(engine) == {"a", "d"}
-            await engine.load_adapter("a", None, pin=False, replace=True)
-            assert (await engine.get_adapter("a")).pinned
+            assert (await engine.load_adapter("a", None, pin=None, replace=True)).pinned
+            assert not (await engine.load_adapter("a", None, pin=False, replace=True)).pinned
+            assert (await engine.load_adapter("a", None, pin=True, replace=True)).pinned
             await engine.unload_adapter("d", force=False)
             await engine.load_adapter("b", None, pin=True, replace=False)
             with pytest.raises(CapacityError) as refusal:

@@ -18,6 +18,7 @@ from schedules import (
     sizes,
 )
 
+from fusionserve import metrics
 from fusionserve.engine.fair_queue import FairQueue, FlowService
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduler import Scheduler
@@ -179,12 +180,14 @@ def test_flow_is_charged_for_what_is_computed() -> None:
     scheduler = make_scheduler(num_blocks=400, max_batch_tokens=64, max_batch_requests=8)
     hot = flood(scheduler, "hot", 50)[-1]
     tokens = served(scheduler, 3)
+    before = metrics.PREEMPTIONS.labels("turn")._value.get()
     for _ in range(
         3
     ):  # at two of them hot's streams do not sit the step out, and the newest loses its place in it
         flood(scheduler, "cold", 1)
         tokens += served(scheduler, 1)
     assert scheduler.num_preemptions == 3
+    assert metrics.PREEMPTIONS.labels("turn")._value.get() == before + 3
     assert scheduler.waiting.service.rank(hot)[1] == tokens["hot"]
 
 

@@ -176,14 +176,14 @@ def test_preemption_takes_the_lowest_priority_then_the_latest() -> None:
     )
     for request in (first, last, low, middle):
         scheduler.add(request)
-    before = metrics.PREEMPTIONS._value.get()
+    before = metrics.PREEMPTIONS.labels("blocks")._value.get()
     complete(scheduler, scheduler.schedule())
     assert len(scheduler.running) == 4
     planned = sizes(scheduler.schedule())  # all four need a second block
     assert set(planned) == {first, middle}
     assert set(scheduler.waiting) == {low, last}
     assert scheduler.num_preemptions == 2
-    assert metrics.PREEMPTIONS._value.get() == before + 2
+    assert metrics.PREEMPTIONS.labels("blocks")._value.get() == before + 2
     assert low.num_computed_tokens == 0 and low.blocks == []
     scheduler.check_integrity()
 

@@ -93,8 +93,8 @@ class LifeCycle(RuleBasedStateMachine):
 
     # Loading and unloading
 
-    @rule(name=names, content=contents, pin=st.booleans(), replace=st.booleans())
-    def load(self, name: str, content: int, pin: bool, replace: bool) -> None:
+    @rule(name=names, content=contents, pin=st.sampled_from((None, False, True)), replace=st.booleans())
+    def load(self, name: str, content: int, pin: bool | None, replace: bool) -> None:
         was = self.status(name)
         path = self.world.files.path(name, content)
         try:
@@ -107,7 +107,7 @@ class LifeCycle(RuleBasedStateMachine):
             assert replace or was.state is not AdapterState.READY
             before = self.loaded.get(name)
             was_pinned = was.state is AdapterState.READY and before is not None and before.pinned
-            self.loaded[name] = Loaded(content, pin or was_pinned)
+            self.loaded[name] = Loaded(content, was_pinned if pin is None else pin)
             assert now.digest == self.world.digests[name, content]
             assert now.version > self.versions.get(name, 0)
             self.versions[name] = now.version

@@ -20,6 +20,11 @@ async def refused(call: aio.UnaryUnaryCall) -> Failure:
 async def test_load_get_unload(served: Served) -> None:
     loaded = (await served.adapters.LoadAdapter(pb.LoadAdapterRequest(name="gamma", pin=True))).adapter
     assert (loaded.name, loaded.version, loaded.pinned) == ("gamma", 1, True)
+    again = await served.adapters.LoadAdapter(pb.LoadAdapterRequest(name="gamma", replace=True))
+    assert (again.adapter.version, again.adapter.pinned) == (2, True)
+    again = await served.adapters.LoadAdapter(pb.LoadAdapterRequest(name="gamma", replace=True, pin=False))
+    loaded = again.adapter
+    assert (loaded.version, loaded.pinned) == (3, False)
     assert loaded.digest == "gamma"  # the path was left to the engine
     assert loaded.state == pb.Adapter.STATE_READY
     assert loaded.residency == pb.Adapter.RESIDENCY_HOST

@@ -25,6 +25,7 @@ HELD = (
     "fusionserve_kv_blocks_used",
     "fusionserve_requests_running",
     "fusionserve_requests_queued",
+    "fusionserve_requests_open",
     "fusionserve_adapter_pool_ranks_held",
     "fusionserve_adapter_leases",
     "fusionserve_fusion_leases",

@@ -126,7 +126,7 @@ class FakeEngine:
         name: str,
         path: str | None,
         *,
-        pin: bool,
+        pin: bool | None,
         replace: bool,
         digest: str | None = None,
         tenant: str = "",
@@ -140,6 +140,8 @@ class FakeEngine:
                 "the adapter is loaded", reason="ADAPTER_EXISTS", metadata={"adapter": name}
             )
         version = 1 if old is None else old.version + 1
+        if pin is None:
+            pin = old is not None and old.pinned
         self.adapters[name] = changed(_status(name), version=version, pinned=pin, digest=path or name)
         return self.adapters[name]
 
@@ -165,7 +167,7 @@ class FakeEngine:
         name: str,
         path: str | None,
         *,
-        pin: bool,
+        pin: bool | None,
         replace: bool,
         digest: str | None = None,
         tenant: str = "",
@@ -179,6 +181,8 @@ class FakeEngine:
                 "the fusion is loaded", reason="FUSION_EXISTS", metadata={"fusion": name}
             )
         version = 1 if old is None else old.version + 1
+        if pin is None:
+            pin = old is not None and old.pinned
         status = _fusion_status(name, tuple(self.adapters))
         self.fusions[name] = changed(status, version=version, pinned=pin, digest=path or name)
         return self.fusions[name]
