@@ -39,6 +39,7 @@ from fusionserve.engine.quantized_base import BITS, check_panels, load_options, 
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError
 from fusionserve.kernels.linear_product import PanelEmbedding
+from fusionserve.kernels.native_library import set_num_threads
 from fusionserve.kernels.quantized_linear import QuantizedLinear
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call] # a bar redrawn a hundred times fills a log
     if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+        set_num_threads(config.num_threads)
     device = find_device(config.device)
     directory = find_model(config.model)
     model_config = _read_config(directory)

@@ -54,8 +54,23 @@ def native_library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("computing without native kernels, several times slower: %s", _why(error))
         return None
-    library.set_num_threads(torch.get_num_threads())
+    _set_num_threads(library)
     return library
+
+
+def set_num_threads(count: int) -> None:
+    """Has torch's operations and the native kernels compute with so many threads."""
+    torch.set_num_threads(count)
+    library = native_library()
+    if library is not None:
+        _set_num_threads(library)
+
+
+def _set_num_threads(library: ctypes.CDLL) -> None:
+    wanted = torch.get_num_threads()
+    found = library.set_num_threads(wanted)
+    if found < wanted:
+        logger.warning("computing with %d threads: the system gives no more of the %d", found, wanted)
 
 
 def _load() -> ctypes.CDLL:

@@ -234,7 +234,8 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
 }
 
 // Neighbouring tokens of a request are one piece of work for each key-value head; a token alone is one for all of them,
-// unless there are too few of those for the threads.
+// unless there are too few of those for the threads. A piece ends where a tile of its newest token does: its tokens meet
+// each other's values, by weights of nought if need be, and what is not finite may not reach an earlier block so.
 template <typename Cache>
 static void attend_in(const Attention& a) {
     thread_local std::vector<Item> kept;
@@ -244,7 +245,8 @@ static void attend_in(const Attention& a) {
     for (Index first = 0, count; first < a.num_tokens; first += count) {
         count = 1;
         while (count < TOKENS_TOGETHER && first + count < a.num_tokens &&
-               a.block_starts[first + count] == a.block_starts[first])
+               a.block_starts[first + count] == a.block_starts[first] &&
+               a.lengths[first + count - 1] % a.block_size % TILE != 0)
             ++count;
         if (is_whole)
             items.push_back({first, count, 0, a.num_kv_heads});

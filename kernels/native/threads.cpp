@@ -16,6 +16,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -62,13 +63,16 @@ public:
 
     int size() const { return size_.load(std::memory_order_relaxed); }
 
-    void resize(int size) {
+    // Returns the size that it has from here on: less than asked for if the system gives no more threads.
+    int resize(int size) {
         const std::lock_guard<std::mutex> guard(callers_);
-        size_ = size < 1 ? 1 : size;
-        while (num_helpers_ < size_ - 1) {
-            const int number = num_helpers_++;
-            std::thread([this, number] { help(number); }).detach();
+        try {
+            for (; num_helpers_ < size - 1; ++num_helpers_)
+                std::thread([this, number = num_helpers_] { help(number); }).detach();
+        } catch (const std::system_error&) {
         }
+        size_ = std::clamp(size, 1, num_helpers_ + 1);
+        return size_;
     }
 
     // The lender sleeps until as many returns as loans have come, or the last loan's time is over.
@@ -85,7 +89,7 @@ public:
     }
 
     void run(Piece run, const void* work, Index count) {
-        if (is_lent_.load(std::memory_order_relaxed) && now_us() > loans_end_.load(std::memory_order_relaxed)) wake_lender();
+        if (is_lent_.load(std::memory_order_relaxed) && now_us() > loans_end_.load(std::memory_order_relaxed)) end_loans();
         const std::unique_lock<std::mutex> guard(callers_, std::try_to_lock);
         if (!guard.owns_lock() || size() == 1 || count == 1) {
             for (Index piece = 0; piece < count; ++piece) run(work, piece);
@@ -104,6 +108,12 @@ private:
     static int64_t now_us() {
         const auto now = std::chrono::steady_clock::now().time_since_epoch();
         return std::chrono::duration_cast<std::chrono::microseconds>(now).count();
+    }
+
+    // A loan that begins meanwhile goes on.
+    void end_loans() {
+        const std::unique_lock<std::mutex> guard(loans_, std::try_to_lock);
+        if (guard.owns_lock() && now_us() > loans_end_.load()) wake_lender();
     }
 
     void wake_lender() {
@@ -199,7 +209,7 @@ int num_threads() { return Pool::instance().size(); }
 void run_pieces(Piece run, const void* work, Index count) { Pool::instance().run(run, work, count); }
 
 extern "C" {
-void set_num_threads(int count) { Pool::instance().resize(count); }
+int set_num_threads(int count) { return Pool::instance().resize(count); }
 void lend_core(int64_t at_most_us) { Pool::instance().lend(std::chrono::microseconds(at_most_us)); }
 void take_core_back() { Pool::instance().take_back(); }
 }

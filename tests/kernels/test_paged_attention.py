@@ -8,6 +8,7 @@ from paged_sequences import NATIVE_HEADS, expected_rows, make_sequences, with_si
 from torch import Tensor
 
 from fusionserve.kernels.layer_cache import LayerCache
+from fusionserve.kernels.native_library import native_library
 from fusionserve.kernels.paged_attention import (
     AttentionOptions,
     causal_mask,
@@ -188,6 +189,23 @@ def test_slots_never_written_are_not_read_into_the_sum() -> None:
         torch.randn(2, 4, 64), LayerCache(keys, values), OPTIONS["plain"]
     )
     assert output.isfinite().all()
+
+
+@pytest.mark.skipif(native_library() is None, reason="torch spoils all of the chunk")
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("block_size", [8, 16, 24])
+def test_token_that_is_not_finite_spoils_no_block_before_its_own(dtype: torch.dtype, block_size: int) -> None:
+    """Others find those blocks in the prefix cache."""
+    position, bad = 3, 2 * block_size + 1
+    (sequence,) = make_sequences(((position, 3 * block_size),), block_size)
+    slots = slots_of_blocks(sequence.blocks, sequence.length, block_size, CPU)
+    keys, values = (torch.randn(4 * block_size, 2, 64).to(dtype) for _ in range(2))
+    keys[slots[bad]] = values[slots[bad]] = float("nan")
+    query = torch.randn(sequence.end, 6, 64).to(dtype)
+    batch = PagedBatch([sequence], block_size, CPU)
+    output = batch.attend(query, LayerCache(keys, values), OPTIONS["plain"])
+    assert output[: 2 * block_size - position].isfinite().all()
+    assert output[bad - position :].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

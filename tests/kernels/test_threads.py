@@ -89,6 +89,35 @@ def test_a_lent_core_is_left_alone_until_the_loan_ends() -> None:
     assert max(lent, lent_twice) < 0.2 * min(free, late, after), run.stdout
 
 
+# Asks for threads until no more fit into the address space, and computes with those there are.
+CROWDED = """
+import resource
+
+import torch
+
+from fusionserve.kernels.argmax import argmax
+from fusionserve.kernels.native_library import native_library, set_num_threads
+
+native_library()
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (64 << 20), resource.RLIM_INFINITY))
+set_num_threads(1000)
+x = torch.randn(8, 1024)
+assert argmax(x).tolist() == [row.tolist().index(max(row.tolist())) for row in x]
+set_num_threads(2)
+"""
+
+
+@pytest.mark.skipif(native_library() is None, reason="there is no native library")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="the system does not say what memory it has"
+)
+def test_where_no_more_threads_can_be_had_it_computes_with_fewer() -> None:
+    run = subprocess.run([sys.executable, "-P", "-c", CROWDED], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert "the system gives no more of the 1000" in run.stderr
+
+
 @pytest.mark.skipif(native_library() is None, reason="there is no native library")
 def test_blocks_that_borrow_a_core_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_turns", threading.Semaphore(1))
