@@ -10,7 +10,7 @@ first asked for, and held from the round on, which is a step, in which the copy 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -74,6 +74,7 @@ class PoolLedger:
         self._copies = copies
         self._places: OrderedDict[int, _Place] = OrderedDict()  # by uid, least recently used first
         self._changes: list[PoolChange] = []
+        self._num_held = 0  # rows
         self._awaited: set[int] = set()  # uids asked for in this round by those who must wait for a copy
 
     @property
@@ -84,7 +85,7 @@ class PoolLedger:
     @property
     def num_held(self) -> int:
         """Rank rows that are in use."""
-        return sum(place.resident.num_rows for place in self._places.values() if place.num_holds > 0)
+        return self._num_held
 
     @property
     def resident_uids(self) -> frozenset[int]:
@@ -121,8 +122,27 @@ class PoolLedger:
             self._awaited.update(resident.uid for resident in residents)
             return False
         for place in places:  # one that is named twice is held twice
+            self._num_held += 0 if place.num_holds else place.resident.num_rows
             place.num_holds += 1
         return True
+
+    def needs_no_rows(self, residents: Sequence[Resident], without: Container[int]) -> bool:
+        """True if all of `residents` are held and none of their uids is in `without`: holding them takes no rows."""
+        places = [self._places.get(resident.uid) for resident in residents if resident.uid not in without]
+        return len(places) == len(residents) and all(place and place.num_holds > 0 for place in places)
+
+    def to_drain(self, residents: Sequence[Resident]) -> frozenset[int]:
+        """The uids of residents, those with the fewest holds, without which all of `residents` fit."""
+        wanted = {resident.uid: resident.num_rows for resident in residents}
+        others = [place for uid, place in self._places.items() if place.num_holds > 0 and uid not in wanted]
+        room = self.capacity - sum(wanted.values()) - sum(place.resident.num_rows for place in others)
+        draining = []
+        for place in sorted(others, key=lambda place: place.num_holds):
+            if room >= 0:
+                break
+            room += place.resident.num_rows
+            draining.append(place.resident.uid)
+        return frozenset(draining)
 
     def bring_ahead(self, residents: Sequence[Resident]) -> bool:
         """Places `residents` before their turn, to be copied ahead; False if there is no room, or no copying ahead.
@@ -142,6 +162,7 @@ class PoolLedger:
             place = self._places[resident.uid]
             assert place.num_holds > 0, f"{resident.name} is released more often than held"
             place.num_holds -= 1
+            self._num_held -= 0 if place.num_holds else place.resident.num_rows
 
     def forget(self, uid: int) -> None:
         """Frees the rows of a resident that nobody holds; unknown uids are fine."""
@@ -187,6 +208,8 @@ class PoolLedger:
             assert place.start >= end, "rank rows overlap"
             end = place.end
         assert end <= self.capacity, "rank rows past the end"
+        held = (place.resident.num_rows for place in self._places.values() if place.num_holds > 0)
+        assert sum(held) == self._num_held, "rows in use do not add up"
         if num_holds is not None:
             assert sum(place.num_holds for place in self._places.values()) == num_holds, "holds do not add up"
 
@@ -194,6 +217,8 @@ class PoolLedger:
         """Places what is missing of `residents`; or, if it does not fit, changes nothing and returns False."""
         missing = {resident.uid: resident for resident in residents if resident.uid not in self._places}
         needed = sum(resident.num_rows for resident in missing.values())
+        if needed > self.capacity - self._num_held:  # as it is for each that waits for a full pool
+            return False
         kept = self._awaited.union(resident.uid for resident in residents)
         if needed > self.capacity - self._num_rows_kept(kept):
             return False

@@ -14,11 +14,11 @@ from fusionserve import metrics
 from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.engine.block_pool import BlockPool, chain_hashes
 from fusionserve.engine.fair_queue import FairQueue, FlowService, Rank
+from fusionserve.engine.pool_line import PoolLine
 from fusionserve.engine.prompt_pace import PromptPace
 from fusionserve.engine.request import Request, RequestStatus
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 
-_MAX_OVERTAKES = 64  # requests that may pass one waiting for room in the adapter pool, or for a copy to it
 _MAX_PREFETCHES = 4  # flows whose next request may have its adapters copied before its turn
 _MAX_FAIR_PREEMPTIONS = (
     4  # per step, for flows that have less than their share: each costs a prompt's computation
@@ -27,7 +27,7 @@ _MAX_FAIR_PREEMPTIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """Bounds of one step: tokens, requests, and prompt tokens with logits.
+    """Bounds of one step: tokens, requests, and of each request prompt tokens with logits.
 
     Beside decoding requests it takes as many prompt tokens as keep it to `prompt_step_s` seconds, and
     `min_prompt_tokens` in any case.
@@ -72,7 +72,7 @@ class Scheduler:
         self.waiting = FairQueue(self._service)
         self.running: list[Request] = []  # in order of admission
         self.num_preemptions = 0
-        self._num_overtakes: dict[Request, int] = {}
+        self._pool_line = PoolLine(ledger)
         self._has_yielded = False  # somebody, in the last step
         # Nobody had a right to a place when the last step was scheduled, and nobody has come or gone since.
         self._is_settled = False
@@ -170,7 +170,7 @@ class Scheduler:
             self.waiting.remove(request)
         self._is_settled = False
         self._service.leave(request.flow)
-        self._num_overtakes.pop(request, None)
+        self._pool_line.forget(request)
         request.status = RequestStatus.FINISHED
 
     def requests(self) -> Iterator[Request]:
@@ -219,13 +219,10 @@ class Scheduler:
 
     def _plan_prompts(self, plan: _Plan) -> None:
         """Plans the next tokens of prompts, of running requests and of waiting ones that are admitted, in turn."""
-        may_admit = not plan.num_preemptions  # else the blocks just freed would go straight back
         for request in self._in_turn(decoding=False):
-            if may_admit:
-                self._admit_waiting(plan, before=self._service.rank(request))
+            self._admit_waiting(plan, before=self._service.rank(request))
             self._continue(request, plan)
-        if may_admit:
-            self._admit_waiting(plan)
+        self._admit_waiting(plan)
 
     def _prefetch(self) -> None:
         """Has what is next in turn copied ahead, as far as it fits: a later one takes no room of an earlier."""
@@ -234,8 +231,8 @@ class Scheduler:
                 return
 
     def _continue(self, request: Request, plan: _Plan) -> None:
-        """Plans the next tokens of a running request; one that was preempted since gets none."""
-        if plan.budget == 0 or request.status is not RequestStatus.RUNNING:
+        """Plans the next tokens of a running request; one that was preempted since gets none, or has them already."""
+        if plan.budget == 0 or request.status is not RequestStatus.RUNNING or request in plan.num_tokens:
             return
         num_tokens = self._chunk_size(request, plan.budget)
         if self._grow(request, request.num_computed_tokens + num_tokens, plan):
@@ -281,14 +278,14 @@ class Scheduler:
     def _admit_waiting(self, plan: _Plan, before: Rank | None = None) -> None:
         """Admits requests in turn, as far as it comes `before`, if that is given.
 
-        One that waits for room in the adapter pool, or for a copy to it, lets others pass, but not for ever.
+        One that waits for the adapter pool lets others pass, as far as its line does.
         """
-        overtaken: list[Request] = []
+        if plan.num_preemptions > plan.num_fair_preemptions:  # the blocks just freed would go straight back
+            return
+        self._pool_line.begin_pass()
         stuck: set[str] = set()  # flows with no right to a place
         for request in self.waiting.in_turn():
             if plan.budget == 0 or (before is not None and self._service.rank(request) >= before):
-                return
-            if any(self._num_overtakes.get(blocked, 0) >= _MAX_OVERTAKES for blocked in overtaken):
                 return
             if request.flow in stuck or self._waits_for_sibling(request):
                 continue
@@ -296,14 +293,12 @@ class Scheduler:
                 stuck.add(request.flow)
                 continue
             self._is_settled = False
-            if not self.ledger.hold(request.generation.adaptation.residents):
-                overtaken.append(request)
+            if not self._pool_line.hold(request):
                 continue
             if not self._admit(request, plan):
                 self.ledger.release(request.generation.adaptation.residents)
                 return
-            for blocked in overtaken:
-                self._num_overtakes[blocked] = self._num_overtakes.get(blocked, 0) + 1
+            self._pool_line.note_admitted(request)
 
     def _admit(self, request: Request, plan: _Plan) -> bool:
         """Starts a request whose adapters are held, in place of one that is in its way if need be."""
@@ -343,7 +338,8 @@ class Scheduler:
         request.num_computed_tokens = num_cached
         num_tokens = num_cached + self._chunk_size(request, budget)
         self.blocks.reference(cached)
-        fresh = self.blocks.allocate(self.blocks.num_blocks_for(num_tokens) - len(cached))
+        num_fresh = self.blocks.num_blocks_for(num_tokens) - len(cached)
+        fresh = self.blocks.allocate(num_fresh) if self._may_begin(request) else None
         if fresh is None:
             self.blocks.free(cached)
             request.num_computed_tokens = 0
@@ -353,8 +349,14 @@ class Scheduler:
         request.status = RequestStatus.RUNNING
         self.waiting.remove(request)
         self.running.append(request)
-        self._num_overtakes.pop(request, None)
         return True
+
+    def _may_begin(self, request: Request) -> bool:
+        """False if it might be preempted for lack of blocks in its prompt, and would find none of them again."""
+        return (
+            self.looks_up(request)
+            or self.blocks.num_blocks_for(len(request.token_ids)) <= self.blocks.num_free
+        )
 
     def _find_cached(self, request: Request) -> list[int]:
         """Cached blocks of the request's beginning; at least one token is left to compute, for its logits."""

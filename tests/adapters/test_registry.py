@@ -32,7 +32,7 @@ class Watched:
         self.registry.get(adapter.name)  # would hang if this were called under the lock
         self.gone.append((adapter.name, adapter.version))
 
-    def publish(self, name: str, rank: int = 1, *, pin: bool = False, replace: bool = False) -> Adapter:
+    def publish(self, name: str, rank: int = 1, *, pin: bool | None = None, replace: bool = False) -> Adapter:
         return self.registry.publish(name, content(rank), pin=pin, replace=replace)
 
     def lease(self, name: str) -> Adapter:
@@ -167,7 +167,7 @@ def test_least_recently_leased_idle_adapters_make_room() -> None:
     assert watched.names == {"e"}
 
 
-def test_pinned_adapters_stay_and_keep_their_pin_when_replaced() -> None:
+def test_pinned_adapters_stay_and_keep_their_pin_when_replaced_unless_it_is_taken() -> None:
     watched = Watched(room=2)
     watched.publish("a", pin=True)
     watched.publish("b")
@@ -178,6 +178,8 @@ def test_pinned_adapters_stay_and_keep_their_pin_when_replaced() -> None:
     assert watched.names == {"a", "d"}
     with pytest.raises(CapacityError):
         watched.publish("e", rank=2)
+    watched.publish("a", pin=False, replace=True)
+    watched.publish("e", rank=2)
 
 
 def test_replacing_counts_the_old_version_only_while_it_is_leased() -> None:

@@ -25,9 +25,10 @@ from schedules import (
 from fusionserve import metrics
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.engine.engine_thread import EngineThread
+from fusionserve.engine.pool_line import MOST_OVERTAKES
 from fusionserve.engine.request import Request
 from fusionserve.engine.scheduled_batch import ScheduledBatch
-from fusionserve.engine.scheduler import _MAX_OVERTAKES, _MAX_PREFETCHES, Scheduler
+from fusionserve.engine.scheduler import _MAX_PREFETCHES, Scheduler
 from fusionserve.errors import CapacityError, DeadlineError, InternalError
 from fusionserve.generation import GenerationFinished
 
@@ -111,10 +112,12 @@ class TestWaiting:
 
     def test_request_is_overtaken_a_bounded_number_of_times(self) -> None:
         steps = Steps(max_batch_requests=2)
+        there = make_adapter()
+        steps.leave_idle(there)
         cold = make_request(prompt=[1], adapters=(make_adapter(),))
         steps.add(cold)
-        passer, num_overtakes = first_not_to_pass(steps.scheduler, steps.step, 3 * _MAX_OVERTAKES)
-        assert num_overtakes == _MAX_OVERTAKES
+        passer, num_overtakes = first_not_to_pass(steps.scheduler, steps.step, there, 3 * MOST_OVERTAKES)
+        assert num_overtakes == MOST_OVERTAKES
         steps.copies.finish()
         assert set(sizes(steps.step())) == {cold, passer}
 

@@ -21,8 +21,9 @@ from schedules import (
 )
 
 from fusionserve import metrics
+from fusionserve.engine.pool_line import MOST_OVERTAKES
 from fusionserve.engine.request import Request, RequestStatus
-from fusionserve.engine.scheduler import _MAX_OVERTAKES, Scheduler
+from fusionserve.engine.scheduler import Scheduler
 from fusionserve.generation import OutputOptions
 
 pytestmark = pytest.mark.no_kernels
@@ -165,6 +166,20 @@ def test_prompt_logprobs_compute_the_whole_prompt_in_bounded_chunks() -> None:
     assert seen == [(0, 5), (5, 10), (10, 12)]
 
 
+def test_prompt_that_finds_nothing_again_begins_once_there_are_blocks_for_all_of_it() -> None:
+    scheduler = make_scheduler(num_blocks=6, max_logit_tokens=4)
+    stream = add_running(scheduler, prompt=range(12), max_new_tokens=40)
+    asking = make_request(prompt=range(16), output=OutputOptions(prompt_logprobs=1))
+    scheduler.add(asking)
+    for _ in range(4):
+        batch = scheduler.schedule()
+        assert asking not in sizes(batch), "it would be computed in vain"
+        complete(scheduler, batch)
+    assert scheduler.num_preemptions == 0
+    scheduler.remove(stream)
+    assert asking in sizes(scheduler.schedule())
+
+
 def test_preemption_takes_the_lowest_priority_then_the_latest() -> None:
     scheduler = make_scheduler(num_blocks=4)
     prompts = [[n] * BLOCK_SIZE for n in range(4)]
@@ -275,10 +290,40 @@ def test_request_waiting_for_the_pool_is_overtaken_a_bounded_number_of_times() -
     holder = add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
     blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
     scheduler.add(blocked)
-    _, num_overtakes = first_not_to_pass(scheduler, scheduler.schedule, 3 * _MAX_OVERTAKES)
-    assert num_overtakes == _MAX_OVERTAKES
+    passer, num_overtakes = first_not_to_pass(
+        scheduler, scheduler.schedule, make_adapter(8), 3 * MOST_OVERTAKES
+    )
+    assert num_overtakes == MOST_OVERTAKES
     scheduler.remove(holder)
     assert blocked in sizes(scheduler.schedule())
+    scheduler.remove(blocked)
+    assert passer in sizes(scheduler.schedule())
+
+
+def test_only_who_would_take_its_rows_waits_behind_a_request_that_was_overtaken_often() -> None:
+    scheduler = make_scheduler(pool_ranks=32, max_batch_requests=8)
+    popular, rare = make_adapter(16), make_adapter(8)
+    for adapter in (popular, popular, rare):
+        add_running(scheduler, prompt=[1], adapters=(adapter,))
+    blocked = make_request(
+        prompt=[2], adapters=(make_adapter(16),)
+    )  # eight rows are free, and eight more drain
+    scheduler.add(blocked)
+    (_, passed), others = (
+        first_not_to_pass(scheduler, scheduler.schedule, make_adapter(8), 3 * MOST_OVERTAKES),
+        [make_request(prompt=[4]), make_request(prompt=[5], adapters=(popular,))],
+    )
+    assert passed == MOST_OVERTAKES
+    late = make_request(prompt=[6], adapters=(rare,))
+    for request in (*others, late):
+        scheduler.add(request)
+    planned = sizes(scheduler.schedule())
+    assert planned.keys() >= set(others)
+    assert not planned.keys() & {blocked, late}
+    (holder,) = (r for r in scheduler.running if r.generation.adaptation.residents == (rare,))
+    scheduler.remove(holder)
+    assert {blocked, late} & sizes(scheduler.schedule()).keys() == {blocked}
+    scheduler.check_integrity()
 
 
 def test_request_waiting_for_the_pool_does_not_starve_behind_small_adapters() -> None:
@@ -294,7 +339,7 @@ def test_request_waiting_for_the_pool_does_not_starve_behind_small_adapters() ->
     harness.step()
     big = make_generation(prompt=[7], adapters=(make_adapter(16),), max_new_tokens=2)
     harness.add(big)
-    for number in range(2, 4 * _MAX_OVERTAKES):
+    for number in range(2, 4 * MOST_OVERTAKES):
         newcomer(number)
         harness.step()
         if any(request.is_finished for request in big.requests):

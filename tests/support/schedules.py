@@ -169,11 +169,11 @@ def assert_idle(scheduler: Scheduler) -> None:
 
 
 def first_not_to_pass(
-    scheduler: Scheduler, schedule: Callable[[], ScheduledBatch], most: int
+    scheduler: Scheduler, schedule: Callable[[], ScheduledBatch], adapter: Adapter, most: int
 ) -> tuple[Request, int]:
-    """Adds requests one by one until one is not scheduled in its step, as the others were; and how many those were."""
+    """Adds requests of one adapter until one is not scheduled in its step; and how many were before it."""
     for num_passed in range(most):
-        passer = make_request(prompt=[3 + num_passed])
+        passer = make_request(prompt=[3 + num_passed], adapters=(adapter,))
         scheduler.add(passer)
         if passer not in sizes(schedule()):
             return passer, num_passed
