@@ -152,7 +152,9 @@ class _Assembly:
             bias = rows[place.shrink_bias : place.shrink_bias + num_rows].zero_()
             shrink[-1], bias[-1] = 0, 1
         magnitude = torch.empty(d_out) if TensorRole.MAGNITUDE in plan.parts else None
-        return ModuleLoRA(shrink=shrink, expand=expand, shrink_bias=bias, magnitude=magnitude)
+        return ModuleLoRA(
+            shrink=shrink, expand=expand, shrink_bias=bias, magnitude=magnitude, scaling=plan.scaling
+        )
 
     def run(self, file: SafetensorsFile) -> LoRAWeights:
         rows = self._rows.view(torch.uint8)

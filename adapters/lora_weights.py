@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ class ModuleLoRA:
     expand: Tensor  # [rank, d_out]
     shrink_bias: Tensor | None = None  # [rank]
     magnitude: Tensor | None = None  # [d_out], float32
+    scaling: float = 1.0  # s
 
     @property
     def rank(self) -> int:
@@ -49,6 +51,12 @@ class LoRAWeights:
     replacements: Mapping[str, Tensor]  # by module path, [vocab, hidden]
     replaced_biases: Mapping[str, Tensor] = field(default_factory=dict)  # by module path, [vocab]
     unused_bytes: int = 0  # taken of the host beside the tensors, where memory comes in powers of two
+
+    @cached_property
+    def scalings_digest(self) -> str:
+        """sha256 (hex) of every module's path and scaling, which the configuration says and `digest` does not cover."""
+        lines = (f"{path} {module.scaling.hex()}\n" for path, module in sorted(self.modules.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def max_rank(self) -> int:

@@ -1,12 +1,14 @@
 """fusion_config.json: what a fusion is made of, read strictly and written in one form.
 
     {"format_version": 1, "name": "...", "base_model": {"name": "...", "fingerprint": "..."},
-     "members": [{"name": "...", "sha256": "..."}, ...], "modules": ["model.layers.0.self_attn.q_proj", ...],
-     "scope": "layer", "d_key": 64, "member_keys": true, "value": {"kind": "none"}, "temperature": 1.0,
-     "base_member": false, "training": {...}}
+     "members": [{"name": "...", "sha256": "...", "scalings_sha256": "..."}, ...],
+     "modules": ["model.layers.0.self_attn.q_proj", ...], "scope": "layer", "d_key": 64, "member_keys": true,
+     "value": {"kind": "none"}, "temperature": 1.0, "base_member": false, "training": {...}}
 
-The order of the members is the order of their weights. `modules` are the paths at which the fusion acts; elsewhere its
-members add nothing. With scope `layer` the first of a layer's modules to be computed has the attention.
+The order of the members is the order of their weights. `sha256` is of a member's weights file; `scalings_sha256`, which
+may be missing, of a line `PATH SCALING` for every module that it adapts, sorted by path, the scaling in hexadecimal as
+Python's float.hex() writes it. `modules` are the paths at which the fusion acts; elsewhere its members add nothing.
+With scope `layer` the first of a layer's modules to be computed has the attention.
 """
 
 from __future__ import annotations
@@ -55,10 +57,16 @@ class ValueKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FusionMember:
-    """An adapter by name, and the sha256 (hex) of the weights file that the fusion was trained with."""
+    """An adapter by name, and what it was when the fusion was trained."""
 
     name: str
-    digest: str
+    digest: str  # sha256 (hex) of its weights file
+    scalings_digest: str | None = None  # LoRAWeights.scalings_digest; None: the fusion does not tell
+
+    def to_fields(self) -> dict[str, str]:
+        """As the file has it."""
+        fields = {"name": self.name, "sha256": self.digest}
+        return fields if self.scalings_digest is None else {**fields, "scalings_sha256": self.scalings_digest}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +101,7 @@ class FusionConfig:
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "base_model": {"name": self.base_model, "fingerprint": self.base_fingerprint},
-            "members": [{"name": member.name, "sha256": member.digest} for member in self.members],
+            "members": [member.to_fields() for member in self.members],
             "modules": list(self.modules),
             "scope": self.scope.value,
             "d_key": self.d_key,
@@ -186,12 +194,14 @@ def _to_member(item: object) -> FusionMember:
     if not isinstance(item, dict):
         raise _malformed("a member is not an object")
     fields = _Fields("members.", item)
-    member = FusionMember(fields.take("name", str), fields.take("sha256", str))
+    scalings_digest = fields.take("scalings_sha256", str) if "scalings_sha256" in item else None
+    member = FusionMember(fields.take("name", str), fields.take("sha256", str), scalings_digest)
     fields.refuse_rest()
     if not is_artifact_name(member.name):
         raise _malformed(f"a member is named {quoted(member.name)}, which no adapter can be")
-    if not _DIGEST.fullmatch(member.digest):
-        raise _malformed(f"the sha256 of member {member.name} is not 64 hexadecimal digits")
+    for key, digest in (("sha256", member.digest), ("scalings_sha256", member.scalings_digest)):
+        if digest is not None and not _DIGEST.fullmatch(digest):
+            raise _malformed(f"the {key} of member {member.name} is not 64 hexadecimal digits")
     return member
 
 

@@ -128,6 +128,12 @@ def check_members(config: FusionConfig, members: Sequence[LoRAWeights]) -> None:
                 "is not the one the fusion was trained with: its digest differs",
                 "MEMBER_DIGEST_MISMATCH",
             )
+        if member.scalings_digest not in (None, weights.scalings_digest):
+            raise _bad_member(
+                member.name,
+                "is scaled otherwise than when the fusion was trained: lora_alpha, alpha_pattern or use_rslora differs",
+                "MEMBER_DIGEST_MISMATCH",
+            )
         if weights.has_magnitudes:
             raise _bad_member(member.name, "is a DoRA, whose change is not of low rank")
         if weights.replacements:

@@ -39,7 +39,7 @@ def make_fusion_config(run: FusionRun, base: FrozenBase, members: Sequence[LoRAW
         base_model=base.name,
         base_fingerprint=base.modules.fingerprint,
         members=tuple(
-            FusionMember(name, weights.digest)
+            FusionMember(name, weights.digest, weights.scalings_digest)
             for (name, _), weights in zip(run.members, members, strict=True)
         ),
         modules=_choose_modules(run, base, members),

@@ -44,7 +44,7 @@ def train_fusion(
     members = read_members(run, base)
     config = make_fusion_config(run, base, members)
     params = make_params(config, base.modules)
-    frame = RunFrame(run, base, data, [member.digest for member in members])
+    frame = RunFrame(run, base, data, [text for m in members for text in (m.digest, m.scalings_digest)])
     with fusion_in_place(base, config, params, members, run.score_dropout) as fusion:
         watch = FusionWatch(fusion, config.weight_names)
         hooks = Hooks(FusionPenalty(run, fusion, params), watch.observe, watch.metrics)

@@ -26,7 +26,7 @@ from fusionserve.training_config import TrainingRun
 class RunFrame:
     """Made once base and data are there and fit each other; `checkpoint` is where to go on from, if anywhere.
 
-    `member_digests` are those of the adapters that a fusion weighs.
+    `member_digests` are those of the adapters that a fusion weighs, of weights and scalings.
     """
 
     def __init__(

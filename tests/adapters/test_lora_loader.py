@@ -52,6 +52,30 @@ def refusal_of(directory: Path, **options: object) -> FusionServeError:
     return refusal.value
 
 
+def scalings_of(directory: Path, **changes: object) -> str:
+    weights = load_directory(write_adapter(directory, config=make_config(**changes)))
+    return weights.scalings_digest
+
+
+def test_digest_of_the_scalings_is_over_paths_and_hexadecimal_numbers(tmp_path: Path) -> None:
+    """Fusions on disk have it, so its form may not change."""
+    found = scalings_of(tmp_path, alpha_pattern={"down_proj": 0.2})
+    text = "model.layers.0.self_attn.q_proj 0x1.0000000000000p+1\n"
+    text += "model.layers.1.mlp.down_proj 0x1.999999999999ap-4\n"
+    assert found == hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 5}, {"use_rslora": True}, {"alpha_pattern": {"layers.0.self_attn.q_proj": 5}}]
+)
+def test_digest_of_the_scalings_tells_what_the_weights_do_not(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    plain = scalings_of(tmp_path / "plain")
+    assert scalings_of(tmp_path / "other", **changes) != plain
+    assert scalings_of(tmp_path / "same", lora_dropout=0.5, alpha_pattern={"q_proj": 4}) == plain
+
+
 def test_scaling_is_folded_into_expand(tmp_path: Path) -> None:
     tensors = make_tensors()
     weights = load_directory(write_adapter(tmp_path, tensors=tensors))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from served_adapters import (
     make_params,
     make_prompt,
     running_engine,
+    write_lora,
     write_model,
 )
 from served_fusions import MEMBERS, fusion, run_unfolded, write_fusion
@@ -116,6 +118,27 @@ async def test_fusion_that_overflows_when_it_is_folded_is_refused(
     with pytest.raises(ArtifactError) as caught:
         await engine.load_fusion("bad", None, pin=False, replace=False)
     assert caught.value.reason == "NOT_FINITE"
+    assert engine.registry.num_leases == 0
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+async def test_fusion_over_a_member_of_another_scaling_is_refused_if_it_tells(
+    engine: TestedEngine, adapters: Path, fusions: Path, is_told: bool
+) -> None:
+    """The weights are the same file; only the fusion's digest of the scalings can tell."""
+    member = write_lora(adapters / "dan", seed=7)
+    config = write_fusion(fusions, "scaled", ("dan",), adapters, seed=3)
+    if not is_told:  # as fusions had it before
+        old = replace(config, members=(FusionMember("dan", config.members[0].digest),))
+        (fusions / "scaled" / "fusion_config.json").write_text(old.to_json())
+    fields = json.loads((member / "adapter_config.json").read_text())
+    (member / "adapter_config.json").write_text(json.dumps({**fields, "use_rslora": True}))
+    if not is_told:
+        assert (await engine.load_fusion("scaled", None, pin=False, replace=False)).version == 1
+        return
+    with pytest.raises(ArtifactError, match="member dan is scaled otherwise") as caught:
+        await engine.load_fusion("scaled", None, pin=False, replace=False)
+    assert caught.value.reason == "MEMBER_DIGEST_MISMATCH"
     assert engine.registry.num_leases == 0
 
 

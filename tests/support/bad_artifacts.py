@@ -403,6 +403,11 @@ def _fusion_configs() -> Iterator[BadArtifact]:
         "MEMBER_DIGEST_MISMATCH",
     )
     yield bad(
+        "a member's other scalings",
+        _member(lambda m: [{**m[0], "scalings_sha256": "0" * 64}, *m[1:]]),
+        "MEMBER_DIGEST_MISMATCH",
+    )
+    yield bad(
         "a member of a path", _member(lambda m: [{**m[0], "name": "../perl"}, *m[1:]]), "CONFIG_MALFORMED"
     )
     yield bad("another base", _fusion(base_model={"name": "x", "fingerprint": "0" * 64}), "WRONG_BASE_MODEL")

@@ -103,7 +103,9 @@ def write_fusion(
         "name": name,
         "base_model": "tiny",
         "base_fingerprint": base.fingerprint,
-        "members": tuple(FusionMember(n, w.digest) for n, w in zip(members, weights, strict=True)),
+        "members": tuple(
+            FusionMember(n, w.digest, w.scalings_digest) for n, w in zip(members, weights, strict=True)
+        ),
         "modules": tuple(path for path in base.by_path if path in weights[0].modules),
         "d_key": 6,
         **changes,

@@ -166,6 +166,14 @@ def test_the_artifact_names_no_path(root: Path) -> None:
     assert training["mean_weights"].keys() == {"m1", "m2"}
 
 
+def test_the_artifact_tells_how_its_members_are_scaled(root: Path) -> None:
+    train(root, optimization=optimization(2))
+    base = load_base(str(root / "base"))
+    config, _ = load(root / "mix", base)
+    weights = [read_adapter(root / member.name, base) for member in config.members]
+    assert [member.scalings_digest for member in config.members] == [m.scalings_digest for m in weights]
+
+
 def test_members_that_cannot_be_had_are_named(root: Path) -> None:
     with pytest.raises(TrainingError, match="member gone: there is no such adapter directory"):
         train(root, {"gone": root / "gone"})

@@ -1,15 +1,18 @@
 """A run that is killed goes on from its last complete checkpoint and comes to what it would have come to."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lora_files import make_config
 from tiny_training import (
     DIGITS,
     LETTERS,
@@ -92,11 +95,23 @@ def losses_of(summary: TrainingSummary) -> list[float]:
     return [entry["loss"] for entry in summary.history if "loss" in entry]
 
 
-def test_a_run_does_not_go_on_with_other_members(root: Path, tmp_path: Path) -> None:
+def replace_weights(member: Path) -> None:
+    write_member(member, 77)
+
+
+def change_scaling(member: Path) -> None:
+    """The weights stay."""
+    (member / "adapter_config.json").write_text(json.dumps(make_config(lora_alpha=5)))
+
+
+@pytest.mark.parametrize("change", [replace_weights, change_scaling])
+def test_a_run_does_not_go_on_with_other_members(
+    root: Path, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
     members = {name: write_member(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))}
     run = fusion_run(root, root / "both.jsonl", members, keep_checkpoints=True, out=tmp_path / "mix")
     train_fusion(run)
-    write_member(tmp_path / "b", 77)
+    change(tmp_path / "b")
     with pytest.raises(TrainingError, match="other settings, data or members"):
         train_fusion(replace(run, out=tmp_path / "mix", resume=True))
 
