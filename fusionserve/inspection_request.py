@@ -15,7 +15,7 @@ class InspectionRequest:
     members: tuple[tuple[str, Path], ...] = ()  # names and directories of adapters
     adapter_dirs: tuple[Path, ...] = ()  # where the other members are, by name; the first that has one wins
     model: str | None = None  # a folder or a hub id; None: the embedded base
-    dtype: str = "auto"  # of the base weights
+    dtype: str = "auto"  # of the base weights: the checkpoint's, bfloat16 for one in float16
     allow_base_mismatch: bool = False  # of the members
     out: Path | None = None  # the picture; None: no picture
     as_json: bool = False

@@ -46,7 +46,7 @@ class TrainingRun:
     data: DataConfig
     optimization: OptimizationConfig
     model: str | None = None  # a folder or a hub id; None: the embedded base
-    dtype: str = "auto"  # of the base weights
+    dtype: str = "auto"  # of the base weights: the checkpoint's, bfloat16 for one in float16
     work_dir: Path | None = None  # for checkpoints; None: `out` with .work behind it
     resume: bool = False  # from the last complete checkpoint in `work_dir`
     keep_checkpoints: bool = False

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -49,7 +50,10 @@ class FrozenBase:
 
 
 def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") -> FrozenBase:
-    """Loads a folder, a hub id, or with None the embedded base. Raises TrainingError if it cannot be had."""
+    """Loads a folder, a hub id, or with None the embedded base. Raises TrainingError if it cannot be had.
+
+    `dtype` "auto" is the checkpoint's, and bfloat16 for one in float16.
+    """
     source = str(EMBEDDED_MODEL) if model is None else model
     name = EMBEDDED_MODEL_NAME if model is None else short_model_name(model)
     try:
@@ -58,6 +62,7 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
         check_no_adapter_beside(Path(source))
         check_not_quantized(config)
         options = quantization_options(quantize, config)
+        dtype = _auto_dtype(config) if dtype == "auto" else dtype
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
         check_no_adapter_in(loaded)
     except (ImportError, OSError, ValueError) as error:
@@ -101,6 +106,19 @@ def check_packing(base: FrozenBase) -> None:
         _largest(packed - other) <= _MAX_LEAK * spread and _largest(packed - alone) <= _MAX_ERROR * spread
     ):
         raise TrainingError(f"in {base.name} packed examples would see each other; train with --packing off")
+
+
+def check_dtype(base: FrozenBase) -> None:
+    """Raises TrainingError for a base in float16: small gradients of a mean over many tokens would be zeros."""
+    if any(parameter.dtype == torch.float16 for parameter in base.model.parameters()):
+        raise TrainingError(
+            f"{base.name} is in float16, where gradients vanish; train with --dtype bfloat16 or float32"
+        )
+
+
+def _auto_dtype(config: PreTrainedConfig) -> str:
+    """The checkpoint's, but one that can be trained over."""
+    return "bfloat16" if config.dtype == torch.float16 else "auto"
 
 
 def _logits(model: PreTrainedModel, *texts: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fusionserve.training.atomic_directory import atomic_directory
 from fusionserve.training.checkpoints import prepare_work_dir, remove_work_dir
 from fusionserve.training.data import TrainingData
 from fusionserve.training.evaluation import Observe, evaluate_loss
-from fusionserve.training.frozen_base import FrozenBase, check_packing
+from fusionserve.training.frozen_base import FrozenBase, check_dtype, check_packing
 from fusionserve.training.peak_memory import PeakMemory
 from fusionserve.training.run_identity import describe_run, identify_run
 from fusionserve.training.training_summary import FusionStatistics, TrainingSummary, last_losses
@@ -35,6 +35,7 @@ class RunFrame:
         _check_out(run.out)
         if run.checkpoints.resolve().is_relative_to(run.out.resolve()):
             raise TrainingError(f"the checkpoints would lie in {run.out}, which is replaced as a whole")
+        check_dtype(base)
         _check_length(base, data)
         if run.data.packing:
             check_packing(base)

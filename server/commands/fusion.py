@@ -71,7 +71,7 @@ SETTINGS = (
     _setting(
         "dtype",
         choice("auto", "float32", "bfloat16", "float16"),
-        "type of the base weights",
+        "type of the base weights; auto: the checkpoint's, bfloat16 for float16",
         default="auto",
     ),
     _setting("allow-base-mismatch", kinds.SWITCH, "take members that name another base model", default=False),

@@ -93,6 +93,7 @@ def test_every_option_of_a_run_can_be_set() -> None:
         (("fusion", "--out", "x"), "--member is missing"),
         (("fusion", "--learning-rate", "nan"), "not a finite number"),
         (("fusion", "--scope", "token"), "not one of layer, module"),
+        (("adapter", "--dtype", "float16"), "'float16' is not one of auto, float32, bfloat16"),
         (("cook",), "invalid choice"),
     ],
 )
