@@ -30,7 +30,7 @@ class OptimizationConfig:
     accumulation: int = 1
     schedule: str = "linear"  # linear, cosine or constant, after the warm-up
     warmup_share: float = 0.05
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of matrices; not of biases, member keys and a diagonal V
     max_grad_norm: float = 1.0
     bf16: bool = False  # matrix products in bfloat16; the trained weights are float32
     eval_steps: int | None = None  # between evaluations and checkpoints; None: ten in the run

@@ -114,6 +114,10 @@ class AdaptationTrainer(Trainer):
             loss = loss + penalty
         return (loss, outputs) if return_outputs else loss
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weights of linear modules alone: a diagonal V is neutral at ones, and a member's key is no matrix."""
+        return [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> Metrics:

@@ -133,7 +133,9 @@ OPTIMIZATION_SETTINGS: Fields = {
         "learning rate after the warm-up",
     ),
     **_setting(OptimizationConfig, "warmup_share", "warmup-share", SHARE, "share of the steps to warm up"),
-    **_setting(OptimizationConfig, "weight_decay", "weight-decay", number(0, 10), "AdamW's weight decay"),
+    **_setting(
+        OptimizationConfig, "weight_decay", "weight-decay", number(0, 10), "AdamW's weight decay, of matrices"
+    ),
     **_setting(
         OptimizationConfig, "max_grad_norm", "max-grad-norm", number(0, 1e6), "longest gradient; 0 for any"
     ),

@@ -24,14 +24,15 @@ from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.errors import ArtifactError, TrainingError
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.loader import in_call_order, read_fusion_config, read_fusion_params
-from fusionserve.fusion.params import FusionParams
+from fusionserve.fusion.params import FusionParams, make_params
+from fusionserve.training.adaptation_trainer import NO_HOOKS, AdaptationTrainer, training_arguments
 from fusionserve.training.adapter_reading import read_adapter
 from fusionserve.training.adapter_training import train_adapter
 from fusionserve.training.data import load_data, read_rows
 from fusionserve.training.evaluation import evaluate_loss
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.fusion_measuring import placed_fusion
-from fusionserve.training.fusion_members import read_members
+from fusionserve.training.fusion_members import make_fusion_config, read_members
 from fusionserve.training.fusion_training import fusion_in_place, train_fusion
 from fusionserve.training.training_summary import TrainingSummary
 from fusionserve.training_config import DataConfig
@@ -126,6 +127,41 @@ def test_every_option_is_in_the_artifact_and_trained(
     assert list(summary.fusion.mean_weights) == list(config.weight_names)
     for value in params.values.values():
         assert float(value.distance_from_identity().detach()) > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "decayed"),
+    [
+        ("diagonal", {"query.weight", "key.weight"}),
+        ("low_rank", {"query.weight", "key.weight", "value.up.weight", "value.down.weight"}),
+    ],
+)
+def test_weight_decay_leaves_v_near_the_identity(value: str, decayed: set[str], root: Path) -> None:
+    """A step without gradients: V decays towards I, which a diagonal at zero is not, and members keep their keys."""
+    base = load_base(str(root / "base"))
+    run = fusion_run(
+        root,
+        root / "both.jsonl",
+        {"m1": root / "m1", "m2": root / "m2"},
+        value=value,
+        optimization=optimization(1, weight_decay=0.5),
+    )
+    members = read_members(run, base)
+    config = make_fusion_config(run, base, members)
+    params = make_params(config, base.modules)
+    tensors = dict(params.named_tensors())
+    for tensor in tensors.values():
+        tensor.data += 1
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    data = load_data(run.data, base.tokenizer, run.optimization.seed)
+    with fusion_in_place(base, config, params, members):
+        arguments = training_arguments(run, len(data.train), has_held_out=False)
+        optimizer = AdaptationTrainer(base.model, data, arguments, NO_HOOKS).create_optimizer()
+        for tensor in tensors.values():
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+    changed = [name for name, tensor in tensors.items() if not torch.equal(tensor, before[name])]
+    assert {name.split("_proj.")[1] for name in changed} == decayed
 
 
 def test_the_written_weights_are_the_best_ones(root: Path) -> None:
