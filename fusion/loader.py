@@ -58,13 +58,15 @@ def read_fusion(directory: ArtifactDirectory, base: BaseModules, policy: FusionP
     return ReadFusion(config, *read_fusion_params(directory, config, base))
 
 
-def fold_over(fusion: ReadFusion, members: Sequence[LoRAWeights], policy: FusionPolicy) -> FoldedFusion:
+def fold_over(
+    fusion: ReadFusion, members: Sequence[LoRAWeights], base: BaseModules, policy: FusionPolicy
+) -> FoldedFusion:
     """Checks the members, in the fusion's order, and the size, and folds the fusion over them.
 
     Raises ArtifactError: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE, NOT_FINITE; CapacityError
     (FUSION_TOO_BIG) if it fits neither budget nor pool.
     """
-    check_members(fusion.config, members)
+    check_members(fusion.config, members, base)
     num_rows = plan_rows(fusion.config, fusion.params, members).num_rows
     num_bytes = count_bytes(fusion.config, fusion.params, members, policy.dtype)
     _check_size(num_rows, pinned_bytes(num_bytes) if policy.pins_rows else num_bytes, policy)
@@ -116,11 +118,12 @@ def in_call_order(config: FusionConfig, base: BaseModules) -> FusionConfig:
     return replace(config, modules=tuple(path for path in base.by_path if path in wanted))
 
 
-def check_members(config: FusionConfig, members: Sequence[LoRAWeights]) -> None:
+def check_members(config: FusionConfig, members: Sequence[LoRAWeights], base: BaseModules) -> None:
     """Raises ArtifactError unless `members`, in the fusion's order, are those it was trained with and can be weighed.
 
     Reasons: MEMBER_DIGEST_MISMATCH, MEMBER_UNSUPPORTED, UNKNOWN_MODULE.
     """
+    embedding = base.embedding
     for member, weights in zip(config.members, members, strict=True):
         if weights.digest != member.digest:
             raise _bad_member(
@@ -138,6 +141,8 @@ def check_members(config: FusionConfig, members: Sequence[LoRAWeights]) -> None:
             raise _bad_member(member.name, "is a DoRA, whose change is not of low rank")
         if weights.replacements:
             raise _bad_member(member.name, "replaces whole modules, which cannot be weighed")
+        if embedding is not None and embedding.path in weights.modules:
+            raise _bad_member(member.name, "changes the input embedding, which cannot be weighed")
     for path in config.modules:
         if not any(path in weights.modules for weights in members):
             raise _bad_module(path, "no member adapts it")

@@ -64,7 +64,7 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         members = await self._lease_members(fusion.config)
         try:
             weights = [member.weights for member in members]
-            folded = await on_borrowed_core(fold_over, fusion, weights, self._policy)
+            folded = await on_borrowed_core(fold_over, fusion, weights, self._base, self._policy)
         except BaseException:
             self._adapters.registry.release(members)
             raise

@@ -58,7 +58,7 @@ def placed_fusion(
         _read_member(member.name, members, base, allow_base_mismatch=allow_base_mismatch)
         for member in config.members
     ]
-    check_members(config, weights)
+    check_members(config, weights, base.modules)
     with fusion_in_place(base, config, params, weights) as fusion:
         yield PlacedFusion(base, fusion, config.weight_names)
 

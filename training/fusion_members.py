@@ -51,7 +51,7 @@ def make_fusion_config(run: FusionRun, base: FrozenBase, members: Sequence[LoRAW
         temperature=run.temperature,
         base_member=run.base_member,
     )
-    check_members(config, members)
+    check_members(config, members, base.modules)
     _check_readable(replace(config, training=dict(run.notes)))
     return config
 

@@ -6,21 +6,22 @@ In float64 with torch's operations, to 1e-10; in float32 with the native kernel 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from pinned_memory import count_pinned, is_pinned
-from random_fusions import make_base, make_config, make_member, make_trained, random_tokens
+from random_fusions import HIDDEN, make_base, make_config, make_member, make_trained, random_tokens
 from torch import Tensor, nn
 
 from fusionserve.adapters.adapted_linear import AdaptedLinear, Projections
-from fusionserve.adapters.base_modules import BaseModules
+from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
 from fusionserve.adapters.fused_tokens import FusedSegment, FusedTokens
 from fusionserve.adapters.lora_weights import LoRAWeights
 from fusionserve.adapters.pinned_memory import pinned_bytes
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, plan_segments
-from fusionserve.errors import CapacityError
+from fusionserve.errors import ArtifactError, CapacityError
 from fusionserve.fusion import loader
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, count_bytes, fold_fusion, plan_rows
@@ -271,11 +272,27 @@ def test_size_is_known_before_anything_is_folded(
     assert count_bytes(config, read.params, members, torch.float32) == folded.nbytes
     assert plan_rows(config, read.params, members).num_rows == folded.num_rows
     limits = {"dtype": torch.float32, "budget_bytes": folded.nbytes, "max_rows": folded.num_rows}
-    assert fold_over(read, members, FusionPolicy(**limits)).nbytes == folded.nbytes
+    assert fold_over(read, members, base, FusionPolicy(**limits)).nbytes == folded.nbytes
     monkeypatch.setattr(loader, "fold_fusion", None)
     for name in ("budget_bytes", "max_rows"):
         with pytest.raises(CapacityError, match="the fusion takes"):
-            fold_over(read, members, FusionPolicy(**{**limits, name: limits[name] - 1}))
+            fold_over(read, members, base, FusionPolicy(**{**limits, name: limits[name] - 1}))
+
+
+def test_member_that_changes_the_embedding_is_refused() -> None:
+    """Its rows there have no place in a fusion, which would be served without them."""
+    embedding = BaseModule(
+        path="model.embed_tokens", kind=ModuleKind.EMBEDDING, d_in=11, d_out=HIDDEN, has_bias=False
+    )
+    layers = make_base()
+    base = replace(layers, by_path={embedding.path: embedding, **layers.by_path})
+    members = [make_member(base, 0, (0, 2, 2, 2, 2)), make_member(base, 1, (2, 2, 2, 2, 2))]
+    config = make_config(layers, members)
+    read = ReadFusion(config, make_trained(config, base, seed=1), "0" * 64)
+    policy = FusionPolicy(dtype=torch.float32, budget_bytes=1 << 30, max_rows=1 << 10)
+    with pytest.raises(ArtifactError, match="member m1 changes the input embedding") as caught:
+        fold_over(read, members, base, policy)
+    assert caught.value.reason == "MEMBER_UNSUPPORTED"
 
 
 @pytest.mark.parametrize("value", ValueKind)
@@ -288,15 +305,15 @@ def test_rows_of_its_own_lie_in_pinned_memory_for_a_pool_on_a_gpu(
     read = ReadFusion(config, make_trained(config, base, seed=1), "0" * 64)
     limits = {"dtype": torch.float64, "budget_bytes": 1 << 30, "max_rows": 1 << 10}
     pinned = count_pinned(monkeypatch)
-    expected = fold_over(read, members, FusionPolicy(**limits))
+    expected = fold_over(read, members, base, FusionPolicy(**limits))
     assert not pinned
-    folded = fold_over(read, members, FusionPolicy(**limits, pins_rows=True))
+    folded = fold_over(read, members, base, FusionPolicy(**limits, pins_rows=True))
     assert len(pinned) == 1 and pinned[0].nbytes == expected.nbytes
     assert folded.nbytes == pinned_bytes(expected.nbytes) > expected.nbytes
     tight = {**limits, "pins_rows": True}
-    assert fold_over(read, members, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes}))
+    assert fold_over(read, members, base, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes}))
     with pytest.raises(CapacityError, match="the fusion takes"):
-        fold_over(read, members, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes - 1}))
+        fold_over(read, members, base, FusionPolicy(**{**tight, "budget_bytes": folded.nbytes - 1}))
     theirs = [t for m in members for lora in m.modules.values() for t in (lora.shrink, lora.expand)]
     theirs += [
         lora.shrink_bias for m in members for lora in m.modules.values() if lora.shrink_bias is not None

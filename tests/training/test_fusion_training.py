@@ -236,3 +236,26 @@ def test_a_dora_member_is_refused(root: Path) -> None:
     assert read_adapter(root / "dora", base, allow_base_mismatch=True).has_magnitudes
     with pytest.raises(ArtifactError, match="is a DoRA"):
         train(root, {"m1": root / "m1", "dora": root / "dora"}, allow_base_mismatch=True)
+
+
+@pytest.mark.parametrize("modules", [(), ("q_proj",)])
+def test_a_member_that_adapts_the_embedding_is_refused(modules: tuple[str, ...], root: Path) -> None:
+    base = load_base(str(root / "base"))
+    save(adapt(base.model, target_modules=["q_proj", "embed_tokens"]), root / "embedding")
+    with pytest.raises(ArtifactError, match="member embedding changes the input embedding") as caught:
+        train(root, {"embedding": root / "embedding"}, allow_base_mismatch=True, modules=modules)
+    assert caught.value.reason == "MEMBER_UNSUPPORTED"
+
+
+def test_a_member_that_adapts_the_head_alone_is_weighed_there(root: Path) -> None:
+    base = load_base(str(root / "base"))
+    save(adapt(base.model, target_modules=["q_proj", "lm_head"]), root / "head")
+    train(
+        root,
+        {"head": root / "head"},
+        allow_base_mismatch=True,
+        out=root / "with_head",
+        optimization=optimization(1),
+    )
+    config, _ = load(root / "with_head", base)
+    assert config.modules[-1] == "lm_head"
