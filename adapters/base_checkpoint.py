@@ -1,21 +1,61 @@
-"""What a base's checkpoint must not be: a model with an adapter beside it, or one whose weights are quantized already.
+"""Reads a base's checkpoint for serving and for training, and refuses what is not the base that it seems to be.
 
-transformers loads both without a word. An adapter would change every token of every request, and what stands on the
+transformers loads without a word a model with an adapter beside it, one whose weights are quantized already, and one
+that lacks weights, which it makes up. An adapter would change every token of every request, and what stands on the
 weights (DoRA's lengths, copies that are compared, the fingerprint) would not be of the weights that are computed with.
 """
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from fusionserve.adapters.nf4 import misshapen_weights
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 
 _ADAPTER_BESIDE = (
     f"it holds an adapter ({ADAPTER_CONFIG}) beside the model, which would become part of the base: "
     "move the adapter to a folder of its own, as --adapter and --adapter-dir take it"
 )
+_MAX_REASON_LENGTH = 240
+
+
+def read_checkpoint(
+    directory: Path, config: PreTrainedConfig, dtype: torch.dtype | str, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    """The model in a folder, every weight of it from the folder's safetensors files.
+
+    `options` go to `from_pretrained`. Raises ValueError that says what is wrong, and whatever transformers raises,
+    which depends on what the files hold; `one_line` has the text to show.
+    """
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError("the directory has no .safetensors files (pickles are not read)")
+    check_no_adapter_beside(directory)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # _check_complete says it better
+        output_loading_info=True,
+        **options,
+    )
+    model: PreTrainedModel
+    model, report = loaded
+    check_no_adapter_in(model)
+    _check_complete(report, misshapen_weights(model))
+    return model
+
+
+def one_line(error: Exception) -> str:
+    """The error's text without line breaks, and not the essay that some are."""
+    return textwrap.shorten(str(error) or type(error).__name__, _MAX_REASON_LENGTH, placeholder=" ...")
 
 
 def check_no_adapter_beside(directory: Path) -> None:
@@ -36,3 +76,16 @@ def check_not_quantized(config: PreTrainedConfig) -> None:
         raise ValueError(
             "this checkpoint is quantized already: take the original one, which --quantize can bring to fewer bits"
         )
+
+
+def _check_complete(report: Mapping[str, Collection[Any]], misshapen: Collection[str]) -> None:
+    """Raises ValueError if any parameter was not in the files: transformers would make it up."""
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted({*misshapen, *(name for name, *_ in report["mismatched_keys"])})
+    for names, what in (
+        (missing, "do not have"),
+        (mismatched, "have another shape than config.json says for"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"its weight files {what} {names[0]}{more}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from fusionserve.adapters.adapted_embedding import AdaptedEmbedding
 from fusionserve.adapters.adapted_linear import AdaptedLinear
-from fusionserve.adapters.base_checkpoint import check_no_adapter_beside, check_no_adapter_in
+from fusionserve.adapters.base_checkpoint import one_line, read_checkpoint
 from fusionserve.adapters.base_modules import BaseModules, ModuleKind, describe_base_modules
-from fusionserve.adapters.nf4 import dequantized_weight, is_nf4, misshapen_weights
+from fusionserve.adapters.model_source import find_model
+from fusionserve.adapters.nf4 import dequantized_weight, is_nf4
 from fusionserve.adapters.pool import AdapterPool
 from fusionserve.adapters.row_plan import EMPTY_PLAN, PlanCell, RowPlan
 from fusionserve.adapters.weight_bytes import weight_bytes
@@ -33,7 +33,6 @@ from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
 from fusionserve.engine.loading_memory import little_garbage
-from fusionserve.engine.model_source import find_model
 from fusionserve.engine.panels import bring_into_panels
 from fusionserve.engine.quantized_base import BITS, check_panels, load_options, settle
 from fusionserve.engine.tokenizer import Tokenizer
@@ -51,7 +50,6 @@ _DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
 }
 _DEFAULT_CONTEXT = 2048  # for a checkpoint that states no limit
-_MAX_REASON_LENGTH = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +218,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
 def _why_no_config(directory: Path, error: Exception) -> str:
     if not directory.is_dir():
         return "it is not a directory"
-    return _one_line(error) if (directory / "config.json").exists() else "the directory has no config.json"
+    return one_line(error) if (directory / "config.json").exists() else "the directory has no config.json"
 
 
 def _read_weights(
@@ -230,54 +228,17 @@ def _read_weights(
     quantize: str,
     device: torch.device,
 ) -> PreTrainedModel:
-    if not any(directory.glob("*.safetensors")):
-        raise StartupError(
-            f"cannot load model {directory}: the directory has no .safetensors files (pickles are not read)",
-            reason="MODEL_UNUSABLE",
-        )
     options = load_options(quantize, model_config, device)
     try:
-        check_no_adapter_beside(directory)
         with little_garbage() if options else nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=model_config,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # _check_complete says it better
-                output_loading_info=True,
-                **options,
-            )
-        check_no_adapter_in(loaded[0])
+            model = read_checkpoint(directory, model_config, dtype, options)
     except Exception as error:  # as above
         raise StartupError(
-            f"cannot load model {directory}: {_one_line(error)}", reason="MODEL_UNUSABLE"
+            f"cannot load model {directory}: {one_line(error)}", reason="MODEL_UNUSABLE"
         ) from error
-    model: PreTrainedModel
-    model, report = loaded
-    _check_complete(directory, report, misshapen_weights(model))
     model.train(mode=False).requires_grad_(requires_grad=False)
     settle(model, quantize)
     return model
-
-
-def _check_complete(
-    directory: Path, report: Mapping[str, Collection[Any]], misshapen: Collection[str]
-) -> None:
-    """Raises StartupError if any parameter was not in the files: transformers would make it up."""
-    missing = sorted(report["missing_keys"])
-    mismatched = sorted({*misshapen, *(name for name, *_ in report["mismatched_keys"])})
-    for names, what in (
-        (missing, "do not have"),
-        (mismatched, "have another shape than config.json says for"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise StartupError(
-                f"cannot load model {directory}: its weight files {what} {names[0]}{more}",
-                reason="MODEL_UNUSABLE",
-            )
 
 
 def _read_tokenizer(directory: Path) -> Any | None:
@@ -288,7 +249,7 @@ def _read_tokenizer(directory: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # as above
         raise StartupError(
-            f"the tokenizer of model {directory} cannot be read: {_one_line(error)}",
+            f"the tokenizer of model {directory} cannot be read: {one_line(error)}",
             reason="TOKENIZER_UNUSABLE",
         ) from error
 
@@ -335,8 +296,3 @@ def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:
             f"a context of {wanted} tokens is more than the model's {own}", reason="CONTEXT_TOO_LONG"
         )
     return wanted or own
-
-
-def _one_line(error: Exception) -> str:
-    """The error's text without line breaks, and not the essay that some are."""
-    return textwrap.shorten(str(error) or type(error).__name__, _MAX_REASON_LENGTH, placeholder=" ...")

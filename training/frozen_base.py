@@ -10,23 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from fusionserve.adapters.base_checkpoint import (
-    check_no_adapter_beside,
-    check_no_adapter_in,
-    check_not_quantized,
-)
+from fusionserve.adapters.base_checkpoint import check_not_quantized, one_line, read_checkpoint
 from fusionserve.adapters.base_modules import BaseModules, describe_base_modules, short_model_name
+from fusionserve.adapters.model_source import find_model
 from fusionserve.adapters.module_calls import ModuleCalls
 from fusionserve.adapters.nf4 import keep_layout, quantization_options
 from fusionserve.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
-from fusionserve.errors import TrainingError
+from fusionserve.errors import StartupError, TrainingError
 
 # Differences of packed logits, relative to their spread.
 _MAX_LEAK = 1e-3  # when another example stands in front: nothing at all is to change
@@ -54,25 +50,26 @@ def load_base(model: str | None, dtype: str = "auto", quantize: str = "none") ->
 
     `dtype` "auto" is the checkpoint's, and bfloat16 for one in float16.
     """
-    source = str(EMBEDDED_MODEL) if model is None else model
     name = EMBEDDED_MODEL_NAME if model is None else short_model_name(model)
+    directory = EMBEDDED_MODEL if model is None else _find(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
-        check_no_adapter_beside(Path(source))
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         check_not_quantized(config)
-        options = quantization_options(quantize, config)
         dtype = _auto_dtype(config) if dtype == "auto" else dtype
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
-        check_no_adapter_in(loaded)
-    except (ImportError, OSError, ValueError) as error:
-        raise TrainingError(
-            f"the base model {name} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        loaded = read_checkpoint(directory, config, dtype, quantization_options(quantize, config))
+    except Exception as error:  # what transformers raises depends on what the files hold
+        raise TrainingError(f"the base model {name} cannot be loaded: {one_line(error)}") from error
     loaded.config.use_cache = False
     keep_layout(loaded)
-    directory = Path(source)
-    return freeze_base(loaded, tokenizer, name, directory if directory.is_dir() else None)
+    return freeze_base(loaded, tokenizer, name, directory)
+
+
+def _find(model: str) -> Path:
+    try:
+        return find_model(model)
+    except StartupError as error:
+        raise TrainingError(error.message) from error
 
 
 def freeze_base(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from lora_files import Q_PROJ, make_config, make_pair, write_adapter
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make_tiny_model
-from tiny_training import write_base
+from tiny_training import LETTERS, write_base, write_texts
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,8 +20,10 @@ from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel, adapt_model, load_base_model
 from fusionserve.engine.tokenizer import Tokenizer
 from fusionserve.errors import StartupError, TrainingError
+from fusionserve.server.main import main
 from fusionserve.training.frozen_base import load_base
 
+WEIGHTS = "model.safetensors"
 QUANTIZATIONS = ("none", "int8", "nf4")
 
 
@@ -49,11 +54,10 @@ def test_adapter_that_transformers_found_elsewhere_is_refused(
     beside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it does for an id of a model hub."""
-    monkeypatch.setattr("fusionserve.engine.base_model.check_no_adapter_beside", lambda _: None)
+    monkeypatch.setattr("fusionserve.adapters.base_checkpoint.check_no_adapter_beside", lambda _: None)
     with pytest.raises(StartupError, match="beside the model") as caught:
         load_base_model(config_of(beside))
     assert caught.value.reason == "MODEL_UNUSABLE"
-    monkeypatch.setattr("fusionserve.training.frozen_base.check_no_adapter_beside", lambda _: None)
     with pytest.raises(TrainingError, match="beside the model"):
         load_base(str(beside))
 
@@ -75,6 +79,97 @@ def test_quantized_checkpoint_is_refused(method: str, quantize: str, tmp_path: P
     assert caught.value.reason == "QUANTIZATION_UNAVAILABLE"
     with pytest.raises(TrainingError, match="this checkpoint is quantized already"):
         load_base(str(base), quantize="none" if quantize == "int8" else quantize)
+
+
+def leave_out_a_tensor(base: Path) -> None:
+    tensors = load_file(base / WEIGHTS)
+    del tensors["model.norm.weight"]
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+
+
+def widen(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 72}))
+
+
+def cut_off(base: Path) -> None:
+    (base / WEIGHTS).write_bytes((base / WEIGHTS).read_bytes()[:5000])
+
+
+def pickle(base: Path) -> None:
+    torch.save(load_file(base / WEIGHTS), base / "pytorch_model.bin")
+    (base / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (leave_out_a_tensor, "its weight files do not have model.norm.weight"),
+        (widen, "another shape than config.json says for model.layers.0.mlp.down_proj.weight and 5 more"),
+        (cut_off, ""),
+        (pickle, "pickles are not read"),
+    ],
+)
+def test_damaged_weights_are_refused_alike_by_server_and_training(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base")
+    damage(base)
+    with pytest.raises(StartupError) as served:
+        load_base_model(config_of(base))
+    assert served.value.reason == "MODEL_UNUSABLE"
+    with pytest.raises(TrainingError) as trained:
+        load_base(str(base))
+    said = served.value.message.removeprefix(f"cannot load model {base}: ")
+    assert reason in said
+    assert trained.value.message == f"the base model base cannot be loaded: {said}"
+
+
+def test_four_bit_weights_of_another_shape_are_not_trained_on(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", hidden=64, inner=128)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "intermediate_size": 192}))
+    with pytest.raises(TrainingError, match=r"another shape than config\.json says"):
+        load_base(str(base), quantize="nf4")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_base_named_by_a_hub_id_has_the_fingerprint_of_its_files(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So what was trained in float16, which has lost bits of them, is served."""
+    model = tmp_path / "models--someone--tiny"
+    base = write_base(model / "snapshots" / ("a" * 40))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    tensors = load_file(base / WEIGHTS)
+    tensors["model.norm.weight"].fill_(1e-9)  # 0 in float16
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    served = load_base_model(EngineConfig(model="someone/tiny", model_name="tiny", num_threads=1))
+    trained = load_base("someone/tiny", dtype)
+    assert trained.name == "tiny"
+    assert trained.modules.fingerprint == served.modules.fingerprint
+
+
+def test_base_that_no_hub_provides_cannot_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TrainingError, match="cannot load model someone/tiny: there is no such directory"):
+        load_base("someone/tiny")
+
+
+def test_damaged_weights_end_a_command_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base")
+    cut_off(base)
+    data = write_texts(tmp_path / "data.jsonl", LETTERS)
+    argv = ("train", "adapter", "--model", base, "--data", data, "--out", tmp_path / "out")
+    assert main([str(argument) for argument in argv]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fusionserve: the base model base cannot be loaded: ")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
