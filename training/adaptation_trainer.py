@@ -170,7 +170,7 @@ def run_training(
     trainer.add_callback(_Watch())
     if run.show_progress:
         trainer.add_callback(ProgressBar())
-    if run.optimization.patience is not None and data.held_out:
+    if run.optimization.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(run.optimization.patience))
     try:
         if checkpoint is None or not trainer.restore_finished(checkpoint):

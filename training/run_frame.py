@@ -36,6 +36,8 @@ class RunFrame:
         if run.checkpoints.resolve().is_relative_to(run.out.resolve()):
             raise TrainingError(f"the checkpoints would lie in {run.out}, which is replaced as a whole")
         check_dtype(base)
+        if run.optimization.patience is not None and not data.held_out:
+            raise TrainingError("patience needs held-out examples: give some, or go without --patience")
         _check_length(base, data)
         if run.data.packing:
             check_packing(base)

@@ -18,7 +18,7 @@ from fusionserve.training.data import load_data
 from fusionserve.training.evaluation import evaluate_loss
 from fusionserve.training.frozen_base import load_base
 from fusionserve.training.training_summary import PLOT_FILE, SUMMARY_FILE
-from fusionserve.training_config import AdapterRun
+from fusionserve.training_config import AdapterRun, DataConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
@@ -75,6 +75,14 @@ def test_patience_ends_a_run_that_gets_no_better(root: Path) -> None:
     config = optimization(40, learning_rate=0.5, eval_steps=1, schedule="constant", patience=2)
     summary = train_adapter(run_in(root, out="patient", optimization=config))
     assert summary.steps < 40
+
+
+def test_patience_without_held_out_examples_is_refused(root: Path) -> None:
+    data = DataConfig(train=(root / "letters.jsonl",), held_out_share=0, max_tokens=32)
+    run = replace(run_in(root, out="impatient", optimization=optimization(4, patience=3)), data=data)
+    with pytest.raises(TrainingError, match="patience needs held-out examples"):
+        train_adapter(run)
+    assert not run.checkpoints.exists()
 
 
 def test_accumulated_batches_train_as_one(root: Path) -> None:
