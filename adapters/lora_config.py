@@ -23,7 +23,7 @@ from fusionserve.adapters.strict_json import StrictJsonError, parse_json_object
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 from fusionserve.errors import ArtifactError, UnavailableError
 
-MAX_CONFIG_BYTES = 64 << 10
+MAX_CONFIG_BYTES = 256 << 10  # for the two keys that EVA writes for each of some 900 modules, by full paths
 MAX_RANK = 1 << 16
 _CONFIG_DEPTH = 16
 _DEFAULT_RANK = 8  # PEFT's, when the file has no such key

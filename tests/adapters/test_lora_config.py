@@ -181,6 +181,20 @@ def test_malformed_config_is_refused(data: bytes) -> None:
     assert refusal_of(data).reason == "CONFIG_MALFORMED"
 
 
+def test_a_key_for_each_module_of_a_very_large_model_is_read() -> None:
+    """As EVA writes them for a model of 405 B parameters, by full paths and indented as PEFT does."""
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    names += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    paths = [f"model.layers.{layer}.{name}" for layer in range(126) for name in names]
+    wanted = {path: 1 + index % 32 for index, path in enumerate(paths)}
+    alphas = {path: 16.000001 * rank for path, rank in wanted.items()}
+    data = json.dumps(make_config(rank_pattern=wanted, alpha_pattern=alphas), indent=2).encode()
+    assert len(data) > 80_000
+    config = parse_lora_config(data)
+    assert config.ranks(paths) == wanted
+    assert config.scalings(paths) == pytest.approx(dict.fromkeys(paths, 16.000001))
+
+
 def test_depth_inside_strings_does_not_count() -> None:
     assert parse(revision="[[[[{{{{" * 20 + '\\"').rank == 2
 

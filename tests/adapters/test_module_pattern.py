@@ -178,6 +178,16 @@ def test_many_evil_keys_share_one_bound() -> None:
         first_matches(patterns, [f"model.layers.{layer}.{'a' * 60}" for layer in range(500)])
 
 
+@pytest.mark.parametrize("key", ["(" + "a" * 240 + "{})", "[^" + "~" * 240 + "{}]*"])
+def test_many_long_keys_take_bounded_time(key: str) -> None:
+    """As many as a configuration has room for, against every module of a model of 405 B parameters."""
+    patterns = [compile_module_pattern(key.format(number)) for number in range(1000)]
+    started = time.perf_counter()
+    with pytest.raises(PatternError, match="too long"):
+        first_matches(patterns, [f"model.layers.{layer}.{'a' * 12}" for layer in range(882)])
+    assert time.perf_counter() - started < 5
+
+
 def test_one_key_per_module_of_a_large_model_is_resolved() -> None:
     """What EVA writes for a model of 70 B parameters."""
     paths = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(80) for name in "abcdefg"]
