@@ -118,6 +118,10 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     def _on_published(self, loaded: L) -> None:
         """Notes that what `_read` held on to is the published version's."""
 
+    def _clear_way(self, name: str, content: C) -> bool:
+        """Ends leases that keep `content` from finding room, and that nobody uses; False if none would help."""
+        return False
+
     def _refuse_unload(self, name: str) -> None:
         """Raises PreconditionError if something else needs the name."""
 
@@ -265,7 +269,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
             try:
                 self._check_digest(name, content, found)
                 if self._is_current(content):
-                    loaded = self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
+                    loaded = self._publish(name, content, wish)
                     self._on_published(loaded)
                     return found, loaded
             except BaseException:
@@ -273,6 +277,14 @@ class ArtifactStore(ABC, Generic[C, L, S]):
                 raise
             self._discard(content)
         raise self._unstable(name)
+
+    def _publish(self, name: str, content: C, wish: _Wish) -> L:
+        try:
+            return self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
+        except CapacityError:
+            if not self._clear_way(name, content):
+                raise
+        return self.registry.publish(name, content, pin=wish.pin, replace=wish.replace)
 
     async def _read_in_time(self, name: str, wish: _Wish) -> tuple[ArtifactSource, C]:
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -137,6 +137,28 @@ class HostRegistry(Generic[C, L]):
             self._ready.move_to_end(name)
             return entry.loaded
 
+    def idle(self) -> list[L]:
+        """The READY versions without a lease or a pin, least recently used first."""
+        with self._lock:
+            return [entry.loaded for entry in self._ready.values() if _is_idle(entry)]
+
+    def evict(self, versions: Sequence[L]) -> None:
+        """Lets go of those of `versions` that are still idle."""
+        with self._lock:
+            idle = [
+                name for name, entry in self._ready.items() if _is_idle(entry) and entry.loaded in versions
+            ]
+            gone = self._evict(idle)
+            self._measure()
+        self._let_go(gone)
+
+    def evictable(self, replaced: str, released: Sequence[L]) -> list[L]:
+        """What could make way for a new version of the name `replaced` once a lease on each of `released` has ended."""
+        ended = Counter(loaded.uid for loaded in released)
+        with self._lock:
+            idle = [e for e in self._entries() if e.num_leases == ended[e.loaded.uid]]
+            return [e.loaded for e in idle if not e.pinned or _is_on_its_way_out(e, replaced)]
+
     def are_ready(self, versions: Sequence[L]) -> bool:
         """True if each of `versions` is the one of its name that takes new leases."""
         with self._lock:
@@ -197,7 +219,7 @@ class HostRegistry(Generic[C, L]):
     def versions(self) -> list[L]:
         """Every version on the host, draining ones included."""
         with self._lock:
-            return [entry.loaded for entry in [*self._ready.values(), *self._draining]]
+            return [entry.loaded for entry in self._entries()]
 
     @property
     def used_bytes(self) -> int:
@@ -238,7 +260,7 @@ class HostRegistry(Generic[C, L]):
         for name, entry in self._ready.items():
             if excess <= 0:
                 break
-            if entry.num_leases == 0 and not entry.pinned and name != replaced:
+            if _is_idle(entry) and name != replaced:
                 victims.append(name)
                 excess -= entry.loaded.nbytes
         if excess > 0:
@@ -247,10 +269,13 @@ class HostRegistry(Generic[C, L]):
                 reason=f"{self._noun.upper()}_HOST_FULL",
                 retry_after_s=1.0,
             )
-        if victims:
+        return self._evict(victims)
+
+    def _evict(self, names: Sequence[str]) -> list[L]:
+        if names:
             reach_failpoint("host.evict")
-        self._metrics.evictions.inc(len(victims))
-        return [self._ready.pop(name).loaded for name in victims]
+        self._metrics.evictions.inc(len(names))
+        return [self._ready.pop(name).loaded for name in names]
 
     def _retire(self, entry: _Entry[L]) -> list[L]:
         if entry.num_leases == 0:
@@ -268,11 +293,14 @@ class HostRegistry(Generic[C, L]):
     def _find_draining(self, name: str) -> _Entry[L] | None:
         return next((entry for entry in reversed(self._draining) if entry.loaded.name == name), None)
 
+    def _entries(self) -> list[_Entry[L]]:
+        return [*self._ready.values(), *self._draining]
+
     def _used_bytes(self) -> int:
-        return sum(entry.loaded.nbytes for entry in [*self._ready.values(), *self._draining])
+        return sum(entry.loaded.nbytes for entry in self._entries())
 
     def _num_leases(self) -> int:
-        return sum(entry.num_leases for entry in [*self._ready.values(), *self._draining])
+        return sum(entry.num_leases for entry in self._entries())
 
     def _measure(self) -> None:
         self._metrics.used_bytes.set(self._used_bytes())
@@ -282,6 +310,15 @@ class HostRegistry(Generic[C, L]):
     def _let_go(self, versions: Sequence[L]) -> None:
         for loaded in versions:
             self._on_gone(loaded)
+
+
+def _is_idle(entry: _Entry[L]) -> bool:
+    return entry.num_leases == 0 and not entry.pinned
+
+
+def _is_on_its_way_out(entry: _Entry[L], replaced: str) -> bool:
+    """True if its last lease is all that keeps it, pinned or not."""
+    return entry.state is AdapterState.DRAINING or entry.loaded.name == replaced
 
 
 def _snapshot(entry: _Entry[L]) -> RegistryEntry[L]:

@@ -34,6 +34,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
     """Names to adapters. `load_content` reads and checks an open directory; it is called on a worker thread.
 
     `holds(name)` lists the fusions that keep an adapter of this name loaded, each with the uid of the version it holds.
+    `evict_fusions(name, num_bytes)` evicts idle ones if that leaves room for a version of this name; False if not.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         roots: tuple[Path, ...],
         load_content: Callable[[ArtifactDirectory], AdapterContent],
         holds: Callable[[str], Sequence[FusionHold]] = lambda name: (),
+        evict_fusions: Callable[[str, int], bool] = lambda name, num_bytes: False,
         load_timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> None:
         super().__init__("adapter", ADAPTER_CONFIG, registry, roots, metrics.ADAPTER_HOST, load_timeout_s)
         self._load_content = load_content
         self._holds = holds
+        self._evict_fusions = evict_fusions
 
     async def _read(self, name: str, source: ArtifactSource) -> AdapterContent:
         return await on_borrowed_core(self._read_now, source)
@@ -63,6 +66,9 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
 
     def _discard(self, content: AdapterContent) -> None:
         """It holds on to nothing."""
+
+    def _clear_way(self, name: str, content: AdapterContent) -> bool:
+        return self._evict_fusions(name, content.nbytes)
 
     def _refuse_unload(self, name: str) -> None:
         fusions = self._fusions_of(name)

@@ -76,6 +76,7 @@ class AsyncEngine:
             config.adapter_dirs,
             loader.load,
             lambda name: self._fusions.holds(name),
+            lambda name, num_bytes: self._fusions.evict_idle(name, num_bytes),
             config.load_timeout_s,
         )
         self._fusions = FusionStore(

@@ -1,10 +1,12 @@
 """The store of fusions: a fusion is read, its members are leased, and both are folded together.
 
 The members stay leased as long as a version of the fusion is loaded, so they are neither evicted nor unloaded under it.
+An idle fusion, however, goes itself where another adapter needs the room of its members.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +55,30 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
             for member in fusion.members
             if member.name == adapter_name
         ]
+
+    def evict_idle(self, adapter_name: str, num_bytes: int) -> bool:
+        """Evicts idle fusions, the least recently used first, until their members leave room for an adapter.
+
+        Evicts none that frees nothing, none that is being replaced, and none at all, returning False, if that would not
+        be enough. The adapter may be a new version of one that is loaded.
+        """
+        adapters = self._adapters.registry
+        idle = [fusion for fusion in self.registry.idle() if fusion.name not in self._loads]
+        missing = adapters.used_bytes + num_bytes - adapters.budget_bytes
+
+        def freed_by(num_fusions: int) -> list[Adapter]:
+            released = [member for fusion in idle[:num_fusions] for member in fusion.members]
+            return adapters.evictable(adapter_name, released)
+
+        def is_enough(num_fusions: int) -> bool:
+            return sum(adapter.nbytes for adapter in freed_by(num_fusions)) >= missing
+
+        fewest = bisect_left(range(len(idle) + 1), True, key=is_enough)
+        if fewest > len(idle):
+            return False
+        freed = set(freed_by(fewest))
+        self.registry.evict([fusion for fusion in idle[:fewest] if not freed.isdisjoint(fusion.members)])
+        return True
 
     def release_members(self, fusion: Fusion) -> None:
         """Ends the leases of a version that has been let go."""

@@ -115,7 +115,8 @@ class AdapterServiceServicer(object):
 
     def LoadFusion(self, request, context):
         """Loads a fusion from under the server's fusion folders, with the adapters that are its members, and answers when it
-        can be used. Its members stay loaded as long as it does. A name in use is refused with ALREADY_EXISTS unless
+        can be used. Its members stay loaded as long as it does; without requests and a pin it is evicted to make room for
+        other fusions, or for adapters in place of its members. A name in use is refused with ALREADY_EXISTS unless
         `replace` is set. FAILED_PRECONDITION if the files cannot be served or a member is missing or not the one that the
         fusion was trained with, RESOURCE_EXHAUSTED if there is no room for them.
         """

@@ -49,7 +49,8 @@ class AdapterServiceStub:
     """Lists all adapters, loaded or available on disk, by name."""
     LoadFusion: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LoadFusionRequest, _adapter_pb2.LoadFusionResponse]
     """Loads a fusion from under the server's fusion folders, with the adapters that are its members, and answers when it
-    can be used. Its members stay loaded as long as it does. A name in use is refused with ALREADY_EXISTS unless
+    can be used. Its members stay loaded as long as it does; without requests and a pin it is evicted to make room for
+    other fusions, or for adapters in place of its members. A name in use is refused with ALREADY_EXISTS unless
     `replace` is set. FAILED_PRECONDITION if the files cannot be served or a member is missing or not the one that the
     fusion was trained with, RESOURCE_EXHAUSTED if there is no room for them.
     """
@@ -84,7 +85,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Lists all adapters, loaded or available on disk, by name."""
     LoadFusion: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LoadFusionRequest, _adapter_pb2.LoadFusionResponse]  # type: ignore[assignment]
     """Loads a fusion from under the server's fusion folders, with the adapters that are its members, and answers when it
-    can be used. Its members stay loaded as long as it does. A name in use is refused with ALREADY_EXISTS unless
+    can be used. Its members stay loaded as long as it does; without requests and a pin it is evicted to make room for
+    other fusions, or for adapters in place of its members. A name in use is refused with ALREADY_EXISTS unless
     `replace` is set. FAILED_PRECONDITION if the files cannot be served or a member is missing or not the one that the
     fusion was trained with, RESOURCE_EXHAUSTED if there is no room for them.
     """
@@ -146,7 +148,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.LoadFusionResponse, _abc.Awaitable[_adapter_pb2.LoadFusionResponse]]:
         """Loads a fusion from under the server's fusion folders, with the adapters that are its members, and answers when it
-        can be used. Its members stay loaded as long as it does. A name in use is refused with ALREADY_EXISTS unless
+        can be used. Its members stay loaded as long as it does; without requests and a pin it is evicted to make room for
+        other fusions, or for adapters in place of its members. A name in use is refused with ALREADY_EXISTS unless
         `replace` is set. FAILED_PRECONDITION if the files cannot be served or a member is missing or not the one that the
         fusion was trained with, RESOURCE_EXHAUSTED if there is no room for them.
         """
