@@ -7,7 +7,8 @@ and not once per module. A module gets its tensors when the first resident that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fusionserve.adapters.base_modules import BaseModule, BaseModules, ModuleKind
 from fusionserve.adapters.pool_ledger import MoveRows, PoolChange, WriteRows
-from fusionserve.adapters.resident import RowPiece
+from fusionserve.adapters.resident import Resident, RowPiece
 from fusionserve.adapters.side_copies import Copies, CopyError, SideStream
 from fusionserve.failpoints import reach_failpoint
 from fusionserve.kernels.huge_pages import HugePages, touch_zeros
@@ -174,10 +175,12 @@ class AdapterPool:
                 self._rows[path].memory()
 
     def apply(self, changes: tuple[PoolChange, ...]) -> None:
-        """Carries out the ledger's changes in order; what is computed from here on finds them made."""
+        """Carries out the ledger's changes in order; what is computed from here on finds them made.
+
+        Raises CopyError for the first resident that cannot be written, with all before it made and nothing behind it.
+        """
         if not changes:
             return
-        reach_failpoint("pool.activate")
         if self.copies is not None:
             self.copies.join()  # they may fill rows that are moved, or fill with other weights what is written here
         for change in changes:
@@ -185,18 +188,16 @@ class AdapterPool:
                 for rows in self._rows.values():
                     rows.move(change.source, change.target, change.num_rows)
             else:
-                self._write(change)
+                with _blaming(change.resident):
+                    reach_failpoint("pool.activate")
+                    self._write(change)
 
     def copy_ahead(self, writes: Sequence[WriteRows]) -> None:
         """Begins copies beside what is computed from here on. Raises CopyError for the first that cannot begin."""
         for write in writes:
             assert self.copies is not None, "nothing is copied ahead here"
-            try:
+            with _blaming(write.resident):
                 self._copy_ahead(write, self.copies)
-            except Exception as error:
-                if is_device_lost(error):
-                    raise
-                raise CopyError(write.resident) from error
 
     @property
     def layout(self) -> int:
@@ -221,3 +222,14 @@ class AdapterPool:
         for path, rows in self._rows.items():
             rows.make_ready(write.resident.pieces(path))
         copies.begin(write.resident.uid, partial(self._write, write))
+
+
+@contextmanager
+def _blaming(resident: Resident) -> Iterator[None]:
+    """Whatever goes wrong in its block is told with the resident, but for the loss of the device."""
+    try:
+        yield
+    except Exception as error:
+        if is_device_lost(error):
+            raise
+        raise CopyError(resident) from error

@@ -24,7 +24,7 @@ class Copies(Protocol):
 
 
 class CopyError(Exception):
-    """A copy of `resident` could not be begun, for the reason in `__cause__`; nobody reads the rows it was to fill."""
+    """`resident` could not be copied to the pool, for the reason in `__cause__`; nobody may read its rows there."""
 
     def __init__(self, resident: Resident) -> None:
         super().__init__(f"{resident.name} could not be copied to the pool")

@@ -278,7 +278,7 @@ class Engine:
             self._outputs.append(Output(generation, last))
 
     def _end_failed(self, step: StepResults) -> None:
-        """Ends whatever cannot go on, with those who wait for an adapter that cannot be copied."""
+        """Ends whatever cannot go on, with those who hold or await an adapter that cannot be copied."""
         self._fail(step.failed)
         for generation in step.without_memory:
             self._finish(generation, _out_of_memory())
@@ -287,6 +287,7 @@ class Engine:
                 self.abort_users(resident, _out_of_memory())
             else:
                 self._fail(self._users(resident))
+            self.forget(resident.uid)
 
     def _users(self, resident: Resident) -> list[Generation]:
         return [g for g in self._generations if resident in g.adaptation.residents]

@@ -25,6 +25,7 @@ from loose_adapters import (
 from pinned_memory import pin_rows
 from torch import Tensor
 
+from fusionserve import failpoints
 from fusionserve.adapters.adapter import Adapter
 from fusionserve.adapters.lora_weights import ModuleLoRA
 from fusionserve.adapters.pool import AdapterPool
@@ -243,6 +244,19 @@ def test_copy_that_cannot_begin_is_told_with_its_adapter_and_the_rest_is_left() 
         pool.copy_ahead((WriteRows(a, 0), WriteRows(b, 4), WriteRows(c, 8)))
     assert caught.value.resident is b and caught.value.__cause__ is full
     assert copies.num_begun == 1
+
+
+def test_adapter_that_cannot_be_written_is_told_and_what_comes_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = make_pool()
+    a, b, c = (make_two_module_adapter(seed, 4, 4) for seed in (1, 2, 3))
+    monkeypatch.setattr(failpoints, "_ARMED", failpoints.parse_failpoints("pool.activate=1+1*memory"))
+    with pytest.raises(CopyError) as caught:
+        pool.apply((WriteRows(a, 0), WriteRows(b, 4), WriteRows(c, 8)))
+    assert caught.value.resident is b and isinstance(caught.value.__cause__, MemoryError)
+    assert_resident(pool, a, 0)
+    assert not pool.rows(FIRST).shrink_rows[4:].any()
 
 
 def test_lost_device_is_no_adapters_fault() -> None:

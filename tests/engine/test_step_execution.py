@@ -131,3 +131,53 @@ def test_lost_device_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     harness.runner.poison[generation] = torch.AcceleratorError("the device is gone")
     with pytest.raises(torch.AcceleratorError):
         harness.step()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret detail"), MemoryError()])
+def test_adapter_that_cannot_be_written_ends_those_who_hold_it_and_nobody_else(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = EngineHarness()
+    broken, others = make_adapter(), [make_adapter() for _ in range(3)]
+    harness.runner.uncopied[broken] = error
+    ended = [make_generation(adapters=(others[0], broken)), make_generation(adapters=(broken,))]
+    kept = [make_generation(adapters=(adapter,)) for adapter in others]
+    with caplog.at_level(QUIET):
+        run_with(harness, kept[0], ended[0], kept[1], ended[1], kept[2])
+    for generation in kept:
+        assert harness.tokens(generation) == expected_tokens(generation)
+    expected = CapacityError if isinstance(error, MemoryError) else InternalError
+    assert all(isinstance(harness.last(generation), expected) for generation in ended)
+    assert harness.num_written(broken) == 1, "one write shows that it cannot be made"
+    assert broken.uid not in harness.engine.scheduler.ledger.resident_uids
+    harness.runner.uncopied.clear()
+    again = make_generation(adapters=(broken,))
+    run_with(harness, again)
+    assert harness.tokens(again) == expected_tokens(again)
+
+
+def test_idle_adapter_that_cannot_be_written_again_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    harness = EngineHarness()
+    idle, held = make_adapter(), make_adapter()
+    run_with(harness, make_generation(adapters=(idle,)))
+    harness.runner.error, harness.runner.loses_copies = RuntimeError("lost"), True
+    harness.runner.uncopied[idle] = RuntimeError()
+    generations = [make_generation(adapters=(held,)) for _ in range(3)]
+    with caplog.at_level(QUIET):
+        run_with(harness, *generations)
+    assert [harness.tokens(g) for g in generations] == [expected_tokens(g) for g in generations]
+    assert harness.engine.scheduler.ledger.resident_uids == {held.uid}
+
+
+def test_adapters_that_cannot_be_written_beside_a_culprit_and_beside_each_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harness = EngineHarness()
+    generations = [make_generation(adapters=(make_adapter(),)) for _ in range(7)]
+    for index in (1, 2, 5):
+        harness.runner.uncopied[generations[index].adapters[0]] = RuntimeError()
+    harness.runner.poison[generations[4]] = RuntimeError()
+    with caplog.at_level(QUIET):
+        run_with(harness, *generations)
+    failed = [isinstance(harness.last(generation), InternalError) for generation in generations]
+    assert [index for index, is_failed in enumerate(failed) if is_failed] == [1, 2, 4, 5]

@@ -40,7 +40,7 @@ class FakeRunner:
 
     `error` is raised by the next step, with `loses_copies` before its copies into the pool; `poison` by every step in
     which one of its generations takes part; MemoryError by every step of more than `max_requests` requests. Residents
-    are copied ahead by `copies`, those in `uncopied` fail to be.
+    are copied ahead by `copies`, if there are any; those in `uncopied` fail to be copied, ahead or not.
     """
 
     def __init__(
@@ -86,8 +86,7 @@ class FakeRunner:
     def _copy_ahead(self, writes: Sequence[WriteRows]) -> None:
         for write in writes:
             assert self._copies is not None
-            if write.resident in self.uncopied:
-                raise CopyError(write.resident) from self.uncopied[write.resident]
+            self._fail_if_uncopied(write)
             self._copies.begin(write.resident.uid, partial(self._write, write))
 
     def _copy(self, changes: Sequence[PoolChange]) -> None:
@@ -102,7 +101,14 @@ class FakeRunner:
                         pytest.fail("rows are moved that nobody wrote")
                     self._rows[change.target + row] = uid
             else:
+                self._fail_if_uncopied(change)
                 self._write(change)
+
+    def _fail_if_uncopied(self, write: WriteRows) -> None:
+        if write.resident in self.uncopied:
+            for row in range(write.resident.num_rows):
+                self._rows[write.start + row] = -write.resident.uid  # nobody knows what it left
+            raise CopyError(write.resident) from self.uncopied[write.resident]
 
     def _write(self, write: WriteRows) -> None:
         for row in range(write.resident.num_rows):
@@ -186,6 +192,11 @@ class EngineHarness:
                 return num_steps
             self.step()
         raise AssertionError(f"not finished after {max_steps} steps")
+
+    def num_written(self, resident: Resident) -> int:
+        """How often the runner was told to write this resident's rows."""
+        changes = [change for batch in self.runner.batches for change in batch.pool_changes]
+        return sum(isinstance(change, WriteRows) and change.resident is resident for change in changes)
 
     def last(self, generation: Generation) -> Any:
         """The terminal event; asserts that there is exactly one, and that it is the last."""
