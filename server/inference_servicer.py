@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 from grpc import aio
 
 from fusionserve.errors import DeadlineError, InternalError, InvalidRequestError
-from fusionserve.generation import GenerateParams, GenerationEvent, GenerationFinished, Prompt, TextPrompt
+from fusionserve.generation import (
+    GenerateParams,
+    GenerationChunk,
+    GenerationEvent,
+    GenerationFinished,
+    Prompt,
+    TextPrompt,
+)
 from fusionserve.server import checks
 from fusionserve.server.access import caller
 from fusionserve.server.engine_facade import EngineFacade
@@ -140,14 +147,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 async def _built(build: Callable[[Event], Message], event: Event) -> Message:
     """`build(event)`, on a worker thread if it is large, so that other streams go on meanwhile."""
-    if isinstance(event, GenerationFinished) and _num_entries(event) > _LARGE_RESPONSE:
+    if _num_entries(event) > _LARGE_RESPONSE:
         return await asyncio.to_thread(build, event)
     return build(event)
 
 
-def _num_entries(event: GenerationFinished) -> int:
-    weights = () if event.fusion_weights is None else event.fusion_weights.tokens
-    return sum(len(c.logprobs) for c in event.candidates) + len(event.prompt_logprobs) + len(weights)
+def _num_entries(event: GenerationEvent) -> int:
+    match event:
+        case GenerationChunk():  # the first one of a fusion has the weights of all prompt tokens
+            return len(event.logprobs) + len(event.fusion_weights)
+        case GenerationFinished():
+            weights = () if event.fusion_weights is None else event.fusion_weights.tokens
+            return sum(len(c.logprobs) for c in event.candidates) + len(event.prompt_logprobs) + len(weights)
+    return 0
 
 
 async def _result(engine: EngineFacade, params: GenerateParams) -> GenerationFinished:

@@ -16,11 +16,17 @@ from fusionserve.generation import (
     Adaptation,
     AdapterTerm,
     ChatPrompt,
+    GenerationChunk,
+    GenerationEvent,
     GenerationFinished,
     TextPrompt,
+    TokenFusionWeights,
+    TokenLogprob,
+    TokenLogprobs,
     TokenPrompt,
 )
 from fusionserve.server import inference_servicer
+from fusionserve.server.generate_response import to_stream_response
 from fusionserve.v1 import inference_pb2 as pb
 
 ADAPTATIONS = {
@@ -140,6 +146,25 @@ async def test_large_answer_is_built_beside_the_event_loop(
     ]
     assert len(last.finished.candidates[0].logprobs) == num_tokens
     assert threads == [is_large, is_large]
+
+
+@pytest.mark.parametrize("field", ["logprobs", "fusion_weights"])
+@pytest.mark.parametrize(("num_entries", "is_large"), [(10, False), (100, True)])
+async def test_large_chunk_is_built_beside_the_event_loop(
+    field: str, num_entries: int, is_large: bool
+) -> None:
+    entry = TokenLogprobs(TokenLogprob(1, "a", -1.0, 1), ()) if field == "logprobs" else None
+    entries = (entry or TokenFusionWeights(0, (0.5, 0.5)),) * num_entries
+    chunk = GenerationChunk(candidate_index=0, text="", token_ids=(1,), **{field: entries})
+    threads: list[threading.Thread] = []
+
+    def noting(event: GenerationEvent) -> pb.StreamGenerateResponse:
+        threads.append(threading.current_thread())
+        return to_stream_response(event)
+
+    built = await inference_servicer._built(noting, chunk)
+    assert len(getattr(built.chunk, field)) == num_entries
+    assert (threads[0] is not threading.main_thread()) is is_large
 
 
 async def test_request_id_is_minted_and_told_in_the_trailers(served: Served) -> None:
