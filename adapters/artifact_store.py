@@ -104,8 +104,8 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """Lets go of content that is not published."""
 
     @abstractmethod
-    def _to_status(self, entry: RegistryEntry[L], device_uids: frozenset[int]) -> S:
-        """What is told of a loaded version."""
+    def _to_statuses(self, entries: Sequence[RegistryEntry[L]], device_uids: frozenset[int]) -> list[S]:
+        """What is told of loaded versions, in their order."""
 
     @abstractmethod
     def _to_unloaded_status(self, name: str, *, is_loading: bool) -> S:
@@ -191,7 +191,7 @@ class ArtifactStore(ABC, Generic[C, L, S]):
         """What is known of one name. Raises NotFoundError, UnavailableError."""
         entry = self.registry.get(name)
         if entry is not None:
-            return self._to_status(entry, device_uids)
+            return self._to_statuses([entry], device_uids)[0]
         if name in self._loading() or self._sources.is_elsewhere(name) or name in await self._list():
             return self._on_disk(name)
         raise self._unknown(name)
@@ -199,7 +199,9 @@ class ArtifactStore(ABC, Generic[C, L, S]):
     async def statuses(self, device_uids: frozenset[int]) -> list[S]:
         """All names, loaded and on disk, sorted by name. Raises UnavailableError."""
         on_disk = await self._list()
-        loaded = {e.loaded.name: self._to_status(e, device_uids) for e in self.registry.entries()}
+        entries = self.registry.entries()
+        told = self._to_statuses(entries, device_uids)
+        loaded = {entry.loaded.name: status for entry, status in zip(entries, told, strict=True)}
         names = {*loaded, *self._loading(), *self._sources.elsewhere(), *on_disk}
         return [loaded.get(name) or self._on_disk(name) for name in sorted(names)]
 

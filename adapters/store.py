@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class FusionHold:
 class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
     """Names to adapters. `load_content` reads and checks an open directory; it is called on a worker thread.
 
-    `holds(name)` lists the fusions that keep an adapter of this name loaded, each with the uid of the version it holds.
+    `holds()` lists, by its name, the fusions that keep an adapter loaded, each with the uid of the version it holds.
     `evict_fusions(name, num_bytes)` evicts idle ones if that leaves room for a version of this name; False if not.
     """
 
@@ -42,7 +42,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         registry: AdapterRegistry,
         roots: tuple[Path, ...],
         load_content: Callable[[ArtifactDirectory], AdapterContent],
-        holds: Callable[[str], Sequence[FusionHold]] = lambda name: (),
+        holds: Callable[[], Mapping[str, Sequence[FusionHold]]] = dict,
         evict_fusions: Callable[[str, int], bool] = lambda name, num_bytes: False,
         load_timeout_s: float = DEFAULT_LOAD_TIMEOUT_S,
     ) -> None:
@@ -71,16 +71,21 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
         return self._evict_fusions(name, content.nbytes)
 
     def _refuse_unload(self, name: str) -> None:
-        fusions = self._fusions_of(name)
+        fusions = _names_of(self._holds().get(name, ()))
         if fusions:
             raise HeldByFusionsError(name, fusions)
 
-    def _fusions_of(self, name: str) -> tuple[str, ...]:
-        return tuple(sorted({hold.fusion for hold in self._holds(name)}))
+    def _to_statuses(
+        self, entries: Sequence[RegistryEntry[Adapter]], device_uids: frozenset[int]
+    ) -> list[AdapterStatus]:
+        holds = self._holds()  # once: it goes through all fusions
+        return [self._to_status(entry, holds.get(entry.loaded.name, ()), device_uids) for entry in entries]
 
-    def _to_status(self, entry: RegistryEntry[Adapter], device_uids: frozenset[int]) -> AdapterStatus:
+    def _to_status(
+        self, entry: RegistryEntry[Adapter], holds: Sequence[FusionHold], device_uids: frozenset[int]
+    ) -> AdapterStatus:
         adapter = entry.loaded
-        num_holds = sum(hold.adapter_uid == adapter.uid for hold in self._holds(adapter.name))
+        num_holds = sum(hold.adapter_uid == adapter.uid for hold in holds)
         return AdapterStatus(
             name=adapter.name,
             version=adapter.version,
@@ -92,7 +97,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
             host_bytes=adapter.nbytes,
             pinned=entry.pinned,
             active_requests=entry.num_leases - num_holds,
-            held_by_fusions=self._fusions_of(adapter.name),
+            held_by_fusions=_names_of(holds),
             load_time_s=adapter.load_time_s,
         )
 
@@ -108,3 +113,7 @@ class AdapterStore(ArtifactStore[AdapterContent, Adapter, AdapterStatus]):
             state=AdapterState.AVAILABLE if on_disk else AdapterState.DRAINING,
             residency=Residency.DISK,
         )
+
+
+def _names_of(holds: Sequence[FusionHold]) -> tuple[str, ...]:
+    return tuple(sorted({hold.fusion for hold in holds}))

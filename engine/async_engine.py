@@ -75,7 +75,7 @@ class AsyncEngine:
             AdapterRegistry(config.adapter_host_bytes, self._on_adapter_gone, uids),
             config.adapter_dirs,
             loader.load,
-            lambda name: self._fusions.holds(name),
+            lambda: self._fusions.holds(),
             lambda name, num_bytes: self._fusions.evict_idle(name, num_bytes),
             config.load_timeout_s,
         )

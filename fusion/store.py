@@ -7,7 +7,8 @@ An idle fusion, however, goes itself where another adapter needs the room of its
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fusionserve import metrics
@@ -47,14 +48,13 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
         self._base = base
         self._policy = policy
 
-    def holds(self, adapter_name: str) -> Sequence[FusionHold]:
-        """The loaded fusions that an adapter of this name is a member of."""
-        return [
-            FusionHold(fusion.name, member.uid)
-            for fusion in self.registry.versions()
-            for member in fusion.members
-            if member.name == adapter_name
-        ]
+    def holds(self) -> Mapping[str, Sequence[FusionHold]]:
+        """The loaded fusions that an adapter is a member of, by the adapter's name."""
+        holds: defaultdict[str, list[FusionHold]] = defaultdict(list)
+        for fusion in self.registry.versions():
+            for member in fusion.members:
+                holds[member.name].append(FusionHold(fusion.name, member.uid))
+        return holds
 
     def evict_idle(self, adapter_name: str, num_bytes: int) -> bool:
         """Evicts idle fusions, the least recently used first, until their members leave room for an adapter.
@@ -126,6 +126,11 @@ class FusionStore(ArtifactStore[FusionContent, Fusion, FusionStatus]):
 
     def _on_published(self, loaded: Fusion) -> None:
         metrics.FUSION_PINS.inc(len(loaded.members))
+
+    def _to_statuses(
+        self, entries: Sequence[RegistryEntry[Fusion]], device_uids: frozenset[int]
+    ) -> list[FusionStatus]:
+        return [self._to_status(entry, device_uids) for entry in entries]
 
     def _to_status(self, entry: RegistryEntry[Fusion], device_uids: frozenset[int]) -> FusionStatus:
         fusion, config = entry.loaded, entry.loaded.config

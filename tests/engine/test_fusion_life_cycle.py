@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from served_fusions import MEMBERS, forget_fusions, fusion, write_fusion
 
 from fusionserve.adapter_status import AdapterState
 from fusionserve.errors import AbortedError, CapacityError, InternalError, PreconditionError
+from fusionserve.fusion.fusion import Fusion
 from fusionserve.generation import GenerateParams
 from fusionserve.metrics import REGISTRY
 
@@ -53,6 +55,23 @@ async def test_fusion_keeps_its_members_loaded(engine: TestedEngine) -> None:
     assert caught.value.metadata == {"adapter": "ada", "fusions": "mix"}
     await engine.unload_fusion("mix", force=False)
     assert (await engine.unload_adapter("ada", force=False)).state is AdapterState.AVAILABLE
+
+
+async def test_listing_asks_once_who_holds_the_adapters(
+    engine: TestedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mix", "duo"):
+        await engine.load_fusion(name, None, pin=False, replace=False)
+    versions, num_walks = engine._fusions.registry.versions, count()
+
+    def counted() -> list[Fusion]:
+        next(num_walks)
+        return versions()
+
+    monkeypatch.setattr(engine._fusions.registry, "versions", counted)
+    held = {status.name: status.held_by_fusions for status in await engine.list_adapters()}
+    assert held == {"ada": ("duo", "mix"), "bea": ("duo", "mix"), "cid": ("mix",)}
+    assert next(num_walks) == 1
 
 
 async def test_running_requests_finish_on_the_version_they_started_on(
