@@ -23,7 +23,6 @@ from fusionserve.errors import ArtifactError, CapacityError, DeadlineError, Fusi
 from fusionserve.generation import (
     Candidate,
     FinishReason,
-    FusionWeightDetail,
     FusionWeights,
     GenerationChunk,
     GenerationEvent,
@@ -302,7 +301,6 @@ class Engine:
         token_ids = tuple(request.generated_ids[request.num_told_tokens :])
         if not token_ids and not text:
             return
-        is_told = request.generation.params.output.fusion_weights is FusionWeightDetail.PER_TOKEN
         logprobs = tuple(request.logprobs[request.num_told_tokens :])
         request.num_told_tokens += len(token_ids)
         chunk = GenerationChunk(
@@ -310,7 +308,7 @@ class Engine:
             text=text,
             token_ids=token_ids,
             logprobs=logprobs,
-            fusion_weights=request.fusion_report.take_untold() if is_told else (),
+            fusion_weights=request.fusion_report.take_untold(),
         )
         self._emit(request.generation, chunk)
 
@@ -393,7 +391,7 @@ def _fusion_weights(generation: Generation) -> FusionWeights | None:
     fusion, first = generation.adaptation.fusion, generation.requests[0]
     if fusion is None or not first.reports_fusion_weights:
         return None
-    return first.fusion_report.finish(fusion.config.weight_names, generation.params.output.fusion_weights)
+    return first.fusion_report.finish(fusion.config.weight_names)
 
 
 def _is_running(result: ChunkResult) -> bool:

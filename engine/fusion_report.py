@@ -16,9 +16,13 @@ from fusionserve.generation import (
 
 
 class FusionReport:
-    """Sums by attention, and rows by token. A position that is computed again after a preemption counts once."""
+    """Sums by attention, and rows by token if the `detail` asks for them.
 
-    def __init__(self) -> None:
+    A position that is computed again after a preemption counts once.
+    """
+
+    def __init__(self, detail: FusionWeightDetail) -> None:
+        self._detail = detail
         self._modules: tuple[str, ...] = ()
         self._sums: Tensor | None = None  # [attentions, members (+ 1)], float64
         self._num_tokens = 0
@@ -34,28 +38,29 @@ class FusionReport:
         self._modules = new.modules
         sums = new.by_module.double().sum(dim=1)
         self._sums = sums if self._sums is None else self._sums + sums
-        for row in new.mean.tolist():
-            self._tokens.append(TokenFusionWeights(self._num_tokens, tuple(row)))
-            self._num_tokens += 1
+        if self._detail is FusionWeightDetail.PER_TOKEN:
+            rows = enumerate(new.mean.tolist(), start=self._num_tokens)
+            self._tokens += [TokenFusionWeights(position, tuple(row)) for position, row in rows]
+        self._num_tokens += new.num_tokens
 
     def take_untold(self) -> tuple[TokenFusionWeights, ...]:
-        """The rows of the tokens added since the last call."""
+        """The rows of the tokens added since the last call; none unless the detail is PER_TOKEN."""
         untold = tuple(self._tokens[self._num_told :])
         self._num_told = len(self._tokens)
         return untold
 
-    def finish(self, members: Sequence[str], detail: FusionWeightDetail) -> FusionWeights | None:
+    def finish(self, members: Sequence[str]) -> FusionWeights | None:
         """The report; None if no token was computed."""
         if self._sums is None:
             return None
         means = self._sums / self._num_tokens
         modules: tuple[ModuleFusionWeights, ...] = ()
-        if detail is FusionWeightDetail.PER_MODULE:
+        if self._detail is FusionWeightDetail.PER_MODULE:
             rows = zip(self._modules, means.tolist(), strict=True)
             modules = tuple(ModuleFusionWeights(path, tuple(row)) for path, row in rows)
         return FusionWeights(
             members=tuple(members),
             mean=tuple(means.mean(dim=0).tolist()),
-            tokens=tuple(self._tokens) if detail is FusionWeightDetail.PER_TOKEN else (),
+            tokens=tuple(self._tokens),
             modules=modules,
         )

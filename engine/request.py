@@ -95,7 +95,7 @@ class Request:
         self.num_published_blocks = 0
         self.num_told_tokens = 0  # generated tokens that have left in chunks
         self.last_token_s: float | None = None
-        self.fusion_report = FusionReport()
+        self.fusion_report = FusionReport(generation.params.output.fusion_weights)
 
     @property
     def prompt_length(self) -> int:
