@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from fusionserve.engine.text_output import Decoder
 from fusionserve.errors import InvalidRequestError, PreconditionError
 from fusionserve.generation import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+_MAX_KNOWN_TEXTS = 1 << 14  # of single tokens; a few megabytes
 
 
 class Tokenizer:
@@ -15,6 +18,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
+        # A report of log-probabilities has up to 21 tokens for each position, mostly the same ones.
+        self._known_text_of = lru_cache(_MAX_KNOWN_TEXTS)(self._decode_alone)
 
     @property
     def is_present(self) -> bool:
@@ -49,7 +54,10 @@ class Tokenizer:
 
     def text_of(self, token_id: int) -> str:
         """The text of one token on its own, special tokens included; empty without a tokenizer."""
-        return "" if self._tokenizer is None else self.decode([token_id], skip_special_tokens=False)
+        return "" if self._tokenizer is None else self._known_text_of(token_id)
+
+    def _decode_alone(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
 
     def _encode_chat(self, prompt: ChatPrompt) -> tuple[int, ...]:
         if not self.has_chat_template:

@@ -40,6 +40,26 @@ def test_special_tokens_are_skipped_or_not() -> None:
     assert SHIPPED.text_of(eos) == RAW.eos_token
 
 
+def test_text_of_a_token_is_decoded_once() -> None:
+    class Counting:
+        num_calls = 0
+
+        def decode(self, token_ids: list[int], **options: bool) -> str:
+            self.num_calls += 1
+            return f"<{token_ids}>"
+
+    counting = Counting()
+    tokenizer = Tokenizer(counting)
+    assert [tokenizer.text_of(token_id) for token_id in (5, 7, 5, 7, 5)] == [
+        "<[5]>",
+        "<[7]>",
+        "<[5]>",
+        "<[7]>",
+        "<[5]>",
+    ]
+    assert counting.num_calls == 2
+
+
 def test_text_needs_a_tokenizer() -> None:
     assert not NONE.is_present and NONE.decoder is None and NONE.text_of(1) == ""
     for use in (
