@@ -248,6 +248,8 @@ class LifeCycle(RuleBasedStateMachine):
         if not hasattr(self, "may_shut_down"):
             return
         self.engine.engine.scheduler.ledger.check_integrity()
+        if self.fusion_is_loaded:  # an idle one goes where an adapter needs the room of its members
+            self.fusion_is_loaded = self.world.run(self.has_fusion())
         statuses = {status.name: status for status in self.world.run(self.engine.list_adapters())}
         for name in NAMES:
             status = statuses[name]
