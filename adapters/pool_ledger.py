@@ -128,8 +128,8 @@ class PoolLedger:
 
     def needs_no_rows(self, residents: Sequence[Resident], without: Container[int]) -> bool:
         """True if all of `residents` are held and none of their uids is in `without`: holding them takes no rows."""
-        places = [self._places.get(resident.uid) for resident in residents if resident.uid not in without]
-        return len(places) == len(residents) and all(place and place.num_holds > 0 for place in places)
+        held = {uid for uid, place in self._places.items() if place.num_holds > 0 and uid not in without}
+        return held.issuperset(resident.uid for resident in residents)
 
     def to_drain(self, residents: Sequence[Resident]) -> frozenset[int]:
         """The uids of residents, those with the fewest holds, without which all of `residents` fit."""

@@ -1,4 +1,4 @@
-"""What each step computes: budgets, priorities, prefix hits, preemption, the adapter pool, and that all ends well."""
+"""What each step computes: budgets, priorities, prefix hits, preemption, and that all ends well."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules import (
     BLOCK_SIZE,
+    add_running,
     as_made,
     assert_idle,
     complete,
-    first_not_to_pass,
     make_adapter,
     make_generation,
     make_request,
@@ -21,21 +21,10 @@ from schedules import (
 )
 
 from fusionserve import metrics
-from fusionserve.engine.pool_line import MOST_OVERTAKES
-from fusionserve.engine.request import Request, RequestStatus
-from fusionserve.engine.scheduler import Scheduler
+from fusionserve.engine.request import RequestStatus
 from fusionserve.generation import OutputOptions
 
 pytestmark = pytest.mark.no_kernels
-
-
-def add_running(scheduler: Scheduler, **spec_fields: Any) -> Request:
-    """A request whose prompt is computed and which decodes from now on."""
-    request = make_request(**spec_fields)
-    scheduler.add(request)
-    while request.num_generated == 0:
-        complete(scheduler, scheduler.schedule())
-    return request
 
 
 def test_prompt_is_chunked_by_the_token_budget() -> None:
@@ -269,84 +258,6 @@ def test_remove_gives_everything_back_in_any_state() -> None:
     scheduler.remove(running)
     assert running.is_finished and waiting.is_finished
     assert_idle(scheduler)
-
-
-def test_adapters_that_fit_together_share_a_step_and_others_wait() -> None:
-    scheduler = make_scheduler(pool_ranks=16)
-    fitting = [make_request(prompt=[n], adapters=(make_adapter(8),)) for n in range(2)]
-    big = make_request(prompt=[8], adapters=(make_adapter(16),))
-    base = make_request(prompt=[9])
-    for request in (*fitting, big, base):
-        scheduler.add(request)
-    assert set(sizes(scheduler.schedule())) == {*fitting, base}
-    scheduler.check_integrity()
-    for request in fitting:
-        scheduler.remove(request)
-    assert big in sizes(scheduler.schedule())
-
-
-def test_request_waiting_for_the_pool_is_overtaken_a_bounded_number_of_times() -> None:
-    scheduler = make_scheduler(pool_ranks=16, max_batch_requests=2)
-    holder = add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
-    blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
-    scheduler.add(blocked)
-    passer, num_overtakes = first_not_to_pass(
-        scheduler, scheduler.schedule, make_adapter(8), 3 * MOST_OVERTAKES
-    )
-    assert num_overtakes == MOST_OVERTAKES
-    scheduler.remove(holder)
-    assert blocked in sizes(scheduler.schedule())
-    scheduler.remove(blocked)
-    assert passer in sizes(scheduler.schedule())
-
-
-def test_only_who_would_take_its_rows_waits_behind_a_request_that_was_overtaken_often() -> None:
-    scheduler = make_scheduler(pool_ranks=32, max_batch_requests=8)
-    popular, rare = make_adapter(16), make_adapter(8)
-    for adapter in (popular, popular, rare):
-        add_running(scheduler, prompt=[1], adapters=(adapter,))
-    blocked = make_request(
-        prompt=[2], adapters=(make_adapter(16),)
-    )  # eight rows are free, and eight more drain
-    scheduler.add(blocked)
-    (_, passed), others = (
-        first_not_to_pass(scheduler, scheduler.schedule, make_adapter(8), 3 * MOST_OVERTAKES),
-        [make_request(prompt=[4]), make_request(prompt=[5], adapters=(popular,))],
-    )
-    assert passed == MOST_OVERTAKES
-    late = make_request(prompt=[6], adapters=(rare,))
-    for request in (*others, late):
-        scheduler.add(request)
-    planned = sizes(scheduler.schedule())
-    assert planned.keys() >= set(others)
-    assert not planned.keys() & {blocked, late}
-    (holder,) = (r for r in scheduler.running if r.generation.adaptation.residents == (rare,))
-    scheduler.remove(holder)
-    assert {blocked, late} & sizes(scheduler.schedule()).keys() == {blocked}
-    scheduler.check_integrity()
-
-
-def test_request_waiting_for_the_pool_does_not_starve_behind_small_adapters() -> None:
-    harness = EngineHarness(pool_ranks=16, max_batch_requests=2)
-    small = [make_adapter(8) for _ in range(3)]
-
-    def newcomer(number: int) -> None:
-        generation = make_generation(prompt=[number % 40], adapters=(small[number % 3],), max_new_tokens=3)
-        harness.add(generation)
-
-    newcomer(0)
-    newcomer(1)
-    harness.step()
-    big = make_generation(prompt=[7], adapters=(make_adapter(16),), max_new_tokens=2)
-    harness.add(big)
-    for number in range(2, 4 * MOST_OVERTAKES):
-        newcomer(number)
-        harness.step()
-        if any(request.is_finished for request in big.requests):
-            break
-    assert harness.tokens(big) == expected_tokens(big)
-    harness.run()
-    assert_idle(harness.engine.scheduler)
 
 
 ADAPTERS = tuple(make_adapter(rank) for rank in (1, 8, 8, 16, 24))

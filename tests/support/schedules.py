@@ -160,6 +160,15 @@ def complete(scheduler: Scheduler, batch: ScheduledBatch, token_id: int = 1) -> 
             chunk.request.token_ids.append(token_id)
 
 
+def add_running(scheduler: Scheduler, **spec_fields: Any) -> Request:
+    """A request whose prompt is computed and which decodes from now on."""
+    request = make_request(**spec_fields)
+    scheduler.add(request)
+    while request.num_generated == 0:
+        complete(scheduler, scheduler.schedule())
+    return request
+
+
 def assert_idle(scheduler: Scheduler) -> None:
     """Asserts that no request, block or hold is left."""
     scheduler.check_integrity()

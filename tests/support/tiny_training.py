@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lora_files import make_config, make_pair, write_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,6 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fusionserve.training.frozen_base import FrozenBase, load_base
 from fusionserve.training.tokenizer import save_tokenizer, train_tokenizer
 from fusionserve.training_config import AdapterRun, DataConfig, FusionRun, OptimizationConfig
+
+# What training's libraries warn of among themselves.
+ignoring_libraries = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
+    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
+)
 
 HIDDEN, INNER, CONTEXT = 32, 40, 128
 LETTERS, DIGITS = "abc cab bca ", "123 312 231 "

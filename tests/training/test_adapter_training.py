@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_training import DIGITS, LETTERS, adapter_run, optimization, write_base, write_texts
+from tiny_training import (
+    DIGITS,
+    LETTERS,
+    adapter_run,
+    ignoring_libraries,
+    optimization,
+    write_base,
+    write_texts,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusionserve.errors import TrainingError
@@ -20,10 +28,7 @@ from fusionserve.training.frozen_base import load_base
 from fusionserve.training.training_summary import PLOT_FILE, SUMMARY_FILE
 from fusionserve.training_config import AdapterRun, DataConfig
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
-    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
-)
+pytestmark = ignoring_libraries
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from tiny_training import (
     LETTERS,
     adapter_run,
     fusion_run,
+    ignoring_libraries,
     optimization,
     write_base,
     write_member,
@@ -23,10 +24,7 @@ from fusionserve.training.frozen_base import load_base
 from fusionserve.training.fusion_inspection import inspect_fusion
 from fusionserve.training.fusion_training import train_fusion
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
-    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
-)
+pytestmark = ignoring_libraries
 
 
 @pytest.fixture(scope="module")

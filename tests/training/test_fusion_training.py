@@ -14,6 +14,7 @@ from tiny_training import (
     LETTERS,
     adapter_run,
     fusion_run,
+    ignoring_libraries,
     optimization,
     write_base,
     write_member,
@@ -37,10 +38,7 @@ from fusionserve.training.fusion_training import fusion_in_place, train_fusion
 from fusionserve.training.training_summary import TrainingSummary
 from fusionserve.training_config import DataConfig
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
-    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
-)
+pytestmark = ignoring_libraries
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from tiny_training import (
     LETTERS,
     adapter_run,
     fusion_run,
+    ignoring_libraries,
     optimization,
     write_base,
     write_member,
@@ -34,10 +35,7 @@ from fusionserve.training.fusion_training import train_fusion
 from fusionserve.training.training_summary import TrainingSummary
 from fusionserve.training_config import DataConfig
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # PEFT reads it
-    "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
-)
+pytestmark = ignoring_libraries
 
 FUSIONSERVE = Path(sys.executable).with_name("fusionserve")
 NUM_STEPS, INTERVAL = 24, 4
