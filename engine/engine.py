@@ -204,6 +204,8 @@ class Engine:
 
     def _record_prompt_logprobs(self, result: ChunkResult) -> None:
         """Adds a chunk's prompt log-probabilities; after a preemption, only those not recorded before."""
+        if not result.prompt_logprobs:
+            return
         recorded = result.chunk.request.generation.prompt_logprobs
         num_known = max(0, len(recorded) - result.chunk.start)
         recorded += [self._to_token_logprobs(logprobs) for logprobs in result.prompt_logprobs[num_known:]]
@@ -298,7 +300,7 @@ class Engine:
 
     def _emit_chunk(self, request: Request, text: str) -> None:
         """Tells of the tokens generated since the last chunk; nothing if there are none."""
-        token_ids = tuple(request.generated_ids[request.num_told_tokens :])
+        token_ids = tuple(request.untold_ids)
         if not token_ids and not text:
             return
         logprobs = tuple(request.logprobs[request.num_told_tokens :])

@@ -22,6 +22,8 @@ class LogitRows:
     chunk: ScheduledChunk
     start: int
     places: range
+    is_last: bool  # whether the next token is drawn from the last row
+    reports_prompt: bool
 
     @property
     def end(self) -> int:
@@ -33,7 +35,7 @@ def plan_logit_rows(chunks: Sequence[ScheduledChunk], starts: Sequence[int]) -> 
     """The rows of each of `chunks`, which begin at `starts` in the batch."""
     planned, num_rows = [], 0
     for chunk, start in zip(chunks, starts, strict=False):
-        rows = LogitRows(chunk, num_rows, _places(chunk, start))
+        rows = _to_rows(chunk, start, num_rows)
         planned.append(rows)
         num_rows = rows.end
     return planned
@@ -49,8 +51,8 @@ def to_results(
 
     A GPU is waited for once all is asked of it.
     """
-    drawn = iter(_sample([rows for rows in planned if rows.chunk.is_last], logits, eos_token_ids))
-    tokens = [next(drawn) if rows.chunk.is_last else None for rows in planned]
+    drawn = iter(_sample([rows for rows in planned if rows.is_last], logits, eos_token_ids))
+    tokens = [next(drawn) if rows.is_last else None for rows in planned]
     told = _chosen_logprobs(planned, tokens, logits)
     weights = late_weights.read()
     logprobs = [told.get(rows.chunk) for rows in planned] if told else [None] * len(planned)
@@ -61,29 +63,25 @@ def to_results(
 def sampler_row(chunk: ScheduledChunk, eos_token_ids: frozenset[int]) -> SamplerRow:
     """What shapes the draw of the token after the chunk."""
     request, generation = chunk.request, chunk.request.generation
-    stopping = generation.params.stopping
+    sampling, stopping = generation.params.sampling, generation.params.stopping
     banned: tuple[int, ...] = ()
     if chunk.num_generated < stopping.min_new_tokens:
         banned = (*stopping.stop_token_ids, *(() if stopping.ignore_eos else eos_token_ids))
     return SamplerRow(
-        generation.params.sampling,
+        sampling,
         generation.prompt_token_ids,
-        request.generated_ids,
+        request.generated_ids if sampling.changes_logits else (),
         banned,
-        () if generation.params.sampling.is_greedy else request.uniforms(chunk.num_generated),
+        () if sampling.is_greedy else request.uniforms(chunk.num_generated),
     )
 
 
-def _places(chunk: ScheduledChunk, start: int) -> range:
-    """Of the tokens whose logits are needed: all of a prompt to be reported, else the last one, once it is there."""
-    end = start + chunk.num_tokens
-    if _reports_prompt(chunk):
-        return range(start, end)
-    return range(end - 1, end) if chunk.is_last else range(0)
-
-
-def _reports_prompt(chunk: ScheduledChunk) -> bool:
-    return chunk.request.wants_prompt_logprobs and chunk.start < chunk.request.prompt_length
+def _to_rows(chunk: ScheduledChunk, start: int, first_row: int) -> LogitRows:
+    """The logits needed: of all tokens of a prompt to be reported, else of the last one, once it is there."""
+    end, is_last = start + chunk.num_tokens, chunk.is_last
+    reports_prompt = chunk.request.wants_prompt_logprobs and chunk.start < chunk.request.prompt_length
+    num_rows = chunk.num_tokens if reports_prompt else int(is_last)
+    return LogitRows(chunk, first_row, range(end - num_rows, end), is_last, reports_prompt)
 
 
 def _sample(last: Sequence[LogitRows], logits: Tensor, eos_token_ids: frozenset[int]) -> Sequence[int | None]:
@@ -127,9 +125,9 @@ def _to_result(
     return ChunkResult(
         chunk,
         token,
-        is_finite=token is not None or not chunk.is_last,
+        is_finite=token is not None or not rows.is_last,
         logprobs=logprobs,
-        prompt_logprobs=_prompt_logprobs(rows, logits) if _reports_prompt(chunk) else (),
+        prompt_logprobs=_prompt_logprobs(rows, logits) if rows.reports_prompt else (),
         fusion_weights=weights,
     )
 

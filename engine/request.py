@@ -118,6 +118,11 @@ class Request:
         return self.token_ids[self.prompt_length :]
 
     @property
+    def untold_ids(self) -> Sequence[int]:
+        """Of these, the ones that have not left in chunks."""
+        return self.token_ids[self.prompt_length + self.num_told_tokens :]
+
+    @property
     def is_finished(self) -> bool:
         """True once the request has left the engine."""
         return self.status is RequestStatus.FINISHED

@@ -23,7 +23,10 @@ from fusionserve.kernels.token_logprobs import token_logprobs
 
 @dataclass(frozen=True, slots=True)
 class SamplerRow:
-    """What shapes one row: its parameters, the tokens so far, the tokens it may not take, and its random numbers."""
+    """What shapes one row: its parameters, the tokens so far, the tokens it may not take, and its random numbers.
+
+    Whose parameters do not change logits needs no tokens.
+    """
 
     params: SamplingParams
     prompt_ids: Sequence[int]

@@ -145,13 +145,13 @@ class Scheduler:
         """Notes that a chunk was computed, and offers its full blocks to the prefix cache."""
         request = chunk.request
         request.num_computed_tokens = chunk.end
-        if not self._enable_prefix_cache:
+        num_full = request.num_computed_tokens // self.blocks.block_size
+        if num_full <= request.num_published_blocks or not self._enable_prefix_cache:
             return
         self._extend_hashes(request)
-        num_full = request.num_computed_tokens // self.blocks.block_size
         for index in range(request.num_published_blocks, num_full):
             self.blocks.publish(request.blocks[index], request.block_hashes[index])
-        request.num_published_blocks = max(num_full, request.num_published_blocks)
+        request.num_published_blocks = num_full
 
     def withdraw(self, request: Request) -> None:
         """Takes whatever was computed of a request whose numbers are not finite out of the prefix cache.
