@@ -92,7 +92,7 @@ def requests(output: OutputOptions | None = OUTPUT) -> list[GenerateParams]:
     # Together more than 32, for the largest tile; the last fills a block and begins one.
     lengths = (5, 3, 7, 4, 18)
     return [
-        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=3, output=output)
+        make_params(f"r{n}", kind, make_prompt(n, length), num_tokens=2, output=output)
         for n, (kind, length) in enumerate(zip(kinds, lengths, strict=True))
     ]
 
@@ -156,7 +156,7 @@ async def test_bfloat16_gets_the_same_tokens_alone(folders: Path, monkeypatch: p
 
 
 async def test_embedded_base_gets_in_triton_what_the_cpu_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = make_params("r", Adaptation(), make_prompt(0, 12), num_tokens=2, output=OUTPUT)
+    params = make_params("r", Adaptation(), make_prompt(0, 12), num_tokens=1, output=OUTPUT)
     options = {"quantize": "int4", "model_name": "fusionserve-tiny"}
     async with running_engine(EMBEDDED_MODEL, None, **options) as engine:
         expected = await collect(engine, params)

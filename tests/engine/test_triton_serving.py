@@ -97,7 +97,7 @@ def graph_sizes(engine: TestedEngine) -> list[GraphSize]:
     return list(graphs._graphs)
 
 
-def requests(output: OutputOptions = REPORT, num_tokens: int = 4) -> list[GenerateParams]:
+def requests(output: OutputOptions = REPORT, num_tokens: int = 3) -> list[GenerateParams]:
     kinds = [
         Adaptation(),
         lora("ada"),
@@ -182,7 +182,7 @@ async def test_attention_at_the_head_is_no_part_of_the_weights_in_triton_either(
     head_only = {"modules": ("lm_head",)}
     write_fusion(tmp_path / "fusions", "duo", MEMBERS[:2], tmp_path / "adapters", seed=2, **head_only)
     asked = [
-        make_params(name, Adaptation("fusion", fusion=name), make_prompt(1), num_tokens=4, output=REPORT)
+        make_params(name, Adaptation("fusion", fusion=name), make_prompt(1), num_tokens=2, output=REPORT)
         for name in ("mix", "duo")
     ]
     expected, found = await in_both(tmp_path, asked, monkeypatch)
@@ -225,7 +225,7 @@ async def test_scaled_embedding_is_adapted_in_triton(tmp_path: Path, monkeypatch
     randomize(adapter, seed=1)
     save(adapter, tmp_path / "adapters" / "ada")
     both = [
-        make_params(name, kind, make_prompt(0, 7), num_tokens=4)
+        make_params(name, kind, make_prompt(0, 7), num_tokens=2)
         for name, kind in (("adapted", lora("ada")), ("base", Adaptation()))
     ]
     expected, _ = await in_both(tmp_path, both, monkeypatch)

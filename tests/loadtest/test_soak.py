@@ -129,7 +129,7 @@ async def test_statuses_are_held_to_what_may_happen(
 
 def test_soak_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ["killed", "cancel midway", "resets"]
-    main(["--minutes", "0.25", "--requests", "12", "--out", str(tmp_path), "--hostile", *kinds])
+    main(["--minutes", "0.15", "--requests", "12", "--out", str(tmp_path), "--hostile", *kinds])
     report = json.loads((tmp_path / "soak.json").read_text())
     # It needs more than seconds to show whether memory grows, or what comes and goes with the traffic.
     shown_later = {f"growth of {name}" for name in (RSS, HEAP, TASKS)}
