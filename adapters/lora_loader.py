@@ -180,12 +180,27 @@ class _Assembly:
             _check_copy(spec, tensor, self._base_bias(path), 0.0)
         elif role in (TensorRole.REPLACEMENT, TensorRole.BIAS_REPLACEMENT):
             kept = self._replacements if role is TensorRole.REPLACEMENT else self._replaced_biases
-            kept[path] = torch.empty(tensor.shape, dtype=self._dtype)
-            _check_magnitude(spec, copy_measured(kept[path], tensor))
+            self._keep(kept, path, spec, tensor)
         else:
             magnitude = self._modules[path].magnitude
             assert role is TensorRole.MAGNITUDE and magnitude is not None
             _check_magnitude(spec, copy_measured(magnitude, tensor))
+
+    def _keep(self, kept: dict[str, Tensor], path: str, spec: TensorSpec, tensor: Tensor) -> None:
+        if path in kept:
+            _check_repeated(spec, tensor, kept[path])
+            return
+        kept[path] = torch.empty(tensor.shape, dtype=self._dtype)
+        _check_magnitude(spec, copy_measured(kept[path], tensor))
+
+
+def _check_repeated(spec: TensorSpec, repeated: Tensor, kept: Tensor) -> None:
+    """Of a replacement that the file has twice, either must give what is served."""
+    for theirs, ours in zip(pieces(repeated), pieces(kept), strict=True):
+        if not torch.equal(theirs.to(ours.dtype), ours):
+            raise bad_tensor(
+                "UNEXPECTED_TENSOR", spec.name, "it differs from the other replacement of its module"
+            )
 
 
 def _check_magnitude(spec: TensorSpec, largest: float) -> None:

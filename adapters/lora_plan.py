@@ -32,7 +32,7 @@ class TensorRole(StrEnum):
     EXPAND = "B"
     BIAS = "the bias of B"
     MAGNITUDE = "the DoRA magnitude"
-    BASE_COPY = "a copy of the base weight"  # PEFT adds it when an embedding or head is adapted
+    BASE_COPY = "a copy of the base weight"  # PEFT adds it when an embedding or head is adapted or replaced
     REPLACEMENT = "a replacement of the base weight"
     BIAS_COPY = "a copy of the base bias"
     BIAS_REPLACEMENT = "a replacement of the base bias"
@@ -43,6 +43,7 @@ _SHARED_SUFFIXES = (
     (".lora_magnitude_vector", TensorRole.MAGNITUDE),
     (".lora_magnitude_vector.weight", TensorRole.MAGNITUDE),
     (".base_layer.weight", TensorRole.BASE_COPY),
+    (".original_module.weight", TensorRole.BASE_COPY),
     (".modules_to_save.weight", TensorRole.REPLACEMENT),
     (".weight", TensorRole.REPLACEMENT),
 )
@@ -59,6 +60,7 @@ _EMBEDDING_SUFFIXES = (
 )
 _HEAD_BIAS_SUFFIXES = (
     (".base_layer.bias", TensorRole.BIAS_COPY),
+    (".original_module.bias", TensorRole.BIAS_COPY),
     (".modules_to_save.bias", TensorRole.BIAS_REPLACEMENT),
     (".bias", TensorRole.BIAS_REPLACEMENT),
 )
@@ -71,12 +73,14 @@ _SUFFIXES = {
 _ALL_SUFFIXES = tuple(dict.fromkeys(pair for suffixes in _SUFFIXES.values() for pair in suffixes))
 _WHOLE_WEIGHTS = (TensorRole.BASE_COPY, TensorRole.REPLACEMENT)
 _WHOLE_BIASES = (TensorRole.BIAS_COPY, TensorRole.BIAS_REPLACEMENT)
+_WHOLE = (*_WHOLE_WEIGHTS, *_WHOLE_BIASES)
 _COPIES = {
     TensorRole.REPLACEMENT: TensorRole.BASE_COPY,
     TensorRole.BIAS_REPLACEMENT: TensorRole.BIAS_COPY,
 }
 
 _Parts = dict[TensorRole, TensorSpec]
+_Place = tuple[str, TensorRole]  # path of the module and role in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +109,14 @@ class ModulePlan:
 class LoRAPlan:
     """Every tensor of the file in its place: a part of a module, or a whole weight or bias.
 
-    Copies of the base's, which it must equal, are in `places` alone.
+    Copies of the base's, which it must equal, are in `places` alone. So is the second of two names of a replacement,
+    which PEFT's `save_embedding_layers` writes; both must be equal.
     """
 
     modules: Mapping[str, ModulePlan]  # by module path
     replacements: Mapping[str, TensorSpec]  # by module path
     replaced_biases: Mapping[str, TensorSpec]  # by module path; only where the weight is replaced, too
-    places: Mapping[str, tuple[str, TensorRole]]  # module path and role, by tensor name
+    places: Mapping[str, _Place]  # by tensor name
 
     @property
     def max_rows(self) -> int:
@@ -134,26 +139,16 @@ def plan_lora(header: WeightsHeader, config: LoRAConfig, base: BaseModules) -> L
     TENSOR_MISSING, RANK_MISMATCH, SHAPE_MISMATCH.
     """
     declared = _find_modules_to_save(config, base)
-    parts = _sort_by_module(header.tensors.values(), base)
-    replaceable = _with_tied(declared, config, base)
-    whole: dict[TensorRole, dict[str, TensorSpec]] = {role: {} for role in (*_WHOLE_WEIGHTS, *_WHOLE_BIASES)}
-    for path, roles in parts.items():
-        for role in [role for role in whole if role in roles]:
-            spec = roles.pop(role)
-            _check_whole(base.by_path[path], role, spec)
-            # One that modules_to_save does not name is what PEFT adds after a resize: it must equal the base.
-            whole[role if path in replaceable else _COPIES.get(role, role)][path] = spec
-    replacements = whole[TensorRole.REPLACEMENT]
+    places = _find_places(header.tensors.values(), base, replaceable=_with_tied(declared, config, base))
+    replacements = _specs_by_path(header, places, TensorRole.REPLACEMENT)
     _check_declared(declared, replacements)
-    low_rank = {path: roles for path, roles in parts.items() if roles}
+    low_rank = _sort_by_module(header, places)
     _check_adapted_once(low_rank, replacements)
     _check_tied({*low_rank, *replacements}, config, base)
     modules = _plan_modules(low_rank, config, base)
     if not modules and not replacements:
         raise _no_effect("the adapter changes no module of the base model")
-    places = {spec.name: (path, role) for path, roles in low_rank.items() for role, spec in roles.items()}
-    places |= {spec.name: (path, role) for role, specs in whole.items() for path, spec in specs.items()}
-    biases = whole[TensorRole.BIAS_REPLACEMENT]
+    biases = _specs_by_path(header, places, TensorRole.BIAS_REPLACEMENT)
     return LoRAPlan(modules=modules, replacements=replacements, replaced_biases=biases, places=places)
 
 
@@ -175,27 +170,28 @@ def _with_tied(declared: Mapping[str, str], config: LoRAConfig, base: BaseModule
     return set(declared)
 
 
-def _sort_by_module(tensors: Iterable[TensorSpec], base: BaseModules) -> dict[str, _Parts]:
-    by_path: dict[str, _Parts] = {}
+def _find_places(
+    tensors: Iterable[TensorSpec], base: BaseModules, *, replaceable: Collection[str]
+) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
     strangers: list[TensorSpec] = []
     for spec in tensors:
-        place = _find_place(spec.name, base)
-        if place is None:
+        found = _find_place(spec.name, base)
+        if found is None:
             strangers.append(spec)
             continue
-        module, role = place
+        module, role = found
         _check_role(module, role, spec)
-        parts = by_path.setdefault(module.path, {})
-        alike = next((roles for roles in (_WHOLE_WEIGHTS, _WHOLE_BIASES) if role in roles), (role,))
-        if not parts.keys().isdisjoint(alike):
-            raise bad_tensor("UNEXPECTED_TENSOR", spec.name, f"its module already has {role}")
-        parts[role] = spec
-    if strangers and not by_path:
+        _check_whole(module, role, spec)
+        # One that modules_to_save does not name is what PEFT adds after a resize: it must equal the base.
+        role = role if module.path in replaceable else _COPIES.get(role, role)
+        places[spec.name] = (module.path, role)
+    if strangers and not places:
         raise _no_effect("no tensor of the adapter belongs to a module that this base model can adapt")
     if strangers:
         problem = "it does not belong to a module that this base model can adapt"
         raise bad_tensor("UNEXPECTED_TENSOR", strangers[0].name, problem)
-    return by_path
+    return places
 
 
 def _find_place(name: str, base: BaseModules) -> tuple[BaseModule, TensorRole] | None:
@@ -218,6 +214,8 @@ def _check_role(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None:
 
 
 def _check_whole(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None:
+    if role not in _WHOLE:
+        return
     shape = (module.d_out,) if role in _WHOLE_BIASES else module.weight_shape
     if spec.shape == shape:
         return
@@ -226,6 +224,25 @@ def _check_whole(module: BaseModule, role: TensorRole, spec: TensorSpec) -> None
             f"a resized vocabulary of {spec.shape[0]} tokens; the base model's has {module.weight_shape[0]}"
         )
     raise _wrong_shape(spec, shape)
+
+
+def _specs_by_path(
+    header: WeightsHeader, places: Mapping[str, _Place], wanted: TensorRole
+) -> dict[str, TensorSpec]:
+    return {path: header.tensors[name] for name, (path, role) in places.items() if role is wanted}
+
+
+def _sort_by_module(header: WeightsHeader, places: Mapping[str, _Place]) -> dict[str, _Parts]:
+    """The low-rank tensors of each module."""
+    by_path: dict[str, _Parts] = {}
+    for name, (path, role) in places.items():
+        if role in _WHOLE:
+            continue
+        parts = by_path.setdefault(path, {})
+        if role in parts:
+            raise bad_tensor("UNEXPECTED_TENSOR", name, f"its module already has {role}")
+        parts[role] = header.tensors[name]
+    return by_path
 
 
 def _check_declared(declared: Mapping[str, str], replacements: Mapping[str, TensorSpec]) -> None:

@@ -82,12 +82,20 @@ def test_bias_of_another_shape_is_refused(phi: PreTrainedModel, tmp_path: Path) 
     assert refusal(tmp_path, phi).reason == "SHAPE_MISMATCH"
 
 
-def test_two_biases_of_a_head_are_refused(phi: PreTrainedModel, tmp_path: Path) -> None:
-    save(adapt(phi, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path)
-    change(tmp_path, SAVED, lambda bias: bias)
-    file = tmp_path / WEIGHTS_FILE
-    save_file({**load_file(file), COPY: phi.lm_head.bias.detach()}, file)
-    assert refusal(tmp_path, phi).reason == "UNEXPECTED_TENSOR"
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [(SAVED, "UNEXPECTED_TENSOR"), (f"{PREFIX}lm_head.original_module.bias", "ADAPTER_UNSUPPORTED")],
+)
+def test_bias_that_is_saved_twice_is_served_if_nothing_differs(
+    phi: PreTrainedModel, changed: str, reason: str, tmp_path: Path
+) -> None:
+    """As `save_embedding_layers` has it, with the base's own bias beside them."""
+    peft_model = adapt(phi, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    weights = load(save(peft_model, tmp_path, save_embedding_layers=True), phi)
+    saved = peft_model.base_model.model.lm_head.modules_to_save["default"]
+    assert torch.equal(weights.replaced_biases[LM_HEAD], saved.bias)
+    change(tmp_path, changed, lambda bias: bias + 0.01)
+    assert refusal(tmp_path, phi).reason == reason
 
 
 @pytest.mark.parametrize("name", [COPY, f"{PREFIX}model.layers.0.self_attn.q_proj.base_layer.bias"])

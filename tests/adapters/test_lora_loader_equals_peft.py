@@ -16,6 +16,7 @@ from peft import (
     LoKrConfig,
     OFTConfig,
     PeftConfig,
+    PeftModel,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -228,6 +229,47 @@ def test_tied_modules_to_save_replace_both(tmp_path: Path) -> None:
     )
     weights = load_directory(save(peft_model, tmp_path), describe_base_modules(model))
     assert torch.equal(weights.replacements["lm_head"], weights.replacements["model.embed_tokens"])
+
+
+def save_twice(model: PreTrainedModel, directory: Path, names: list[str]) -> PeftModel:
+    """`save_embedding_layers` has PEFT write a trained module twice, and the base's own weight beside it."""
+    peft_model = adapt(model, target_modules=["q_proj"], modules_to_save=names)
+    save(peft_model, directory, save_embedding_layers=True)
+    return peft_model
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_modules_that_are_saved_twice_are_served(names: list[str], tie: bool, tmp_path: Path) -> None:
+    model = make_tiny_llama(tie=tie)
+    saved = save_twice(model, tmp_path, names).base_model.model
+    base = describe_base_modules(model)
+    weights = load_directory(tmp_path, base, dtype=torch.bfloat16, model=model)
+    assert {path.rpartition(".")[2] for path in weights.replacements} == set(names)
+    for path, replacement in weights.replacements.items():
+        trained = saved.get_submodule(path).modules_to_save["default"].weight
+        assert torch.equal(replacement, trained.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "reason", "problem"),
+    [
+        ("modules_to_save.weight", "UNEXPECTED_TENSOR", "differs from the other replacement of its module"),
+        ("original_module.weight", "ADAPTER_UNSUPPORTED", "changed copy of the base"),
+    ],
+)
+def test_module_that_is_saved_in_two_versions_is_refused(
+    suffix: str, reason: str, problem: str, tmp_path: Path
+) -> None:
+    model = make_tiny_llama()
+    save_twice(model, tmp_path, ["lm_head"])
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.lm_head.{suffix}"][7, 3] += 0.01
+    save_file(tensors, file)
+    with pytest.raises(ArtifactError, match=problem) as refusal:
+        load_directory(tmp_path, describe_base_modules(model), model=model)
+    assert refusal.value.reason == reason
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
