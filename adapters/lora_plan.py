@@ -274,7 +274,7 @@ def _check_tied(changed: Collection[str], config: LoRAConfig, base: BaseModules)
 def _plan_modules(
     parts: Mapping[str, _Parts], config: LoRAConfig, base: BaseModules
 ) -> dict[str, ModulePlan]:
-    ranks, scalings = config.ranks(parts), config.scalings(parts)
+    ranks, scalings = _find_ranks(parts, config, base), config.scalings(parts)
     plans: dict[str, ModulePlan] = {}
     for path, roles in parts.items():
         module = base.by_path[path]
@@ -282,6 +282,19 @@ def _plan_modules(
         _check_shapes(module, roles, ranks[path])
         plans[path] = ModulePlan(module=module, rank=ranks[path], scaling=scalings[path], parts=roles)
     return plans
+
+
+def _find_ranks(parts: Collection[str], config: LoRAConfig, base: BaseModules) -> dict[str, int]:
+    """With ensure_weight_tying PEFT gives a tied head the embedding's own tensors, and so their rank.
+
+    Its scaling stays that of the rank which the configuration gives it.
+    """
+    ranks, embedding, head = config.ranks(parts), base.embedding, base.lm_head
+    if not (config.ensure_weight_tying and base.is_tied) or embedding is None or head is None:
+        return ranks
+    if embedding.path in ranks and head.path in ranks:
+        ranks[head.path] = ranks[embedding.path]
+    return ranks
 
 
 def _check_complete(path: str, roles: _Parts, config: LoRAConfig) -> None:

@@ -139,9 +139,21 @@ def test_delta_of_tied_model_equals_peft(tmp_path: Path) -> None:
     assert_equals_peft(make_tiny_llama(tie=True), tmp_path, target_modules=["embed_tokens", "q_proj"])
 
 
-def test_delta_of_tied_adapters_equals_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank_pattern": {"embed_tokens": 3}},
+        {"rank_pattern": {"lm_head": 3}, "use_rslora": True},
+        {"rank_pattern": {"embed_tokens": 3}, "alpha_pattern": {"lm_head": 30}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_delta_of_tied_adapters_equals_peft(target: str, options: dict[str, object], tmp_path: Path) -> None:
     model = make_tiny_llama(tie=True)
-    weights = assert_equals_peft(model, tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    options = {"target_modules": [target], "ensure_weight_tying": True, "lora_alpha": 16, **options}
+    weights = assert_equals_peft(model, tmp_path, **options)
     assert weights.modules.keys() == {"model.embed_tokens", "lm_head"}
 
 
