@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from load_records import make_outcome, make_record
+from matplotlib.figure import Figure
 
 from fusionserve.loadtest.command import failings, write_files
 from fusionserve.loadtest.load_report import to_report
+from fusionserve.loadtest.plots import draw_timeline
 from fusionserve.loadtest.text_report import to_text
 from fusionserve.loadtest.timeline import timeline
 from fusionserve.loadtest_config import LORA, LoadConfig, ServiceLevels
@@ -121,6 +123,19 @@ def test_files_hold_the_report_the_requests_and_the_plots(tmp_path: Path) -> Non
     assert [line["index"] for line in lines] == [record.index for record in TRACE]
     assert lines[1]["chunks"] == [[2.5, 1], [3.0, 1], [4.0, 1]]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written[2:])
+
+
+def test_timeline_shows_the_throughput_of_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens that the warm-up has in the window are in the bins, and in no figure of the report."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.append(figure))
+    outcome = make_outcome([make_record(9, is_counted=False, tokens_s=[2.1] * 50), *TRACE])
+    report = to_report(outcome)
+    assert report["throughput"]["generated_tokens_per_s"] == pytest.approx(6 / 5)
+    draw_timeline(outcome, report, tmp_path / "timeline.png")
+    above = saved[0].axes[0]
+    assert [note.get_text() for note in above.texts] == ["throughput 1.2"]
+    assert any(list(line.get_ydata()) == pytest.approx([1.2, 1.2]) for line in above.lines)
 
 
 def test_nothing_is_drawn_where_nothing_succeeded(tmp_path: Path) -> None:
