@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: as the server sets it
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,9 @@ Product = Callable[[Tensor], object]
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     kinds = ("packed here", "int8 here", "int4 here", "oneDNN packed", "oneDNN", "torch int8")
     print(f"| d_in x d_out, tokens | {' | '.join(kinds)} |")
     print(f"| --- |{' ---: |' * len(kinds)}")

@@ -1,5 +1,6 @@
 """Makes `.typing/fusionserve`, the import namespace as links, for type checkers that cannot follow import hooks."""
 
+import argparse
 import os
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     """Leaves exactly one link per mapped folder and per entry of the root package."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"]
     tree = ROOT / ".typing" / "fusionserve"
     tree.mkdir(parents=True, exist_ok=True)

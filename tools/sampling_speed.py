@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: as the server sets it
 
+import argparse
 import random
 import statistics
 import time
@@ -37,6 +38,9 @@ _ROUNDS = 15
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     shapes = [f"{rows} x {vocab:,}" for rows, vocab in _SHAPES]
     print(f"| here / torch, rows x vocabulary | {' | '.join(shapes)} |")
     print(f"| --- |{' ---: |' * len(_SHAPES)}")
