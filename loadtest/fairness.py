@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusionserve.loadtest.latency import Latencies
+from fusionserve.loadtest.latency import Latencies, Spread
 from fusionserve.loadtest.request_record import RequestRecord
 from fusionserve.loadtest_config import LORA
 
@@ -29,6 +29,7 @@ class Fairness:
     jain_speed: float | None
     jain_tokens_per_s: float | None
     worst_adapter: str | None
+    worst_requests: int | None  # that its p99 is of; of a handful it is just the slowest
     worst_ttft_p99_s: float | None
     median_ttft_p99_s: float | None  # over the adapters' p99 TTFTs
     worst_to_median: float | None
@@ -52,17 +53,19 @@ def by_adapter(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecord
 def fairness(records: Sequence[RequestRecord], window_s: float) -> Fairness:
     """Over the adapters that `records` ask for, which ran in `window_s` seconds."""
     groups = by_adapter(records)
-    tails = _ttft_p99_s(groups)
-    worst = max(tails, key=lambda name: tails[name], default=None)
-    median_s = statistics.median(tails.values()) if tails else None
+    ttfts = _ttfts(groups)
+    worst = max(ttfts, key=lambda name: ttfts[name].p99, default=None)
+    worst_s = None if worst is None else ttfts[worst].p99
+    median_s = statistics.median(spread.p99 for spread in ttfts.values()) if ttfts else None
     return Fairness(
         adapters=len(groups),
         jain_speed=jain_index([stream_speed(group) for group in groups.values()]),
         jain_tokens_per_s=jain_index([_tokens(group) / window_s for group in groups.values()]),
         worst_adapter=worst,
-        worst_ttft_p99_s=None if worst is None else tails[worst],
+        worst_requests=None if worst is None else ttfts[worst].count,
+        worst_ttft_p99_s=worst_s,
         median_ttft_p99_s=median_s,
-        worst_to_median=tails[worst] / median_s if worst is not None and median_s else None,
+        worst_to_median=worst_s / median_s if worst_s is not None and median_s else None,
     )
 
 
@@ -76,6 +79,6 @@ def _tokens(group: Sequence[RequestRecord]) -> int:
     return sum(record.generated_tokens for record in group if record.is_ok)
 
 
-def _ttft_p99_s(groups: Mapping[str, Sequence[RequestRecord]]) -> dict[str, float]:
+def _ttfts(groups: Mapping[str, Sequence[RequestRecord]]) -> dict[str, Spread]:
     spreads = {name: Latencies.of(group).ttft_s for name, group in groups.items()}
-    return {name: spread.p99 for name, spread in spreads.items() if spread is not None}
+    return {name: spread for name, spread in spreads.items() if spread is not None}

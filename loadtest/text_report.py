@@ -102,8 +102,9 @@ def _fairness(fairness: Mapping[str, Any]) -> Iterator[str]:
     )
     if fairness["worst_to_median"] is not None:
         yield (
-            f"            p99 TTFT of the worst adapter ({_cut(fairness['worst_adapter'], 19)}) "
-            f"{_ms(fairness['worst_ttft_p99_s'])} ms, {fairness['worst_to_median']:.2f} x that of the median one"
+            f"            worst p99 TTFT {_ms(fairness['worst_ttft_p99_s'])} ms "
+            f"({_cut(fairness['worst_adapter'], 19)}, {_requests(fairness['worst_requests'])}), "
+            f"{fairness['worst_to_median']:.2f} x the median adapter's"
         )
 
 
@@ -135,6 +136,10 @@ def _ms(seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1000:g} ms" if seconds < 1 else f"{seconds:g} s"
+
+
+def _requests(count: int) -> str:
+    return "1 request" if count == 1 else f"{count} requests"
 
 
 def _share(share: float | None) -> str:

@@ -1,10 +1,12 @@
 """Jain's index and the worst adapter."""
 
 import pytest
-from load_records import make_record
+from load_records import make_outcome, make_record
 
 from fusionserve.loadtest.fairness import by_adapter, fairness, jain_index
+from fusionserve.loadtest.load_report import to_report
 from fusionserve.loadtest.request_record import RequestRecord
+from fusionserve.loadtest.text_report import to_text
 from fusionserve.loadtest_config import BLEND, LORA
 
 
@@ -44,6 +46,15 @@ def test_the_worst_adapter_is_compared_with_the_median_one() -> None:
     found = fairness([lora("a", [0.1]), lora("b", [0.2]), lora("c", [0.9])], window_s=1.0)
     assert (found.worst_adapter, found.worst_ttft_p99_s, found.median_ttft_p99_s) == ("c", 0.9, 0.2)
     assert found.worst_to_median == pytest.approx(4.5)
+
+
+def test_the_worst_adapter_is_told_with_its_number_of_requests() -> None:
+    """Of a handful the p99 is just the slowest; one that failed is not among them."""
+    failed = lora("b", [0.1], ended_s=1.0, status="ABORTED")
+    records = [lora("a", [0.1])] * 200 + [lora("b", [0.9])] * 3 + [failed]
+    assert fairness(records, window_s=1.0).worst_requests == 3
+    outcome = make_outcome(records)
+    assert "worst p99 TTFT 900 ms (b, 3 requests), 1.80 x" in to_text(outcome, to_report(outcome))
 
 
 def test_only_requests_for_one_adapter_count_for_it() -> None:
