@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, FusionShape, save_adapter, save_checkpoint, save_fusion
-from fusionserve.loadtest.rounds import Round, Workload, measure_rounds
+from fusionserve.loadtest.rounds import Round, Workload, measure_rounds, median_ratio
 from fusionserve.loadtest.serving import Flags, serving
 
 
@@ -113,15 +113,10 @@ def _print_table(rounds: Mapping[str, Sequence[Round]]) -> None:
     for kind, measured in rounds.items():
         rates = [each.tokens_per_s for each in measured]
         print(
-            f"{kind:12} {statistics.median(rates):9.1f} {_ratio(rounds, kind, 'base'):8.2f} "
-            f"{_ratio(rounds, kind, 'LoRA'):8.2f} {_median(measured, lambda each: each.prompt_s):9.2f} "
+            f"{kind:12} {statistics.median(rates):9.1f} {median_ratio(measured, rounds['base']):8.2f} "
+            f"{median_ratio(measured, rounds['LoRA']):8.2f} {_median(measured, lambda each: each.prompt_s):9.2f} "
             f"{_median(measured, lambda each: each.decode_s):9.2f}   {', '.join(f'{r:.0f}' for r in rates)}"
         )
-
-
-def _ratio(rounds: Mapping[str, Sequence[Round]], kind: str, other: str) -> float:
-    pairs = zip(rounds[kind], rounds[other], strict=True)
-    return statistics.median(mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs)
 
 
 def _median(rounds: Sequence[Round], figure: Callable[[Round], float]) -> float:

@@ -3,7 +3,7 @@
     python -P -m fusionserve.loadtest.real_shapes --shape qwen2.5-0.5b
 
 Prints, over several repeats, the median of generated tokens per second for base requests and for requests spread over
-different adapters, their ratio, and the server's peak memory beside what it was given.
+different adapters, the median of their ratios within one repeat, and the server's peak memory beside what it was given.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import asyncio
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fusionserve.client import AsyncClient, GenerateOptions
 from fusionserve.loadtest.model_shapes import SHAPES, save_adapter, save_checkpoint
-from fusionserve.loadtest.rounds import Workload, measure_rounds
+from fusionserve.loadtest.rounds import Round, Workload, measure_rounds, median_ratio
 from fusionserve.loadtest.serving import Flags, process_memory, serving
 
 _MEBIBYTE = 1 << 20
@@ -35,8 +36,8 @@ def main() -> None:
         _make_files(arguments.shape, Path(folder), arguments)
         with serving(_serve_flags(Path(folder), arguments)) as (target, process):
             _print_status_bytes("after load", process)
-            rates = asyncio.run(_measure(target, workload, arguments.adapters, arguments.repeats))
-            _print_rates(rates)
+            rounds = asyncio.run(_measure(target, workload, arguments.adapters, arguments.repeats))
+            print("\n".join(to_lines(rounds)))
             _print_status_bytes("at the end", process)
 
 
@@ -84,21 +85,19 @@ def _serve_flags(folder: Path, arguments: argparse.Namespace) -> Flags:
 
 async def _measure(
     target: str, workload: Workload, num_adapters: int, repeats: int
-) -> dict[str, list[float]]:
-    """Generated tokens per second of each repeat."""
+) -> dict[str, list[Round]]:
     mixed: list[GenerateOptions] = [{"adapter": f"adapter{index}"} for index in range(num_adapters)]
     async with AsyncClient(target) as client:
-        rounds = await measure_rounds(client, workload, {"base": [{}], "mixed": mixed}, repeats)
-    return {kind: [each.tokens_per_s for each in measured] for kind, measured in rounds.items()}
+        return await measure_rounds(client, workload, {"base": [{}], "mixed": mixed}, repeats)
 
 
-def _print_rates(rates: dict[str, list[float]]) -> None:
-    medians = {kind: statistics.median(measured) for kind, measured in rates.items()}
-    for kind, measured in rates.items():
-        print(
-            f"{kind:6} {medians[kind]:7.1f} generated tokens/s  (repeats: {', '.join(f'{r:.1f}' for r in measured)})"
-        )
-    print(f"mixed / base = {medians['mixed'] / medians['base']:.2f}")
+def to_lines(rounds: Mapping[str, Sequence[Round]]) -> Iterator[str]:
+    """The rates of the kinds, and how much of the base's is left to the mixed one."""
+    for kind, measured in rounds.items():
+        rates = [each.tokens_per_s for each in measured]
+        repeats = ", ".join(f"{rate:.1f}" for rate in rates)
+        yield f"{kind:6} {statistics.median(rates):7.1f} generated tokens/s  (repeats: {repeats})"
+    yield f"mixed / base = {median_ratio(rounds['mixed'], rounds['base']):.2f}"
 
 
 def _print_status_bytes(when: str, process: subprocess.Popen[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ async def measure_rounds(
             if repeat:
                 rounds[kind].append(measured)
     return rounds
+
+
+def median_ratio(over: Sequence[Round], under: Sequence[Round]) -> float:
+    """Tokens/s of `over` by those of `under`, each within its repeat: the median of these."""
+    pairs = zip(over, under, strict=True)
+    return statistics.median(mine.tokens_per_s / theirs.tokens_per_s for mine, theirs in pairs)
 
 
 async def _run(
