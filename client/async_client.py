@@ -15,8 +15,15 @@ from grpc import aio
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.authorized_channel import authorized
-from fusionserve.client.errors import UnavailableError, to_client_error, typed_errors
+from fusionserve.client.errors import (
+    CancelledError,
+    UnavailableError,
+    closed_error,
+    to_client_error,
+    typed_errors,
+)
 from fusionserve.client.results import Generation, GenerationEvent, Model
+from fusionserve.client.resumable_reads import ResumableReads
 from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
 from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
@@ -74,9 +81,9 @@ class AsyncClient:
     ) -> AsyncGenerationStream:
         """The events of a generation as they happen: GenerationStarted, GenerationChunks, Generation."""
         request = inference_pb2.StreamGenerateRequest(request=requests.to_generate_request(prompt, options))
-        return AsyncGenerationStream(
-            self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s))
-        )
+        with typed_errors():
+            call = self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s))
+        return AsyncGenerationStream(call)
 
     async def tokenize(
         self, text: str | requests.ChatMessages, *, add_special_tokens: bool = True
@@ -127,13 +134,18 @@ class AsyncClient:
 
 
 class AsyncGenerationStream:
-    """An iterator over the events of one generation; closing or dropping it cancels the generation."""
+    """An iterator over the events of one generation; closing or dropping it cancels the generation.
+
+    Cancelling who waits for an event does not, so that `asyncio.wait_for` may be tried again. A task that may be
+    cancelled for good reads in an `async with`, which closes.
+    """
 
     def __init__(
         self,
         call: aio.UnaryStreamCall[inference_pb2.StreamGenerateRequest, inference_pb2.StreamGenerateResponse],
     ) -> None:
         self._call = call
+        self._reads = ResumableReads(call.read)
         self._is_closed = False
 
     def __aiter__(self) -> AsyncIterator[GenerationEvent]:
@@ -142,15 +154,15 @@ class AsyncGenerationStream:
     async def __anext__(self) -> GenerationEvent:
         try:
             while not self._is_closed:
-                message = await self._call.read()
+                message = await self._reads.next()
                 if not isinstance(message, inference_pb2.StreamGenerateResponse):
                     break  # the end of the stream
                 if event := responses.to_event(message):
                     return event
         except grpc.RpcError as error:  # as typed_errors, which costs more for every token
             raise to_client_error(error) from error
-        except asyncio.CancelledError:
-            if not self._is_closed or _is_cancelled():
+        except CancelledError:
+            if not self._is_closed:
                 raise
         raise StopAsyncIteration
 
@@ -158,6 +170,8 @@ class AsyncGenerationStream:
         """Cancels the generation unless it has ended; the iteration ends."""
         self._is_closed = True
         self._call.cancel()
+
+    aclose = close  # as contextlib.aclosing calls it
 
     async def __aenter__(self) -> Self:
         return self
@@ -227,10 +241,15 @@ async def _call(
     method: aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT, timeout_s: float | None
 ) -> ResponseT:
     with typed_errors():
-        return await method(request, timeout=timeout_s)
+        try:
+            return await method(request, timeout=timeout_s)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise closed_error() from None
 
 
 def _is_cancelled() -> bool:
-    """Whether it is the reader that is cancelled, and not its call alone."""
+    """Whether it is the caller that is cancelled, and not its call alone."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

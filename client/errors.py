@@ -10,7 +10,7 @@ ClientError
 +-- DeadlineExceededError   the call's timeout passed
 +-- AbortedError            ended by somebody else's command
 +-- DataLossError           bytes on the server differ from their digest
-+-- CancelledError          cancelled by this side
++-- CancelledError          cancelled by this side, or its client is closed
 +-- UnimplementedError      the server does not know the call
 +-- AuthenticationError     missing or unknown credentials
 +-- PermissionDeniedError   known credentials that do not allow the call: see `reason`
@@ -27,6 +27,7 @@ from typing import TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
 
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -108,7 +109,7 @@ class DataLossError(ClientError):
 
 
 class CancelledError(ClientError):
-    """The call was cancelled by this side."""
+    """The call was cancelled by this side, as by closing the client; not asyncio's, which cancels a task."""
 
 
 class UnimplementedError(ClientError):
@@ -152,6 +153,15 @@ def typed_errors() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise to_client_error(error) from error
+    except (ValueError, aio.UsageError) as error:  # no kinds of their own say that a channel is closed
+        if "closed" not in str(error):
+            raise
+        raise closed_error() from error
+
+
+def closed_error() -> CancelledError:
+    """What a call ends with whose client is closed, before it or meanwhile."""
+    return CancelledError("CANCELLED", "the client is closed")
 
 
 def to_client_error(error: grpc.RpcError) -> ClientError:

@@ -70,7 +70,9 @@ class Client:
     ) -> GenerationStream:
         """The events of a generation as they happen: GenerationStarted, GenerationChunks, Generation."""
         request = inference_pb2.StreamGenerateRequest(request=requests.to_generate_request(prompt, options))
-        return GenerationStream(self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s)))
+        with typed_errors():
+            call = self._inference.StreamGenerate(request, timeout=self._timeout(timeout_s))
+        return GenerationStream(call)
 
     def tokenize(
         self, text: str | requests.ChatMessages, *, add_special_tokens: bool = True

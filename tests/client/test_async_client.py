@@ -1,6 +1,7 @@
 """AsyncClient against a served fake engine."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fusionserve.client import (
     AdapterState,
     AlreadyExistsError,
     AsyncClient,
+    CancelledError,
     ClientError,
     DataLossError,
     DeadlineExceededError,
@@ -269,3 +271,67 @@ async def test_closing_a_stream_ends_its_readers_loop(served: Served, client: As
     await read_one.wait()
     await stream.close()
     assert await reader == 1
+
+
+async def test_closing_the_client_is_an_error_of_its_calls(served: Served, client: AsyncClient) -> None:
+    async def read() -> None:
+        async for _ in client.stream("x"):
+            pass
+
+    served.engine.gate = asyncio.Event()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(read())
+            group.create_task(client.generate("y"))
+            while served.engine.num_open < 2:
+                await asyncio.sleep(0.01)
+            await client.close()
+    # The first error of a group cancels its other tasks.
+    assert {type(error) for error in caught.value.exceptions} == {CancelledError}
+    await until_idle(served)
+
+
+async def test_closed_client_makes_no_calls(client: AsyncClient) -> None:
+    await client.close()
+    for call in (client.model, lambda: anext(client.stream("x"))):
+        with pytest.raises(CancelledError, match="the client is closed"):
+            await call()
+
+
+async def test_stream_of_a_closed_client_ends_with_an_error(served: Served, client: AsyncClient) -> None:
+    served.engine.gate = asyncio.Event()
+    async with client.stream("x") as stream:
+        await anext(stream)
+        await client.close()
+        with pytest.raises(CancelledError):
+            await anext(stream)
+
+
+async def test_wait_that_times_out_costs_no_event(served: Served, client: AsyncClient) -> None:
+    served.engine.gate = asyncio.Event()
+    async with client.stream("x") as stream:
+        events = [await anext(stream)]
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.02)
+        served.engine.gate.set()
+        events += [event async for event in stream]
+    assert isinstance(events[-1], Generation)
+    assert "".join(event.text for event in events if isinstance(event, GenerationChunk)) == events[-1].text
+
+
+async def test_dropping_a_stream_after_a_wait_cancels_it(served: Served, client: AsyncClient) -> None:
+    served.engine.gate = asyncio.Event()
+    stream = client.stream("x")
+    await anext(stream)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.02)
+    del stream
+    await until_idle(served)
+
+
+async def test_aclosing_closes_a_stream(served: Served, client: AsyncClient) -> None:
+    served.engine.gate = asyncio.Event()
+    async with contextlib.aclosing(client.stream("x")) as stream:
+        await anext(stream)
+    await until_idle(served)

@@ -8,6 +8,7 @@ import pytest
 from server_fixture import Served, serving_server
 
 from fusionserve.client import (
+    CancelledError,
     Client,
     DeadlineExceededError,
     Generation,
@@ -129,3 +130,11 @@ async def test_fusions_live(served: Served) -> None:
 def test_wait_ready_gives_up_without_a_server() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(UnavailableError, match="not ready"):
         client.wait_ready(0.3)
+
+
+def test_closed_client_makes_no_calls() -> None:
+    client = Client("127.0.0.1:1")
+    client.close()
+    for call in (client.model, lambda: next(client.stream("x"))):
+        with pytest.raises(CancelledError, match="the client is closed"):
+            call()
