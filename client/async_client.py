@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, Unpack
@@ -17,11 +15,11 @@ from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.authorized_channel import authorized
 from fusionserve.client.errors import (
     CancelledError,
-    UnavailableError,
     closed_error,
     to_client_error,
     typed_errors,
 )
+from fusionserve.client.readiness_wait import ReadinessWait
 from fusionserve.client.results import Generation, GenerationEvent, Model
 from fusionserve.client.resumable_reads import ResumableReads
 from fusionserve.v1 import inference_pb2
@@ -106,16 +104,15 @@ class AsyncClient:
         )
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns once the server takes requests; raises UnavailableError if it does not in `timeout_s`."""
+        """Returns once the server takes requests; raises UnavailableError if it does not in `timeout_s`, and why."""
         check: aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(channel.HEALTH_CHECK)
-        deadline = time.monotonic() + timeout_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(grpc.RpcError):  # not there yet
-                answer = await check(channel.HEALTH_REQUEST, timeout=left_s)
-                if answer == channel.HEALTH_SERVING:
+        wait = ReadinessWait(timeout_s)
+        while (left_s := wait.left_s()) > 0:
+            with wait.noting():
+                if await _call(check, channel.HEALTH_REQUEST, left_s) == channel.HEALTH_SERVING:
                     return
             await asyncio.sleep(channel.POLL_INTERVAL_S)
-        raise UnavailableError("UNAVAILABLE", f"the server is not ready after {timeout_s:g} s")
+        raise wait.error()
 
     async def close(self) -> None:
         """Closes the connection; running calls are cancelled."""

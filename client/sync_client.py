@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -13,7 +12,8 @@ import grpc
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.authorized_channel import authorized
-from fusionserve.client.errors import CancelledError, UnavailableError, typed_errors
+from fusionserve.client.errors import CancelledError, typed_errors
+from fusionserve.client.readiness_wait import ReadinessWait
 from fusionserve.client.results import Generation, GenerationEvent, Model
 from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -95,16 +95,15 @@ class Client:
         )
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
-        """Returns once the server takes requests; raises UnavailableError if it does not in `timeout_s`."""
+        """Returns once the server takes requests; raises UnavailableError if it does not in `timeout_s`, and why."""
         check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(channel.HEALTH_CHECK)
-        deadline = time.monotonic() + timeout_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            with contextlib.suppress(grpc.RpcError):  # not there yet
-                answer = check(channel.HEALTH_REQUEST, timeout=left_s)
-                if answer == channel.HEALTH_SERVING:
+        wait = ReadinessWait(timeout_s)
+        while (left_s := wait.left_s()) > 0:
+            with wait.noting():
+                if _call(check, channel.HEALTH_REQUEST, left_s) == channel.HEALTH_SERVING:
                     return
             time.sleep(channel.POLL_INTERVAL_S)
-        raise UnavailableError("UNAVAILABLE", f"the server is not ready after {timeout_s:g} s")
+        raise wait.error()
 
     def close(self) -> None:
         """Closes the connection; running calls are cancelled."""

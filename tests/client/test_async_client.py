@@ -231,11 +231,20 @@ async def test_token_that_no_header_carries_is_no_servers_fault(token: str) -> N
 
 async def test_wait_ready_waits_for_the_engine() -> None:
     async with starting_server() as server, AsyncClient(str(server.app.grpc_address)) as client:
-        with pytest.raises(UnavailableError, match="not ready"):
+        with pytest.raises(UnavailableError, match=r"not ready after 0\.2 s$"):
             await client.wait_ready(0.2)
         waiting = asyncio.create_task(client.wait_ready(10))
         await server.load()
         await waiting
+
+
+async def test_wait_ready_says_what_was_wrong() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(
+            UnavailableError, match=r"not ready after 0\.3 s: UNAVAILABLE: .*refused"
+        ) as caught:
+            await client.wait_ready(0.3)
+    assert isinstance(caught.value.__cause__, UnavailableError)
 
 
 async def test_no_server_is_unavailable() -> None:
@@ -293,7 +302,7 @@ async def test_closing_the_client_is_an_error_of_its_calls(served: Served, clien
 
 async def test_closed_client_makes_no_calls(client: AsyncClient) -> None:
     await client.close()
-    for call in (client.model, lambda: anext(client.stream("x"))):
+    for call in (client.model, lambda: anext(client.stream("x")), client.wait_ready):
         with pytest.raises(CancelledError, match="the client is closed"):
             await call()
 
