@@ -11,7 +11,8 @@ ChannelT = TypeVar("ChannelT")
 def authorized(channel: ChannelT, token: str | None) -> ChannelT:
     """What stubs may be made of in place of `channel`, of grpc or grpc.aio, to send `token` with every call.
 
-    Not grpc's call credentials: those refuse a channel without TLS, as to a server on the same machine.
+    Not grpc's call credentials: those refuse every channel without TLS, also to a server on the same machine. Others
+    were refused before (`ServerAccess`).
     Raises ValueError for a token that no header can carry.
     """
     return channel if token is None else cast(ChannelT, _AuthorizedChannel(channel, checked_token(token)))

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import grpc
 
+from fusionserve.client.server_access import ServerAccess
+
 ChannelT = TypeVar("ChannelT")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -29,17 +31,25 @@ def connect(
     insecure: Callable[[str, list[tuple[str, Any]]], ChannelT],
     secure: Callable[[str, grpc.ChannelCredentials, list[tuple[str, Any]]], ChannelT],
     target: str,
-    credentials: grpc.ChannelCredentials | None,
+    access: ServerAccess,
     max_attempts: int,
 ) -> ChannelT:
     """A channel made by grpc's or grpc.aio's functions, with TLS if there are credentials.
+
+    Raises ValueError if the token would go to another machine in the clear.
 
     It tries a generation at most `max_attempts` times if it is refused for load. The retries are grpc's own, at
     most 5: a call is retried only while nothing of its answer was seen, and the server's `grpc-retry-pushback-ms`
     decides when, or that it must not be.
     """
+    if access.exposes_token(target):
+        raise ValueError(
+            f"a token would go to {target} in the clear: give credentials, or allow_insecure=True"
+        )
     options = _options(max_attempts)
-    return insecure(target, options) if credentials is None else secure(target, credentials, options)
+    if access.credentials is None:
+        return insecure(target, options)
+    return secure(target, access.credentials, options)
 
 
 def _options(max_attempts: int) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from fusionserve.client.authorized_channel import authorized
 from fusionserve.client.errors import CancelledError, typed_errors
 from fusionserve.client.readiness_wait import ReadinessWait
 from fusionserve.client.results import Generation, GenerationEvent, Model
+from fusionserve.client.server_access import ServerAccess
 from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
 from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
@@ -26,7 +27,8 @@ ResponseT = TypeVar("ResponseT")
 class Client:
     """Talks to the server at `target`; every failed call raises a subclass of ClientError.
 
-    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call.
+    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call:
+    without TLS to this machine only, ValueError for others unless `allow_insecure`.
     `timeout_s` is the default for calls that bring none; None waits as long as it takes, while the server's machine
     answers. `max_attempts` above 1 retries generations that were refused for load or found no server. Close the
     client, or use it in a `with`; threads may share it.
@@ -38,11 +40,13 @@ class Client:
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
+        allow_insecure: bool = False,
         timeout_s: float | None = None,
         max_attempts: int = 1,
     ) -> None:
+        access = ServerAccess(token=token, credentials=credentials, allow_insecure=allow_insecure)
         self._channel = channel.connect(
-            grpc.insecure_channel, grpc.secure_channel, target, credentials, max_attempts
+            grpc.insecure_channel, grpc.secure_channel, target, access, max_attempts
         )
         self._timeout_s = timeout_s
         calls = authorized(self._channel, token)

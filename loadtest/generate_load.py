@@ -25,7 +25,12 @@ async def generate_load(config: LoadConfig, access: ServerAccess = IN_THE_CLEAR)
     Raises PreconditionError if the server cannot do what `config` wants, ClientError if it cannot be asked. What
     happens to requests is no error: it is in the outcome.
     """
-    async with AsyncClient(config.target, credentials=access.credentials, token=access.token) as client:
+    async with AsyncClient(
+        config.target,
+        credentials=access.credentials,
+        token=access.token,
+        allow_insecure=access.allow_insecure,
+    ) as client:
         catalog = await read_catalog(client, config)
         run = LoadRun(client, config, plan_requests(config, catalog))
         started_at, cpu_s = datetime.now(UTC), time.process_time()

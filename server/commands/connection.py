@@ -10,6 +10,7 @@ import grpc
 
 from fusionserve.client import Client, ClientError
 from fusionserve.client.authorized_channel import checked_token
+from fusionserve.client.server_access import ServerAccess
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import FailedCallError, UsageError
 from fusionserve.server.setting_kinds import Kind
@@ -18,10 +19,13 @@ from fusionserve.server.settings import Setting, Values
 # A secret that is mounted as a variable often ends in a newline.
 TOKEN = Kind("TEXT", lambda text: checked_token(text.strip()))
 
-# FUSIONSERVE_TLS_CERT and FUSIONSERVE_TLS_KEY are the server's, where a command may run beside it.
+PUBLIC = "public"  # the authorities that gRPC brings along, or those of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH
+AUTHORITY = Kind("FILE|public", lambda text: PUBLIC if text == PUBLIC else kinds.parse_path(text))
+
+# Without CLIENT the variables are the server's, where a command may run beside it.
 _CLIENT_PREFIX = "FUSIONSERVE_CLIENT_"
 TLS_SETTINGS = (
-    Setting(name="tls-ca", kind=kinds.FILE, help="use TLS, and trust who is in this file (PEM)"),
+    Setting(name="tls-ca", kind=AUTHORITY, help="use TLS, and trust who is in this file (PEM)"),
     Setting(
         name="tls-cert",
         kind=kinds.FILE,
@@ -29,6 +33,12 @@ TLS_SETTINGS = (
         env_prefix=_CLIENT_PREFIX,
     ),
     Setting(name="tls-key", kind=kinds.FILE, help="its private key (PEM)", env_prefix=_CLIENT_PREFIX),
+    Setting(
+        name="allow-insecure",
+        kind=kinds.SWITCH,
+        help="send the token away without TLS",
+        env_prefix=_CLIENT_PREFIX,
+    ),
 )
 CONNECTION_SETTINGS = (
     Setting(name="server", kind=kinds.TARGET, help="server to call", default="127.0.0.1:50051"),
@@ -53,10 +63,12 @@ CONNECTION_SETTINGS = (
 @contextmanager
 def connected(values: Values) -> Iterator[Client]:
     """A client of the server that the settings name; its errors leave as FailedCallError."""
+    access = to_access(values)
     client = Client(
         values["server"],
-        credentials=to_credentials(values),
-        token=values["token"],
+        credentials=access.credentials,
+        token=access.token,
+        allow_insecure=access.allow_insecure,
         timeout_s=values["timeout"],
         max_attempts=values["max-attempts"],
     )
@@ -67,13 +79,30 @@ def connected(values: Values) -> Iterator[Client]:
             raise FailedCallError(str(error)) from error
 
 
-def to_credentials(values: Values) -> grpc.ChannelCredentials | None:
-    """TLS as the settings say; None is none. Raises UsageError for a file that cannot be read."""
-    authority, certificate, key = (_read(values[name]) for name in ("tls-ca", "tls-cert", "tls-key"))
+def to_access(values: Values) -> ServerAccess:
+    """What the server wants to see.
+
+    Raises UsageError for a file that cannot be read, and for a token that would go to another machine in the clear.
+    """
+    access = ServerAccess(
+        token=values["token"],
+        credentials=_to_credentials(values),
+        allow_insecure=bool(values["allow-insecure"]),
+    )
+    if access.exposes_token(values["server"]):
+        raise UsageError(
+            f"the token would go to {values['server']} in the clear: give --tls-ca, or --allow-insecure on"
+        )
+    return access
+
+
+def _to_credentials(values: Values) -> grpc.ChannelCredentials | None:
+    certificate, key = _read(values["tls-cert"]), _read(values["tls-key"])
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together")
-    if authority is None and certificate is None:
+    if values["tls-ca"] is None and certificate is None:
         return None
+    authority = None if values["tls-ca"] == PUBLIC else _read(values["tls-ca"])
     return grpc.ssl_channel_credentials(authority, key, certificate)
 
 

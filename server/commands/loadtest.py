@@ -6,8 +6,9 @@ import argparse
 
 from fusionserve.client import ClientError
 from fusionserve.server.command_errors import CommandError, FailedCallError
+from fusionserve.server.commands.connection import to_access
 from fusionserve.server.commands.extras import import_from_extra
-from fusionserve.server.commands.loadtest_settings import GROUPS, SETTINGS, to_load_config, to_server_access
+from fusionserve.server.commands.loadtest_settings import GROUPS, SETTINGS, to_load_config
 from fusionserve.server.settings import CommandParser, add_settings, resolve
 
 DESCRIPTION = """\
@@ -24,10 +25,10 @@ Each flag has an environment variable, FUSIONSERVE_LOADTEST_RATE and so on. More
 def main(argv: list[str]) -> int:
     """Checks every setting, puts the server under load, and prints how it did."""
     values = resolve(SETTINGS, _parser().parse_args(argv))
-    config = to_load_config(values)
+    config, access = to_load_config(values), to_access(values)
     command = import_from_extra("loadtest", "command")
     try:
-        report = command.run(config, values["out"], to_server_access(values))
+        report = command.run(config, values["out"], access)
     except ClientError as error:
         raise FailedCallError(str(error)) from error
     failings = command.failings(report)
@@ -48,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     groups = [parser.add_argument_group(title) for title in GROUPS]
     for group, settings in zip(groups, GROUPS.values(), strict=True):
         add_settings(group, settings)
-    # In a group of its own, as argparse has it, it would take three lines of the page.
-    groups[-1].add_argument("-h", "--help", action="help", help="show this page")
+    # Who reads the page has found it, and it is full.
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     return parser
 
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusionserve.client.server_access import ServerAccess
 from fusionserve.limits import MAX_BLEND_MEMBERS, MAX_STREAM_INTERVAL, MAX_TEMPERATURE, is_name
 from fusionserve.loadtest_config import KINDS, LoadConfig, ServiceLevels, parse_lengths
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
-from fusionserve.server.commands.connection import TLS_SETTINGS, TOKEN, to_credentials
+from fusionserve.server.commands.connection import TLS_SETTINGS, TOKEN
 from fusionserve.server.setting_kinds import Kind, integer
 from fusionserve.server.settings import Setting, Values, config_setting
 
@@ -197,11 +196,6 @@ GROUPS: Mapping[str, tuple[Setting, ...]] = {
     ),
 }
 SETTINGS = tuple(setting for group in GROUPS.values() for setting in group)
-
-
-def to_server_access(values: Values) -> ServerAccess:
-    """What the server wants to see. Raises UsageError for a file that cannot be read."""
-    return ServerAccess(token=values["token"], credentials=to_credentials(values))
 
 
 def to_load_config(values: Values) -> LoadConfig:

@@ -13,6 +13,7 @@ from fake_engine import FakeEngine
 from server_fixture import Served, serving_server
 
 from fusionserve.model_info import ModelInfo
+from fusionserve.server.commands.connection import to_access
 from fusionserve.server.main import main
 
 
@@ -206,6 +207,27 @@ async def test_certificate_of_a_server_beside_is_not_shown(
     monkeypatch.setenv("FUSIONSERVE_CLIENT_TLS_KEY", "/nowhere/client.key")
     outcome = await shell.run(*command)
     assert outcome == Outcome(2, "", "fusionserve: /nowhere/client.pem: No such file or directory\n")
+
+
+@pytest.mark.parametrize("command", [("adapters", "list"), ("loadtest", "--requests", "1")])
+def test_token_goes_to_no_other_machine_in_the_clear(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FUSIONSERVE_TOKEN", "s3cret")
+    monkeypatch.setenv("FUSIONSERVE_ALLOW_INSECURE", "on")  # what a server beside may do
+    assert main([*command, "--server", "192.0.2.2:1"]) == 2
+    assert capsys.readouterr().err == (
+        "fusionserve: the token would go to 192.0.2.2:1 in the clear: give --tls-ca, or --allow-insecure on\n"
+    )
+    settings = {"server": "192.0.2.2:1", "token": "s3cret", "tls-cert": None, "tls-key": None}
+    assert to_access({**settings, "tls-ca": None, "allow-insecure": True}).token == "s3cret"
+    assert to_access({**settings, "tls-ca": "public", "allow-insecure": False}).credentials is not None
+
+
+async def test_public_authorities_are_trusted_under_tls(shell: Shell) -> None:
+    outcome = await shell.run("adapters", "list", "--tls-ca", "public")
+    assert outcome.code == 1, "the server has no TLS"
+    assert outcome.err.startswith("error: UNAVAILABLE")
 
 
 async def test_chat_needs_a_template(shell: Shell) -> None:
