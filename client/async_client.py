@@ -34,11 +34,11 @@ ResponseT = TypeVar("ResponseT")
 class AsyncClient:
     """Talks to the server at `target`; every failed call raises a subclass of ClientError.
 
-    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call:
-    without TLS to this machine only, ValueError for others unless `allow_insecure`.
-    `timeout_s` is the default for calls that bring none; None waits as long as it takes, while the server's machine
-    answers. `max_attempts` above 1 retries generations that were refused for load or found no server. Close the
-    client, or use it in an `async with`, in the event loop that uses it.
+    `credentials` are TLS's (`grpc.ssl_channel_credentials`), `token` is a bearer token sent with every call; without
+    TLS to this machine only (else ValueError), unless `allow_insecure`. `timeout_s` is the default for calls that bring
+    none; None waits as long as it takes, while the server's machine answers. `max_attempts` above 1 retries generations
+    of up to 8 MiB that were refused for load or found no server. Close the client, or use it in an
+    `async with`, in the event loop that uses it.
     """
 
     def __init__(

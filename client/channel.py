@@ -14,6 +14,8 @@ ChannelT = TypeVar("ChannelT")
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 << 20  # log-probabilities of a long prompt exceed grpc's default of 4 MiB
+# A server of default size has gRPC refuse more, with the status of overload and no word on retrying.
+MAX_RETRIED_BYTES = 8 << 20
 POLL_INTERVAL_S = 0.1
 # A call that was silent for so long has its server pinged, which permits a ping in 5 s, and ends with UNAVAILABLE if
 # the answer takes longer. Else nothing would tell of a machine that lost its power.
@@ -38,9 +40,9 @@ def connect(
 
     Raises ValueError if the token would go to another machine in the clear.
 
-    It tries a generation at most `max_attempts` times if it is refused for load. The retries are grpc's own, at
-    most 5: a call is retried only while nothing of its answer was seen, and the server's `grpc-retry-pushback-ms`
-    decides when, or that it must not be.
+    It tries a generation at most `max_attempts` times if it is refused for load, one of more than MAX_RETRIED_BYTES
+    once. The retries are grpc's own, at most 5: a call is retried only while nothing of its answer was seen, and the
+    server's `grpc-retry-pushback-ms` decides when, or that it must not be.
     """
     if access.exposes_token(target):
         raise ValueError(
@@ -63,7 +65,7 @@ def _options(max_attempts: int) -> list[tuple[str, Any]]:
         options += [
             ("grpc.service_config", json.dumps(_service_config(max_attempts))),
             # Of requests over 256 KiB it would else make one try.
-            ("grpc.per_rpc_retry_buffer_size", MAX_MESSAGE_BYTES),
+            ("grpc.per_rpc_retry_buffer_size", MAX_RETRIED_BYTES),
         ]
     return options
 

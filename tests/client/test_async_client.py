@@ -28,7 +28,9 @@ from fusionserve.client import (
     NotFoundError,
     ResourceExhaustedError,
     UnavailableError,
+    channel,
 )
+from fusionserve.config import ServerConfig
 
 
 @pytest.fixture
@@ -221,6 +223,20 @@ async def test_retries_when_asked_to(served: Served, prompt: str) -> None:
             await once.generate(prompt)
         served.engine.error = full
         assert (await patient.generate(prompt)).text
+
+
+async def test_request_that_no_server_takes_by_default_is_sent_once() -> None:
+    large = "x" * channel.MAX_RETRIED_BYTES
+    assert len(large) <= 2 * ServerConfig().max_message_bytes, "more is refused without a word on retrying"
+    async with (
+        serving_server(max_message_bytes=2 * len(large)) as served,
+        AsyncClient(str(served.app.grpc_address), max_attempts=3) as patient,
+    ):
+        served.engine.error = engine_errors.CapacityError("full", retry_after_s=0.05)
+        with pytest.raises(ResourceExhaustedError):
+            await patient.generate(large)
+        served.engine.error = engine_errors.CapacityError("full", retry_after_s=0.05)
+        assert (await patient.generate(large[1000:])).text
 
 
 @pytest.mark.parametrize("token", ["a\n", "a b", "é"])
