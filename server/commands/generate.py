@@ -7,7 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 
-from fusionserve.client import Client, FusionWeights, GenerateOptions, Generation, GenerationChunk
+from fusionserve.client import (
+    Candidate,
+    Client,
+    FusionWeights,
+    GenerateOptions,
+    Generation,
+    GenerationChunk,
+    TokenLogprobs,
+)
+from fusionserve.limits import MAX_CANDIDATES, MAX_LOGPROBS
 from fusionserve.server import setting_kinds as kinds
 from fusionserve.server.command_errors import UsageError
 from fusionserve.server.commands.connection import CONNECTION_SETTINGS, connected
@@ -23,6 +32,19 @@ SETTINGS = (
         env_prefix=ENV_PREFIX,
     ),
     *GENERATION_SETTINGS.values(),
+    Setting(
+        name="num-candidates",
+        kind=kinds.integer(1, MAX_CANDIDATES),
+        help="continuations; several are printed when all have ended",
+        default=1,
+        env_prefix=ENV_PREFIX,
+    ),
+    Setting(
+        name="logprobs",
+        kind=kinds.integer(0, MAX_LOGPROBS),
+        help="print the log-probability of each token, and of the N likeliest, to standard error",
+        env_prefix=ENV_PREFIX,
+    ),
     Setting(
         name="json", kind=kinds.SWITCH, help="print the result as JSON", is_flag=True, env_prefix=ENV_PREFIX
     ),
@@ -44,15 +66,21 @@ def main(argv: list[str]) -> int:
     add_settings(parser, SETTINGS)
     values = resolve(SETTINGS, parser.parse_args(argv))
     options = to_options(values)
+    options["num_candidates"], options["logprobs"] = values["num-candidates"], values["logprobs"]
     prompt = _read_prompt() if values["prompt"] is None else values["prompt"]
     with connected(values) as client:
         if values["json"]:
             result = client.generate(prompt, **options)
             print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+        elif values["num-candidates"] > 1:
+            result = client.generate(prompt, **options)
+            print(describe_candidates(result.candidates))
         else:
             result = print_stream(client, prompt, options)
     if values["stats"]:
         print(describe(result), file=sys.stderr)
+    if values["logprobs"] is not None and not values["json"]:
+        print(describe_logprobs(result.candidates), file=sys.stderr)
     if result.fusion_weights is not None and not values["json"]:
         print(describe_weights(result.fusion_weights), file=sys.stderr)
     return 0
@@ -80,6 +108,33 @@ def describe(result: Generation) -> str:
         f"{usage.generated_tokens} generated in {timings.total_s:.2f} s ({rate:.1f}/s), "
         f"first after {timings.time_to_first_token_s:.3f} s, ended by {result.finish_reason}"
     )
+
+
+def describe_candidates(candidates: Sequence[Candidate]) -> str:
+    """Their texts below headings."""
+    return "\n\n".join(
+        f"candidate {each.index}, ended by {each.finish_reason}:\n{each.text}" for each in candidates
+    )
+
+
+def describe_logprobs(candidates: Sequence[Candidate]) -> str:
+    """A line for each token, below headings if there are several candidates."""
+    lines = []
+    for candidate in candidates:
+        if len(candidates) > 1:
+            lines.append(f"candidate {candidate.index}:")
+        lines += [_describe_token(token) for token in candidate.logprobs]
+    return "\n".join(lines)
+
+
+def _describe_token(token: TokenLogprobs) -> str:
+    likeliest = ", ".join(f"{_quoted(other.text)} {other.logprob:.3f}" for other in token.top)
+    line = f"{token.logprob:8.3f}  rank {token.rank}  {_quoted(token.text)}"
+    return f"{line}  likeliest: {likeliest}" if likeliest else line
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def describe_weights(weights: FusionWeights) -> str:

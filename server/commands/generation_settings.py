@@ -46,6 +46,13 @@ GENERATION_SETTINGS: Mapping[str, Setting] = {
     **_setting("min-new-tokens", UINT32, "fewest tokens to generate", default_text="0"),
     **_setting("stop", kinds.TEXT, "text that ends the generation", is_list=True),
     **_setting("ignore-eos", kinds.SWITCH, "go on after the end of sequence", is_flag=True),
+    "time_limit_s": Setting(
+        name="time-limit",
+        kind=kinds.TIME_LIMIT,
+        help="end after this time with the text so far; --timeout ends with an error",
+        env_prefix=ENV_PREFIX,
+    ),
+    **_setting("cache-salt", kinds.TEXT, "share cached prompts with requests of the same salt only"),
     **_setting(
         "priority", integer(-1000, 1000), "place in the server's queue; greater is first", default_text="0"
     ),

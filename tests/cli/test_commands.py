@@ -93,6 +93,31 @@ async def test_generate_prints_json_and_stats(shell: Shell) -> None:
     assert outcome.err.startswith("base: 2 prompt tokens (0 cached), 4 generated in 0.00 s")
 
 
+async def test_generate_prints_every_candidate(shell: Shell) -> None:
+    flags = ("--num-candidates", "2", "--max-new-tokens", "2")
+    outcome = await shell.run("generate", "--prompt", "ab", *flags)
+    assert outcome.out == (
+        "candidate 0, ended by length:\nbase0 base1 \n\ncandidate 1, ended by length:\nbase0 base1 \n"
+    )
+    result = json.loads((await shell.run("generate", "--prompt", "ab", "--json", *flags)).out)
+    assert [candidate["index"] for candidate in result["candidates"]] == [0, 1]
+
+
+async def test_generate_tells_log_probabilities(shell: Shell) -> None:
+    flags = ("--prompt", "ab", "--max-new-tokens", "1", "--logprobs")
+    assert (await shell.run("generate", *flags, "0")).err == '  -0.500  rank 1  "base0 "\n'
+    outcome = await shell.run("generate", *flags, "1", "--num-candidates", "2")
+    line = '  -0.500  rank 1  "base0 "  likeliest: "t0" -1.000'
+    assert outcome.err.splitlines() == ["candidate 0:", line, "candidate 1:", line]
+
+
+async def test_generate_sends_its_time_limit_and_salt(shell: Shell, served: Served) -> None:
+    flags = ("--time-limit", "1500ms", "--cache-salt", "mine")
+    assert (await shell.run("generate", "--prompt", "x", *flags)).code == 0
+    (params,) = served.engine.params
+    assert (params.stopping.time_limit_s, params.cache_salt) == (1.5, "mine")
+
+
 async def test_server_errors_exit_with_1(shell: Shell) -> None:
     outcome = await shell.run("generate", "--prompt", "x", "--adapter", "nobody")
     assert (outcome.code, outcome.out) == (1, "")
