@@ -13,15 +13,9 @@ from grpc import aio
 from fusionserve.client import channel, requests, responses
 from fusionserve.client.artifacts import ADAPTERS, FUSIONS, ArtifactKind, ItemT
 from fusionserve.client.authorized_channel import authorized
-from fusionserve.client.errors import (
-    CancelledError,
-    closed_error,
-    to_client_error,
-    typed_errors,
-)
+from fusionserve.client.errors import cancelled_error, to_client_error, typed_errors
 from fusionserve.client.readiness_wait import ReadinessWait
 from fusionserve.client.results import Generation, GenerationEvent, Model
-from fusionserve.client.resumable_reads import ResumableReads
 from fusionserve.client.server_access import ServerAccess
 from fusionserve.v1 import inference_pb2
 from fusionserve.v1.adapter_pb2_grpc import AdapterServiceStub
@@ -137,8 +131,8 @@ class AsyncClient:
 class AsyncGenerationStream:
     """An iterator over the events of one generation; closing or dropping it cancels the generation.
 
-    Cancelling who waits for an event does not, so that `asyncio.wait_for` may be tried again. A task that may be
-    cancelled for good reads in an `async with`, which closes.
+    So does cancelling who waits for an event, be it by `asyncio.wait_for`: to wait a while and go on, wait for a task
+    of the next event (`asyncio.wait`), or shield it.
     """
 
     def __init__(
@@ -146,7 +140,6 @@ class AsyncGenerationStream:
         call: aio.UnaryStreamCall[inference_pb2.StreamGenerateRequest, inference_pb2.StreamGenerateResponse],
     ) -> None:
         self._call = call
-        self._reads = ResumableReads(call.read)
         self._is_closed = False
 
     def __aiter__(self) -> AsyncIterator[GenerationEvent]:
@@ -155,16 +148,18 @@ class AsyncGenerationStream:
     async def __anext__(self) -> GenerationEvent:
         try:
             while not self._is_closed:
-                message = await self._reads.next()
+                message = await self._call.read()
                 if not isinstance(message, inference_pb2.StreamGenerateResponse):
                     break  # the end of the stream
                 if event := responses.to_event(message):
                     return event
         except grpc.RpcError as error:  # as typed_errors, which costs more for every token
             raise to_client_error(error) from error
-        except CancelledError:
-            if not self._is_closed:
+        except asyncio.CancelledError:
+            if _is_cancelled():
                 raise
+            if not self._is_closed:
+                raise cancelled_error() from None
         raise StopAsyncIteration
 
     async def close(self) -> None:
@@ -247,7 +242,7 @@ async def _call(
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            raise closed_error() from None
+            raise cancelled_error() from None
 
 
 def _is_cancelled() -> bool:

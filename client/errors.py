@@ -156,12 +156,14 @@ def typed_errors() -> Iterator[None]:
     except (ValueError, aio.UsageError) as error:  # no kinds of their own say that a channel is closed
         if "closed" not in str(error):
             raise
-        raise closed_error() from error
+        raise CancelledError("CANCELLED", "the client is closed") from error
 
 
-def closed_error() -> CancelledError:
-    """What a call ends with whose client is closed, before it or meanwhile."""
-    return CancelledError("CANCELLED", "the client is closed")
+def cancelled_error() -> CancelledError:
+    """What a call ends with that was cancelled on this side while the task that waits for it was not."""
+    return CancelledError(
+        "CANCELLED", "the client was closed meanwhile, or a wait for the call was cancelled"
+    )
 
 
 def to_client_error(error: grpc.RpcError) -> ClientError:

@@ -332,27 +332,30 @@ async def test_stream_of_a_closed_client_ends_with_an_error(served: Served, clie
             await anext(stream)
 
 
-async def test_wait_that_times_out_costs_no_event(served: Served, client: AsyncClient) -> None:
-    served.engine.gate = asyncio.Event()
-    async with client.stream("x") as stream:
-        events = [await anext(stream)]
-        for _ in range(3):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(anext(stream), 0.02)
-        served.engine.gate.set()
-        events += [event async for event in stream]
-    assert isinstance(events[-1], Generation)
-    assert "".join(event.text for event in events if isinstance(event, GenerationChunk)) == events[-1].text
-
-
-async def test_dropping_a_stream_after_a_wait_cancels_it(served: Served, client: AsyncClient) -> None:
+async def test_wait_that_is_given_up_ends_the_stream_with_an_error(
+    served: Served, client: AsyncClient
+) -> None:
     served.engine.gate = asyncio.Event()
     stream = client.stream("x")
     await anext(stream)
-    with contextlib.suppress(TimeoutError):
+    with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(stream), 0.02)
-    del stream
     await until_idle(served)
+    with pytest.raises(CancelledError):
+        await anext(stream)
+
+
+async def test_wait_for_a_task_of_the_next_event_costs_none(served: Served, client: AsyncClient) -> None:
+    served.engine.gate = asyncio.Event()
+    async with client.stream("x") as stream:
+        events = [await anext(stream)]
+        coming = asyncio.ensure_future(anext(stream))
+        for _ in range(3):
+            assert not (await asyncio.wait({coming}, timeout=0.02))[0]
+        served.engine.gate.set()
+        events += [await coming, *[event async for event in stream]]
+    assert isinstance(events[-1], Generation)
+    assert "".join(event.text for event in events if isinstance(event, GenerationChunk)) == events[-1].text
 
 
 async def test_aclosing_closes_a_stream(served: Served, client: AsyncClient) -> None:
