@@ -40,7 +40,7 @@ _ENGINE = "engine"
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig, load_engine: LoadEngine) -> int:
-    """Serves until SIGTERM or SIGINT and returns the exit code: 0, or 1 if the engine died or hangs.
+    """Serves until SIGTERM or SIGINT and returns the exit code: 0, or 1 if engine or listener failed.
 
     Raises StartupError if a port or the model cannot be had.
     """
@@ -119,12 +119,26 @@ class App:
         self._grpc.health.serve()
 
     async def wait_failed(self) -> None:
-        """Returns when the engine has died; health then says NOT_SERVING and every request is refused."""
+        """Returns when the engine has died, or the listener and then the running requests have ended by themselves.
+
+        Health then says NOT_SERVING and every request is refused.
+        """
         assert self._engine is not None, "load comes first"
-        await self._engine.wait_failed()
-        logger.error("the engine has failed; the server stops")
-        self._grpc.gate.fail()
-        self._grpc.health.drain()
+        engine = asyncio.create_task(self._engine.wait_failed())
+        listener = asyncio.create_task(self._grpc.wait_ended())
+        try:
+            await asyncio.wait((engine, listener), return_when=asyncio.FIRST_COMPLETED)
+            if not engine.done():
+                logger.error("no more calls are accepted; the server stops once the running ones have ended")
+                await self.drain()
+                return
+            engine.result()
+            logger.error("the engine has failed; the server stops")
+            self._grpc.gate.fail()
+            self._grpc.health.drain()
+        finally:
+            engine.cancel()
+            listener.cancel()
 
     async def drain(self) -> None:
         """Refuses new requests with DRAINING; returns when the running ones have ended, and the window has."""

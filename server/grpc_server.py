@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from grpc import aio
+import asyncio
+
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -16,7 +17,8 @@ from fusionserve.server.exposure import check_exposure
 from fusionserve.server.grpc_batches import mend_batches
 from fusionserve.server.health import HealthServicer
 from fusionserve.server.inference_servicer import InferenceServicer
-from fusionserve.server.interceptors import CallInterceptor
+from fusionserve.server.interceptors import CallInterceptor, refuse_method
+from fusionserve.server.known_methods import is_accepting, make_server
 from fusionserve.server.listen_address import ListenAddress
 from fusionserve.server.request_log import RequestLog
 from fusionserve.server.tls import to_credentials
@@ -45,6 +47,7 @@ _OPTIONS = (
 )
 # gRPC refuses with a bare status, before a body is read: up to this many times the limit it is ours that says why.
 _TAKEN_TO_REFUSE = 2
+_LOOK_EVERY_S = 1.0
 # Calls of one connection beside its generations. Whatever is more waits at the client.
 _OTHER_CALLS = 256
 
@@ -62,7 +65,7 @@ class GrpcServer:
         streams = ("grpc.max_concurrent_streams", _max_streams(max_open_requests))
         options = (*_OPTIONS, *_keepalive(config), taken, streams)
         mend_batches()
-        self._server = aio.server(interceptors=(interceptor,), options=options)
+        self._server = make_server(interceptor, options, refuse_method)
         self._add_services(config)
         address = ListenAddress.parse(config.listen)
         check_exposure(address, config)
@@ -71,6 +74,11 @@ class GrpcServer:
     async def start(self) -> None:
         """Starts to answer; generation is refused with STARTING."""
         await self._server.start()
+
+    async def wait_ended(self) -> None:
+        """Returns when no more calls are accepted."""
+        while is_accepting(self._server):
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def stop(self, grace_s: float) -> None:
         """Closes the listener, and after `grace_s` what calls are left."""

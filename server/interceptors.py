@@ -64,7 +64,7 @@ class CallInterceptor(aio.ServerInterceptor):
         """The method's handler, wrapped."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(_refuse_method)
+            return grpc.stream_stream_rpc_method_handler(refuse_method)
         method = handler_call_details.method
         try:
             token = self._access.admit(method, handler_call_details.invocation_metadata or ())
@@ -75,7 +75,7 @@ class CallInterceptor(aio.ServerInterceptor):
         return _wrap(behaviour, handler, self._max_message_bytes)
 
 
-async def _refuse_method(requests: AsyncIterator[bytes], context: Context) -> None:
+async def refuse_method(requests: AsyncIterator[bytes], context: Context) -> None:
     """Answers as a method would; not measured, for a client could make up any number of names."""
     await _answer(UnimplementedError("the server has no such method"), mint_request_id(), context)
 

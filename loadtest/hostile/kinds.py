@@ -17,7 +17,7 @@ from fusionserve.loadtest.hostile.haste import (
 )
 from fusionserve.loadtest.hostile.idle import stay_idle
 from fusionserve.loadtest.hostile.metadata import send_giant_metadata
-from fusionserve.loadtest.hostile.raw import say_nothing, speak_wrong_protocols
+from fusionserve.loadtest.hostile.raw import call_what_is_no_text, say_nothing, speak_wrong_protocols
 from fusionserve.loadtest.hostile.readers import leave_no_room, never_read, read_all, read_slowly
 from fusionserve.loadtest.hostile.scrapers import flood_with_scrapes
 from fusionserve.loadtest.hostile.target import Target
@@ -40,6 +40,7 @@ KINDS: Mapping[str, Callable[[Target], Awaitable[object]]] = MappingProxyType(
         "idle calls": stay_idle,
         "giant metadata": send_giant_metadata,
         "wrong protocols": speak_wrong_protocols,
+        "path that is no text": call_what_is_no_text,
         "silence": say_nothing,
         "crowd": crowd_in,
         "scrapes": flood_with_scrapes,

@@ -15,7 +15,7 @@ from fusionserve.loadtest.hostile.haste import CALLS, flood_with_resets, have_no
 from fusionserve.loadtest.hostile.idle import stay_idle
 from fusionserve.loadtest.hostile.kinds import KINDS
 from fusionserve.loadtest.hostile.metadata import JUNK, TOO_LARGE, TOO_MANY, call_with_metadata
-from fusionserve.loadtest.hostile.raw import PROTOCOLS, speak
+from fusionserve.loadtest.hostile.raw import PROTOCOLS, call_what_is_no_text, speak
 from fusionserve.loadtest.hostile.readers import STREAMS
 from fusionserve.loadtest.hostile.scrapers import PER_S, SECONDS, flood_with_scrapes
 from fusionserve.loadtest.hostile.target import LONG, PROMPT
@@ -36,6 +36,7 @@ KINDS_AT_ONCE = (
 )
 UNREAD: GenerateOptions = {**LONG, "max_new_tokens": 400}
 MAX_OPEN = 16 + 32
+UNIMPLEMENTED = b"grpc-status\x0212"  # as HTTP/2 has it in the trailers
 MAX_WATCHES = MAX_IDLE_CALLS["/grpc.health.v1.Health/Watch"]
 
 
@@ -89,6 +90,16 @@ async def test_other_protocols_get_no_answer_of_theirs(server: BesetServer, prot
     answer = await speak(server.target.grpc_endpoint, PROTOCOLS[protocol])
     assert not answer.startswith((b"HTTP/1.1 200", b"\x16\x03"))
     assert await server.stream() == server.expected
+
+
+async def test_calls_of_what_is_no_text_are_refused_and_others_go_on(server: BesetServer) -> None:
+    async with AsyncClient(server.process.grpc) as connected, healthy_beside(server):
+        for _ in range(10):
+            for answer in await call_what_is_no_text(server.target):
+                assert UNIMPLEMENTED in answer
+        await connected.model()
+        async with AsyncClient(server.process.grpc) as another:
+            await another.model()
 
 
 async def test_flood_of_resets_leaves_nothing_to_do(server: BesetServer) -> None:
