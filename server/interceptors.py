@@ -24,7 +24,7 @@ from fusionserve.server.access import Access, called_by
 from fusionserve.server.idle_calls import IdleCalls
 from fusionserve.server.method_metrics import MethodCall
 from fusionserve.server.paced_writes import PacedWrites
-from fusionserve.server.request_ids import REQUEST_ID_KEY, mint_request_id, request_id_of
+from fusionserve.server.request_ids import REQUEST_ID_KEY, known_by, mint_request_id, request_id_of
 from fusionserve.server.status import to_code, to_ended_code, to_status, to_trailers
 from fusionserve.server.tokens import Token
 
@@ -140,7 +140,7 @@ def _guard(behaviour: Behaviour, handler: Handler, method: str, token: Token) ->
         request_id = request_id_of(request)
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
         try:
-            with called_by(token):
+            with called_by(token), known_by(request_id):
                 response = await behaviour(_checked(request, handler), context)
         except aio.AbortError:
             call.end(context.code())  # the handler has answered by itself

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import string
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from fusionserve.errors import InvalidRequestError
 from fusionserve.limits import MAX_REQUEST_ID_LENGTH
@@ -13,6 +16,24 @@ REQUEST_ID_KEY = "x-request-id"  # of the trailing metadata
 
 # The id travels in trailing metadata, which takes printable ASCII only.
 _PRINTABLE = frozenset(string.ascii_letters + string.digits + string.punctuation + " ")
+
+# Each call runs in a task of its own, so what is set in one is seen by no other.
+_CURRENT: ContextVar[str] = ContextVar("request_id", default="")
+
+
+def current_request_id() -> str:
+    """By what id the client knows the running call."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def known_by(request_id: str) -> Iterator[None]:
+    """In its block that is the current request id."""
+    before = _CURRENT.set(request_id)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(before)
 
 
 def request_id_of(request: object) -> str:

@@ -8,11 +8,13 @@ import time
 from fusionserve.generation import GenerationFinished
 from fusionserve.server.access import caller
 from fusionserve.server.generate_params import kind_of
+from fusionserve.server.request_ids import current_request_id
 from fusionserve.v1 import inference_pb2
 
 logger = logging.getLogger(__name__)
 
 OFF, META, TEXT = "off", "meta", "text"
+_MAX_UNANSWERED = 1000  # characters of a prompt: a refused one costs its client nothing, however long it is
 
 
 class RequestLog:
@@ -33,6 +35,7 @@ class RequestLogEntry:
         self.finished: GenerationFinished | None = None
         self._request = request
         self._detail = detail
+        self._id = current_request_id()
         self._caller = caller().name
         self._started_s = time.monotonic()
 
@@ -41,7 +44,7 @@ class RequestLogEntry:
         if self._detail == OFF:
             return
         words = [
-            f"request={self._request.request_id!r}",
+            f"request={self._id!r}",
             f"caller={self._caller or '-'}",
             f"kind={kind_of(self._request)}",
             f"status={status}",
@@ -52,10 +55,14 @@ class RequestLogEntry:
             usage = self.finished.usage
             words += [f"prompt_tokens={usage.prompt_tokens}", f"generated_tokens={usage.generated_tokens}"]
         if self._detail == TEXT:
-            words.append(f"prompt={self._prompt()!r}")
-            if self.finished is not None:
-                words += [f"output={candidate.text!r}" for candidate in self.finished.candidates]
+            words += self._said()
         logger.info(" ".join(words))
+
+    def _said(self) -> list[str]:
+        prompt = repr(self._prompt())
+        if self.finished is None:
+            return [f"prompt={prompt[:_MAX_UNANSWERED]}"]
+        return [f"prompt={prompt}", *(f"output={candidate.text!r}" for candidate in self.finished.candidates)]
 
     def _prompt(self) -> object:
         match self._request.WhichOneof("prompt"):
