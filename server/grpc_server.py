@@ -15,6 +15,7 @@ from fusionserve.server.adapter_servicer import AdapterServicer
 from fusionserve.server.engine_gate import EngineGate
 from fusionserve.server.exposure import check_exposure
 from fusionserve.server.grpc_batches import mend_batches
+from fusionserve.server.grpc_log import keep_metadata_out
 from fusionserve.server.health import HealthServicer
 from fusionserve.server.inference_servicer import InferenceServicer
 from fusionserve.server.interceptors import CallInterceptor, refuse_method
@@ -65,6 +66,7 @@ class GrpcServer:
         streams = ("grpc.max_concurrent_streams", _max_streams(max_open_requests))
         options = (*_OPTIONS, *_keepalive(config), taken, streams)
         mend_batches()
+        keep_metadata_out()
         self._server = make_server(interceptor, options, refuse_method)
         self._add_services(config)
         address = ListenAddress.parse(config.listen)

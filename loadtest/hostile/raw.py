@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 
 from fusionserve.loadtest.hostile.target import Target
@@ -54,7 +55,20 @@ async def speak_wrong_protocols(target: Target) -> None:
 
 async def call_what_is_no_text(target: Target) -> list[bytes]:
     """Calls of methods whose names are no text, in quick succession; returns what the server answers to each."""
-    return [await _answer_to(target.grpc_endpoint, _call(path)) for path in NO_TEXT]
+    return [await call_raw(target, path) for path in NO_TEXT]
+
+
+async def call_raw(target: Target, path: bytes, metadata: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
+    """Calls with what no library would send, names and values under 128 bytes; returns what comes, up to the status."""
+    reader, writer = await asyncio.open_connection(*target.grpc_endpoint)
+    answer = b""
+    with suppress(OSError, TimeoutError):
+        writer.write(_PREFACE + _frame(_SETTINGS) + _call(path, metadata))
+        async with asyncio.timeout(_ANSWER_S):
+            while b"grpc-status" not in answer and (data := await reader.read(4096)):
+                answer += data
+    writer.close()
+    return answer
 
 
 async def say_nothing(target: Target) -> None:
@@ -63,24 +77,12 @@ async def say_nothing(target: Target) -> None:
     await asyncio.gather(*(_dawdle(endpoints[n % 2], n % 4 > 1) for n in range(CONNECTIONS)))
 
 
-async def _answer_to(endpoint: tuple[str, int], call: bytes) -> bytes:
-    """What comes, up to the call's status, over a connection that stays whole meanwhile."""
-    reader, writer = await asyncio.open_connection(*endpoint)
-    answer = b""
-    with suppress(OSError, TimeoutError):
-        writer.write(_PREFACE + _frame(_SETTINGS) + call)
-        async with asyncio.timeout(_ANSWER_S):
-            while b"grpc-status" not in answer and (data := await reader.read(4096)):
-                answer += data
-    writer.close()
-    return answer
-
-
-def _call(path: bytes) -> bytes:
+def _call(path: bytes, metadata: Sequence[tuple[bytes, bytes]]) -> bytes:
     """A call of it with an empty message, as the first of its connection."""
     headers = (
         *((b":method", b"POST"), (b":scheme", b"http"), (b":path", path), (b":authority", b"server")),
         *((b"te", b"trailers"), (b"content-type", b"application/grpc")),
+        *metadata,
     )
     # Each header stands as it is, behind the lengths of its name and value; no compression.
     block = b"".join(b"\x00%c%b%c%b" % (len(name), name, len(value), value) for name, value in headers)
