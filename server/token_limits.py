@@ -38,7 +38,7 @@ class TokenLimits:
     @contextmanager
     def open_generation(self, token: Token) -> Iterator[None]:
         """One generation is open in the block. Raises CapacityError (TOO_MANY_REQUESTS)."""
-        if token.concurrency and self._open[token.name] >= token.concurrency:
+        if token.concurrency is not None and self._open[token.name] >= token.concurrency:
             raise CapacityError(
                 f"this token may have {token.concurrency} generations open",
                 reason="TOO_MANY_REQUESTS",

@@ -8,10 +8,10 @@ TOML, one table per token; only `name`, `sha256` and `role` must be there:
     role = "generate"            # read, generate (and read), or admin (all)
     adapters = ["team-a-*"]      # patterns of adapters' and fusions' names; default all
     base = false                 # whether requests without an adaptation are allowed; default true
-    max_priority = 0             # default 1000
+    max_priority = 0             # -1000 to 1000; default 1000
     rate = 10.0                  # calls a second; default no limit
-    burst = 20                   # calls at once within the rate; default a second's worth
-    concurrency = 8              # open generations; default no limit
+    burst = 20                   # calls at once within the rate, at least 1; default a second's worth
+    concurrency = 8              # open generations, at least 1; default no limit
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _IS: Mapping[str, Callable[[object], bool]] = {
     "Role": lambda value: isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int,
+    "int | None": lambda value: type(value) is int,
     "float": lambda value: type(value) in (int, float),
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value),
 }  # whether a value of the file may fill a field, by the field's type
@@ -61,8 +62,8 @@ class Token:
     base: bool = True
     max_priority: int = MAX_PRIORITY
     rate: float = math.inf
-    burst: int = 0  # 0: a second's worth of the rate
-    concurrency: int = 0  # 0: no limit
+    burst: int | None = None  # None: a second's worth of the rate
+    concurrency: int | None = None  # None: no limit
 
     def check_role(self, needed: Role) -> None:
         """Raises ROLE_REQUIRED unless the token has the role or a higher one."""
@@ -152,9 +153,23 @@ def _to_token(path: Path, number: int, table: object) -> Token:
     token = Token(
         **{**table, "role": Role[table["role"].upper()], "adapters": tuple(table.get("adapters", ("*",)))}
     )
-    if not (token.rate > 0 and token.burst >= 0 and token.concurrency >= 0):
-        raise _invalid(path, f"{where}: rate must be above 0, burst and concurrency not below")
+    if wrong := _wrong_number(token):
+        raise _invalid(path, f"{where}: {wrong}")
     return token
+
+
+def _wrong_number(token: Token) -> str:
+    """What is wrong with the numbers of an entry, or nothing."""
+    if abs(token.max_priority) > MAX_PRIORITY:
+        return f"max_priority must be {-MAX_PRIORITY} to {MAX_PRIORITY}"
+    if not token.rate > 0:
+        return "rate must be above 0"
+    if token.burst is not None and math.isinf(token.rate):
+        return "burst needs a rate"
+    for key, value in (("burst", token.burst), ("concurrency", token.concurrency)):
+        if value is not None and value < 1:
+            return f"{key} must be at least 1"
+    return ""
 
 
 def _check_types(path: Path, where: str, table: Mapping[str, object]) -> None:
