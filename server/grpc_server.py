@@ -70,6 +70,8 @@ class GrpcServer:
         self._server = make_server(interceptor, options, refuse_method)
         self._add_services(config)
         address = ListenAddress.parse(config.listen)
+        # gRPC reports what is wrong in several lines of its own log; the system gives the reason alone.
+        address.bind().close()
         check_exposure(address, config)
         self.address = self._bind(address)
 
@@ -105,8 +107,6 @@ class GrpcServer:
             reflection.enable_server_reflection(names, self._server)
 
     def _bind(self, address: ListenAddress) -> ListenAddress:
-        # gRPC reports a taken port in several lines of its own log; the system gives the reason alone.
-        address.bind().close()
         try:
             if self._tls is not None:
                 return ListenAddress(address.host, self._server.add_secure_port(str(address), self._tls))

@@ -184,6 +184,13 @@ async def test_listen_address_must_be_host_and_port(listen: str) -> None:
     assert caught.value.reason == "LISTEN_ADDRESS_INVALID"
 
 
+@pytest.mark.parametrize("listen", ["nohost.invalid:1", "192.0.2.1:1"])
+async def test_host_that_is_not_this_machine_is_named_as_such(listen: str) -> None:
+    with pytest.raises(StartupError, match=f"cannot listen on {listen}: ") as caught:
+        App(ServerConfig(listen=listen), max_open_requests=8)
+    assert caught.value.reason == "LISTEN_FAILED"
+
+
 async def test_failed_load_is_raised_by_load() -> None:
     async with starting_server() as served:
         with pytest.raises(StartupError, match="no such model"):
