@@ -13,8 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def stop_at_once() -> Iterator[None]:
-    """In its block SIGTERM and SIGINT end the process with success, unless `StopSignals` takes them over."""
+    """In its block SIGTERM and SIGINT end the process with success, and SIGHUP does nothing.
+
+    Unless `StopSignals` takes them over.
+    """
     before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:

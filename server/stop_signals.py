@@ -1,14 +1,21 @@
-"""SIGTERM and SIGINT as events."""
+"""SIGTERM and SIGINT as events; SIGHUP, which asks servers to read their files again, as a line of log."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 
 from fusionserve.server.early_stop import SIGNALS
 
+logger = logging.getLogger(__name__)
+
 
 class StopSignals:
-    """Inside its block the first signal sets `asked`, the second `asked_again`; a third ends the process."""
+    """Inside its block the first signal sets `asked`, the second `asked_again`; a third ends the process.
+
+    SIGHUP ends nothing.
+    """
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -17,6 +24,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         for number in SIGNALS:
             asyncio.get_running_loop().add_signal_handler(number, self._receive)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _tell_of_files)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -32,3 +40,7 @@ class StopSignals:
     def _release(self) -> None:
         for number in SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
+
+
+def _tell_of_files() -> None:
+    logger.info("SIGHUP: nothing to do, tokens and certificates are read again when their files change")

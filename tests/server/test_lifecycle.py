@@ -254,6 +254,19 @@ async def test_signal_stops_a_serving_process_with_success(number: signal.Signal
     assert (server.returncode, out, err) == (0, b"", b"")
 
 
+async def test_hang_up_ends_nothing() -> None:
+    async with process(0, "works") as server:
+        assert server.stdout is not None
+        ready = (await asyncio.wait_for(server.stdout.readline(), 10)).decode()
+        server.send_signal(signal.SIGHUP)
+        async with aio.insecure_channel(ready.split()[1].removeprefix("grpc=")) as channel:
+            served = Served(None, FakeEngine(), channel)  # type: ignore[arg-type]
+            assert await health_of(served) == SERVING
+        server.send_signal(signal.SIGTERM)
+        await asyncio.wait_for(server.communicate(), 10)
+    assert server.returncode == 0
+
+
 async def test_signal_while_loading_stops_at_once() -> None:
     async with process(60, "works") as server:
         await asyncio.sleep(0.1)
