@@ -20,6 +20,7 @@ from fusionserve.server.heap_trimming import heap_trimmed
 from fusionserve.server.listen_address import ListenAddress
 from fusionserve.server.loop_monitor import loop_measured
 from fusionserve.server.metrics_endpoint import MetricsEndpoint
+from fusionserve.server.standard_streams import drop_output
 from fusionserve.server.stop_signals import StopSignals
 from fusionserve.server.watchdog import loop_watched
 
@@ -71,7 +72,7 @@ async def _serve(engine_config: EngineConfig, server_config: ServerConfig, load_
                 return EXIT_OK
             spare_from_collection()
             sys.setswitchinterval(_SWITCH_S)
-            print(f"ready grpc={app.grpc_address} metrics={app.metrics_address}", flush=True)
+            _say(f"ready grpc={app.grpc_address} metrics={app.metrics_address}")
             async with loop_watched(engine_config.step_timeout_s), heap_trimmed():
                 if await _finishes_before(app.wait_failed(), signals.asked):
                     return EXIT_ENGINE_FAILED
@@ -163,6 +164,15 @@ async def _workers_end() -> bool:
     ending = asyncio.ensure_future(asyncio.get_running_loop().shutdown_default_executor())
     await asyncio.wait([ending], timeout=_WORKERS_GRACE_S)
     return ending.done()
+
+
+def _say(line: str) -> None:
+    """Prints it, for whoever started the server, if anybody reads what it prints."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        drop_output()
+        logger.warning("cannot print %r: %s", line, error.strerror)
 
 
 def _parse_metrics_listen(listen: str) -> ListenAddress | None:

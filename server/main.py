@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from fusionserve.errors import FusionServeError
 from fusionserve.server.command_errors import CommandError, UsageError
 from fusionserve.server.early_stop import stop_at_once
+from fusionserve.server.standard_streams import drop_output, prepare_streams
 
 COMMANDS = {
     "serve": "serve a model and its adapters over gRPC",
@@ -35,6 +36,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    prepare_streams()
     arguments = sys.argv[1:] if argv is None else argv
     name = arguments[0] if arguments else "--help"
     # gRPC reads it when it is imported; else whoever speaks something other than TLS to the port fills the log.
@@ -58,17 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone, as `head` does. Without this Python complains once more as it flushes at exit.
-        _drop_output()
+        drop_output()  # the reader has gone, as `head` does
         return EXIT_FAILED
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        _drop_output()
+        drop_output()
         where = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"fusionserve: {where}{error.strerror or error}", EXIT_FAILED)
-
-
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
@@ -90,8 +87,8 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "Every flag can also be set in the environment or in a YAML file (--config): a flag wins over",
-            "the environment, the environment over the file. `fusionserve COMMAND --help` names them.",
+            "Flags can also be set in the environment and, of a command that has --config, in a YAML file: a flag wins",
+            "over the environment, the environment over the file. `fusionserve COMMAND --help` names them.",
             "Exit codes: 0 it worked, 1 it failed, 2 wrong command line or configuration, 130 interrupted.",
         )
     )

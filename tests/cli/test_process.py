@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -27,6 +28,16 @@ assert "torch" not in sys.modules
 sys.exit(run(sys.argv[1:], lambda config, labels: FakeEngine()))
 """
 
+FAKE_MAIN = f"""
+import sys
+sys.path.append({str(SUPPORT)!r})
+from fake_engine import FakeEngine
+from fusionserve.server.commands import serve
+from fusionserve.server.main import main
+serve.load_engine = lambda config, labels: FakeEngine()
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
 
 def fusionserve(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A finished command, which must have finished soon."""
@@ -36,6 +47,12 @@ def fusionserve(*argv: str, **environment: str) -> subprocess.CompletedProcess[s
     )
     assert cpu_s() - start < SOON_CPU_S
     return done
+
+
+def in_shell(script: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell's script that has run, with `argv` for its arguments."""
+    command = ("sh", "-c", script, "sh", *argv)
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=30)
 
 
 def cpu_s() -> float:
@@ -145,6 +162,49 @@ def test_closed_pipe_is_no_error_message(argv: tuple[str, ...]) -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("version",), ("token",)])
+def test_closed_output_is_no_error(argv: tuple[str, ...]) -> None:
+    done = in_shell('"$@" >&-', *FUSIONSERVE, *argv)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_input_is_an_empty_one() -> None:
+    done = in_shell('"$@" <&-', *FUSIONSERVE, "generate", "--server", "127.0.0.1:1", "--timeout", "1s")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: UNAVAILABLE")
+
+
+def test_what_the_output_cannot_show_is_escaped() -> None:
+    code = (
+        "from fusionserve.server import main; main._help = lambda: 'caf\\xe9 \\u2713'; main.main(['--help'])"
+    )
+    done = in_shell('"$@"', sys.executable, "-P", "-c", code, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\u2713\n", "")
+
+
+@pytest.mark.parametrize("has_output", [True, False])
+def test_server_that_nobody_reads_serves_until_sigterm(has_output: bool, model: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    serve = (sys.executable, "-P", "-c", FAKE_MAIN, "--model", model, "--listen", "127.0.0.1:0")
+    shell = ("sh", "-c", 'exec "$@"' + ("" if has_output else " >&-"), "sh")
+    command = (*shell, *serve, "--metrics-listen", "off")
+    with subprocess.Popen(
+        command, stdout=writer, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
+    ) as server:
+        os.close(writer)
+        assert server.stderr is not None
+        if has_output:
+            assert "cannot print 'ready grpc=" in server.stderr.readline()
+        else:
+            time.sleep(3)
+        assert server.poll() is None
+        server.send_signal(signal.SIGTERM)
+        _, err = server.communicate(timeout=15)
+    assert (server.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
