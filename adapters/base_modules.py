@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_fingerprint import base_fingerprint
 from fusionserve.adapters.stored_weights import StoredWeights
+from fusionserve.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
 from fusionserve.errors import StartupError
 
 
@@ -53,12 +54,13 @@ class BaseModule:
 class BaseModules:
     """What adapters are checked against; immutable and independent of the live module tree.
 
-    `model_name` is the served name, `checkpoint_name` the last part of the checkpoint's directory or hub id;
-    either may be empty. `is_tied` says that embedding and head are one tensor in the base.
+    `model_name` is the served name, `checkpoint_names` what else the base is known by: the last part of its directory
+    or hub id, and the embedded one by its own name; any may be empty. `is_tied` says that embedding and head are one
+    tensor in the base.
     """
 
     model_name: str
-    checkpoint_name: str
+    checkpoint_names: tuple[str, ...]
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -68,7 +70,7 @@ class BaseModules:
 
     def __hash__(self) -> int:
         """Of what tells bases apart, for plans are kept by it; a mapping has no hash of its own."""
-        return hash((self.model_name, self.checkpoint_name, self.fingerprint))
+        return hash((self.model_name, self.checkpoint_names, self.fingerprint))
 
     @property
     def embedding(self) -> BaseModule | None:
@@ -101,10 +103,10 @@ def describe_base_modules(
     config = model.config.get_text_config()
     head, embedding = _lm_head(model), model.get_input_embeddings()
     stored = None if directory is None else StoredWeights(directory, model.base_model_prefix)
-    checkpoint_name = short_model_name(str(getattr(model, "name_or_path", "") or ""))
+    names = _checkpoint_names(str(getattr(model, "name_or_path", "") or ""))
     return BaseModules(
-        model_name=short_model_name(model_name) or checkpoint_name,
-        checkpoint_name=checkpoint_name,
+        model_name=short_model_name(model_name) or names[0],
+        checkpoint_names=names,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -120,6 +122,12 @@ def short_model_name(name: str) -> str:
     if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
         return parts[-3].rsplit("--", 1)[-1]
     return parts[-1] if parts else ""
+
+
+def _checkpoint_names(checkpoint: str) -> tuple[str, ...]:
+    name = short_model_name(checkpoint)
+    is_embedded = Path(checkpoint).resolve() == EMBEDDED_MODEL.resolve()
+    return (name, EMBEDDED_MODEL_NAME) if is_embedded else (name,)
 
 
 def _list_modules(model: PreTrainedModel) -> Iterator[BaseModule]:

@@ -70,7 +70,7 @@ def load_lora_weights(
     """
     config = read_lora_config(directory)
     if not policy.allow_base_mismatch:
-        check_base_model(config, (base.model_name, base.checkpoint_name))
+        check_base_model(config, (base.model_name, *base.checkpoint_names))
     _refuse_pickle(directory)
     with directory.open_file(WEIGHTS_FILE, missing_reason="WEIGHTS_MISSING") as opened:
         read_ahead(opened)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusionserve.adapters.base_modules import ModuleKind, describe_base_modules
+from fusionserve.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME
 
 COMMON = {
     "vocab_size": 40,
@@ -113,8 +114,15 @@ def test_served_name_wins_over_the_checkpoint() -> None:
     model = make_model("llama", {})
     model.name_or_path = "/models/Qwen2.5-0.5B/"
     named = describe_base_modules(model, model_name="org/served")
-    assert (named.model_name, named.checkpoint_name) == ("served", "Qwen2.5-0.5B")
+    assert (named.model_name, named.checkpoint_names) == ("served", ("Qwen2.5-0.5B",))
     assert describe_base_modules(model).model_name == "Qwen2.5-0.5B"
+
+
+def test_embedded_model_is_known_by_its_own_name_whatever_it_is_served_as() -> None:
+    model = make_model("llama", {})
+    model.name_or_path = str(EMBEDDED_MODEL)
+    named = describe_base_modules(model, model_name="demo")
+    assert (named.model_name, named.checkpoint_names) == ("demo", ("base", EMBEDDED_MODEL_NAME))
 
 
 def test_linear_with_a_forward_of_its_own_is_left_out() -> None:

@@ -29,7 +29,7 @@ def make_modules(d_in: int = D_IN, d_out: int = D_OUT) -> BaseModules:
     ]
     return BaseModules(
         model_name="loose",
-        checkpoint_name="",
+        checkpoint_names=(),
         vocab_size=VOCAB,
         hidden_size=D_IN,
         num_layers=2,

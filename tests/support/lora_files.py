@@ -37,7 +37,7 @@ def make_base_modules(*, model_name: str = "tiny", is_tied: bool = False) -> Bas
     ]
     return BaseModules(
         model_name=model_name,
-        checkpoint_name="",
+        checkpoint_names=(),
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         num_layers=2,

@@ -33,7 +33,7 @@ def make_base(num_layers: int = 2) -> BaseModules:
     ]
     return BaseModules(
         model_name="tiny",
-        checkpoint_name="",
+        checkpoint_names=(),
         vocab_size=11,
         hidden_size=HIDDEN,
         num_layers=num_layers,
