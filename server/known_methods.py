@@ -17,7 +17,7 @@ from grpc._cython import cygrpc
 from grpc.aio import _server
 
 # Releases of which it is known that what follows fits. Those before decode names in each call's own task.
-_FROM, _BEFORE = (1, 84), (1, 87)
+_FROM, _BEFORE = (1, 84), (1, 86)
 
 Options = tuple[tuple[str, int], ...]
 Refuse = Callable[[Any, Any], Awaitable[None]]
