@@ -94,15 +94,25 @@ def test_streams_sit_out_no_step_in_which_the_newcomer_is_not_computed() -> None
         complete(scheduler, step)
 
 
-@pytest.mark.parametrize("why", ["priority", "no queue"])
-def test_streams_sit_out_no_step_unless_they_crowd(why: str) -> None:
+def test_streams_sit_out_no_step_unless_their_flow_has_a_queue() -> None:
     scheduler = make_scheduler(num_blocks=400, max_batch_tokens=64, max_batch_requests=8)
-    for _ in range(6 if why == "no queue" else 20):
-        scheduler.add(request_of("hot", priority=why == "priority"))
+    flood(scheduler, "hot", 6)
     served(scheduler, 4)
-    num_running = len(scheduler.running)
     scheduler.add(request_of("cold"))
-    assert len(scheduler.schedule().chunks) >= num_running
+    assert len(scheduler.schedule().chunks) == 7
+
+
+def test_streams_sit_out_no_step_for_a_lower_priority() -> None:
+    scheduler = make_scheduler(num_blocks=400, max_batch_tokens=64, max_batch_requests=9)
+    urgent = [request_of("hot", priority=1) for _ in range(8)]
+    for request in urgent:
+        scheduler.add(request)
+    served(scheduler, 3)
+    flood(scheduler, "hot", 2)
+    cold = request_of("cold")
+    scheduler.add(cold)
+    step = sizes(scheduler.schedule())
+    assert cold in step and step.keys() >= set(urgent)
 
 
 def test_streams_sit_out_no_step_for_a_flow_with_half_as_much(busy: Scheduler) -> None:
@@ -126,6 +136,16 @@ def test_flows_share_places_and_then_none_takes_anothers(busy: Scheduler) -> Non
 def test_lone_flow_is_never_preempted_for_itself(busy: Scheduler) -> None:
     served(busy, 20)
     assert busy.num_preemptions == 0
+
+
+def test_step_preempts_few_for_flows_that_have_less() -> None:
+    scheduler = make_scheduler(num_blocks=800, max_batch_tokens=160, max_batch_requests=16)
+    flood(scheduler, "hot", 50)
+    served(scheduler, 3)
+    assert len(scheduler.running) == 16 and scheduler.num_preemptions == 0
+    flood(scheduler, "cold", 10)
+    scheduler.schedule()
+    assert scheduler.num_preemptions == 4, "although a fair share is eight places"
 
 
 def test_lower_priority_takes_no_place(busy: Scheduler) -> None:
@@ -189,6 +209,35 @@ def test_flow_is_charged_for_what_is_computed() -> None:
     assert scheduler.num_preemptions == 3
     assert metrics.PREEMPTIONS.labels("turn")._value.get() == before + 3
     assert scheduler.waiting.service.rank(hot)[1] == tokens["hot"]
+
+
+def test_flow_begins_to_wait_where_the_last_turn_was() -> None:
+    service = FlowService()
+    queue = FairQueue(service)
+    first, second, late = (request_of(flow) for flow in ("hot", "warm", "cold"))
+    for request in (first, second):
+        service.enter(request.flow)
+        queue.add(request)
+    service.charge("warm", 50)
+    service.advance()
+    for request in (first, second):
+        queue.remove(request)
+        service.admit(request.flow)
+    service.enter("cold")
+    queue.add(late)
+    assert service.rank(late) == (0, 50.0), "not where the step's first turn was"
+
+
+def test_flow_that_has_gone_is_forgotten_once_the_others_have_had_as_much() -> None:
+    service = FlowService()
+    service.enter("stream")
+    for number in range(100):
+        service.advance()
+        service.enter(f"visitor {number}")
+        for flow in ("stream", f"visitor {number}"):
+            service.charge(flow, 1)
+        service.leave(f"visitor {number}")
+    assert len(service._flows) <= 2
 
 
 class ClosedLoop:
