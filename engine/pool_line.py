@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fusionserve.adapters.pool_ledger import PoolLedger
 from fusionserve.engine.request import Request
 
@@ -49,6 +51,10 @@ class PoolLine:
     def forget(self, request: Request) -> None:
         """It waits no more."""
         self._num_overtakes.pop(request, None)
+
+    def check_integrity(self, waiting: Iterable[Request]) -> None:
+        """Asserts that it counts for none but those of `waiting`."""
+        assert self._num_overtakes.keys() <= set(waiting), "the pool's line counts for one that waits no more"
 
     def _drain_for(self, request: Request) -> None:
         """The first in turn that has been overtaken often enough."""

@@ -20,9 +20,8 @@ from fusionserve.engine.request import Request, RequestStatus
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 
 _MAX_PREFETCHES = 4  # flows whose next request may have its adapters copied before its turn
-_MAX_FAIR_PREEMPTIONS = (
-    4  # per step, for flows that have less than their share: each costs a prompt's computation
-)
+# Per step, for flows that have less than their share: each costs a prompt's computation.
+_MAX_FAIR_PREEMPTIONS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,12 +178,13 @@ class Scheduler:
         yield from self.waiting
 
     def check_integrity(self) -> None:
-        """Asserts that blocks and pool holds are exactly those of the running requests."""
+        """Asserts that blocks and pool holds are those of the running requests, and the pool's line of waiting ones."""
         self.blocks.check_integrity(sum(len(request.blocks) for request in self.running))
         self.ledger.check_integrity(
             sum(len(request.generation.adaptation.residents) for request in self.running)
         )
         assert all(not request.blocks for request in self.waiting), "a waiting request holds blocks"
+        self._pool_line.check_integrity(self.waiting)
 
     def _in_turn(self, *, decoding: bool) -> list[Request]:
         """The running requests with one pending token, or those with more, in the order of their turn."""

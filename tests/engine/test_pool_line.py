@@ -71,6 +71,47 @@ def test_only_who_would_take_its_rows_waits_behind_a_request_that_was_overtaken_
     scheduler.check_integrity()
 
 
+def test_requests_of_one_step_pass_no_more_often_than_those_of_many() -> None:
+    scheduler = make_scheduler(
+        num_blocks=400, pool_ranks=16, max_batch_tokens=400, max_batch_requests=2 * MOST_OVERTAKES
+    )
+    add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
+    small = make_adapter(8)
+    blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
+    passers = [make_request(prompt=[3], adapters=(small,)) for _ in range(MOST_OVERTAKES + 10)]
+    for request in (blocked, *passers):
+        scheduler.add(request)
+    step = sizes(scheduler.schedule())
+    assert [request in step for request in passers] == [True] * MOST_OVERTAKES + [False] * 10
+
+
+def test_residents_that_the_waiting_request_needs_are_not_drained_for_it() -> None:
+    scheduler = make_scheduler(pool_ranks=40, max_batch_requests=8)
+    popular, rare = make_adapter(16), make_adapter(8)
+    for adapter in (popular, popular, rare):
+        add_running(scheduler, prompt=[1], adapters=(adapter,))
+    scheduler.add(make_request(prompt=[2], adapters=(popular, make_adapter(24))))
+    _, passed = first_not_to_pass(scheduler, scheduler.schedule, make_adapter(8), 3 * MOST_OVERTAKES)
+    assert passed == MOST_OVERTAKES
+    other = make_request(prompt=[5], adapters=(popular,))
+    scheduler.add(other)
+    assert other in sizes(scheduler.schedule())
+
+
+@pytest.mark.parametrize("ends", ["admitted", "removed"])
+def test_line_forgets_who_waits_no_more(ends: str) -> None:
+    scheduler = make_scheduler(pool_ranks=16, max_batch_requests=4)
+    holder = add_running(scheduler, prompt=[1], adapters=(make_adapter(8),))
+    blocked = make_request(prompt=[2], adapters=(make_adapter(16),))
+    for request in (blocked, make_request(prompt=[3])):
+        scheduler.add(request)
+    assert blocked not in sizes(scheduler.schedule())
+    scheduler.check_integrity()
+    scheduler.remove(holder if ends == "admitted" else blocked)
+    assert (blocked in sizes(scheduler.schedule())) is (ends == "admitted")
+    scheduler.check_integrity()
+
+
 def test_request_waiting_for_the_pool_does_not_starve_behind_small_adapters() -> None:
     harness = EngineHarness(pool_ranks=16, max_batch_requests=2)
     small = [make_adapter(8) for _ in range(3)]
