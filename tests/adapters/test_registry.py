@@ -8,6 +8,7 @@ import threading
 import pytest
 from loose_adapters import FIRST, make_content, make_lora
 
+from fusionserve import metrics
 from fusionserve.adapter_status import AdapterState
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.registry import AdapterRegistry
@@ -148,6 +149,37 @@ def test_retire_covers_every_version_newest_first() -> None:
     for adapter in versions:
         watched.registry.release([adapter])
     assert told == [1, 2, 3]
+
+
+def test_name_stands_for_its_newest_version() -> None:
+    watched = Watched()
+    old = watched.publish("a")
+    watched.lease("a")
+    new = watched.publish("a", replace=True)
+    entries = [(entry.loaded, entry.state) for entry in watched.registry.entries()]
+    assert entries == [(new, AdapterState.READY)], "the old one drains"
+    watched.lease("a")
+    watched.registry.retire("a", lambda: None)
+    entry = watched.registry.get("a")
+    assert entry is not None and entry.loaded is new
+    watched.registry.release([old, new])
+
+
+def test_gauge_shows_the_bytes_on_the_host() -> None:
+    watched = Watched()
+
+    def shown() -> float:
+        return metrics.ADAPTER_HOST.used_bytes._value.get() / SIZE
+
+    drained = watched.publish("a")
+    watched.lease("a")
+    evicted = watched.publish("b")
+    watched.registry.retire("a", lambda: None)
+    assert shown() == 2
+    watched.registry.release([drained])
+    assert shown() == 1
+    watched.registry.evict([evicted])
+    assert shown() == 0
 
 
 def test_least_recently_leased_idle_adapters_make_room() -> None:

@@ -120,6 +120,14 @@ async def test_fusion_that_is_being_replaced_stays(engine: TestedEngine, tmp_pat
     assert (await collect(engine, ask(fusion("first")))).tokens == expected
 
 
+async def test_pinned_member_is_replaced_in_the_room_of_its_idle_fusion(engine: TestedEngine) -> None:
+    for name in ("ada", "bea", "dot"):
+        await engine.load_adapter(name, None, pin=True, replace=False)
+    await collect(engine, ask(fusion("first")))
+    assert (await engine.load_adapter("ada", None, pin=None, replace=True)).version == 2
+    assert await fusions_of(engine) == []
+
+
 async def test_replaced_member_that_an_idle_fusion_holds_goes_with_it(engine: TestedEngine) -> None:
     await collect(engine, ask(fusion("first")))
     await engine.load_adapter("ada", None, pin=True, replace=True)
