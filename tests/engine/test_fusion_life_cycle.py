@@ -12,6 +12,7 @@ from served_adapters import (
     TestedEngine,
     begin,
     collect,
+    lora,
     make_params,
     make_prompt,
     running_engine,
@@ -55,6 +56,16 @@ async def test_fusion_keeps_its_members_loaded(engine: TestedEngine) -> None:
     assert caught.value.metadata == {"adapter": "ada", "fusions": "mix"}
     await engine.unload_fusion("mix", force=False)
     assert (await engine.unload_adapter("ada", force=False)).state is AdapterState.AVAILABLE
+
+
+async def test_reloaded_member_counts_the_requests_of_its_own_version(engine: TestedEngine) -> None:
+    await engine.load_fusion("mix", None, pin=False, replace=False)
+    await engine.load_adapter("ada", None, pin=False, replace=True)  # the fusion holds the version before
+    assert (await engine.get_adapter("ada")).active_requests == 0
+    with engine.runner.paused():
+        (stream,) = await begin(engine, make_params("long-ada", lora("ada"), PROMPT, num_tokens=60))
+        assert (await engine.get_adapter("ada")).active_requests == 1
+    await stream.task
 
 
 async def test_listing_asks_once_who_holds_the_adapters(
@@ -126,6 +137,14 @@ async def test_fusion_unloaded_while_it_is_used_leaves_no_series(engine: TestedE
         assert REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"})
     await asyncio.gather(stream.task, unloading)
     assert REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"}) is None
+
+
+async def test_reloaded_fusion_keeps_its_series(engine: TestedEngine) -> None:
+    await mix_tokens(engine)
+    num_tokens = REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"})
+    assert num_tokens
+    await engine.load_fusion("mix", None, pin=False, replace=True)
+    assert REGISTRY.get_sample_value("fusionserve_fusion_tokens_total", {"fusion": "mix"}) == num_tokens
 
 
 async def test_fusion_replaced_while_it_loads_is_the_old_or_the_new_one(
