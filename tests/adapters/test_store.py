@@ -19,6 +19,7 @@ from fusionserve.adapters import artifact_sources
 from fusionserve.adapters.adapter import Adapter, AdapterContent
 from fusionserve.adapters.artifact_directory import ArtifactDirectory
 from fusionserve.adapters.artifact_sources import ArtifactSources
+from fusionserve.adapters.name_listing import NameListing
 from fusionserve.adapters.registry import AdapterRegistry
 from fusionserve.adapters.store import AdapterStore
 from fusionserve.artifact_folders import ADAPTER_CONFIG
@@ -256,8 +257,9 @@ async def test_listing_that_hangs_is_unavailable_and_unloads_all_the_same(
 ) -> None:
     disk.write("a")
     registry = AdapterRegistry(8 * SIZE, forget)
-    store = AdapterStore(registry, disk.roots, disk.load_content, load_timeout_s=0.05)
+    store = AdapterStore(registry, disk.roots, disk.load_content)
     await store.load("a", None, pin=False, replace=False)
+    store._listing = NameListing(store._sources.names_on_disk, timeout_s=0.05)
     for ask in (store.statuses(frozenset()), store.status("nobody", frozenset())):
         with pytest.raises(UnavailableError, match="adapter folders could not be listed") as refusal:
             await ask

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 
 import grpc
 import pytest
 from grpc import aio
 from prometheus_client import generate_latest
-from server_fixture import ADAPTERS, INFERENCE, Served, handled_total, requests_total, to_failure
+from server_fixture import (
+    ADAPTERS,
+    INFERENCE,
+    Served,
+    channel_without_room,
+    handled_total,
+    requests_total,
+    to_failure,
+)
 
 from fusionserve import metrics
 from fusionserve.config import ServerConfig
 from fusionserve.errors import PreconditionError
 from fusionserve.server import interceptors
 from fusionserve.v1 import inference_pb2 as pb
+from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
 
 MAX_MESSAGE_BYTES = ServerConfig().max_message_bytes
 GARBAGE = [b"\xff\xff\xff", b"\x12\x05ab", b"\x12\x02\xff\xfe"]  # no tag, truncated, text that is not UTF-8
@@ -27,6 +37,14 @@ async def until(condition: object) -> None:
     async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+async def still(count: Callable[[], int], for_s: float = 0.2) -> None:
+    """Waits until `count()` has not changed for a while."""
+    seen = -1
+    async with asyncio.timeout(30):
+        while seen != (seen := count()):
+            await asyncio.sleep(for_s)
 
 
 def stream(served: Served, **kwargs: float) -> aio.UnaryStreamCall:
@@ -168,15 +186,16 @@ async def test_cancelled_unary_call_closes_the_engines_generator(served: Served)
 
 
 async def test_stream_whose_client_does_not_read_is_closed_when_it_ends(served: Served) -> None:
-    request = pb.GenerateRequest(text="a", stopping=pb.StoppingCriteria(max_new_tokens=10**6))
+    request = pb.GenerateRequest(text="a", stopping=pb.StoppingCriteria(max_new_tokens=500))
     before = requests_total("base", "none", "CANCELLED")
-    call = served.inference.StreamGenerate(pb.StreamGenerateRequest(request=request))
-    await call.read()
-    await asyncio.sleep(0.5)  # long enough for the transport to fill, so that the stream is parked in a write
-    assert served.engine.num_closed == 0
-    call.cancel()
-    await until(lambda: served.engine.num_closed == 1)
-    await until(lambda: requests_total("base", "none", "CANCELLED") == before + 1)
+    async with channel_without_room(served) as channel:
+        call = InferenceServiceStub(channel).StreamGenerate(pb.StreamGenerateRequest(request=request))
+        await call.read()
+        await still(lambda: served.engine.num_chunks)  # the stream is parked in a write
+        assert served.engine.num_closed == 0
+        call.cancel()
+        await until(lambda: served.engine.num_closed == 1)
+        await until(lambda: requests_total("base", "none", "CANCELLED") == before + 1)
 
 
 async def test_deadline_reaches_the_engine(served: Served) -> None:

@@ -8,14 +8,12 @@ from collections.abc import Callable
 import grpc
 import pytest
 from grpc import aio
-from server_fixture import Served, serving_server, to_failure
+from server_fixture import Served, channel_without_room, serving_server, to_failure
 
 from fusionserve.v1 import inference_pb2 as pb
 from fusionserve.v1.inference_pb2_grpc import InferenceServiceStub
 
 TIMEOUT_S = 0.4
-# The window of each stream, which is the client's to choose.
-NO_ROOM = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
 MANY = pb.StreamGenerateRequest(
     request=pb.GenerateRequest(text="a", stopping=pb.StoppingCriteria(max_new_tokens=50))
 )
@@ -25,10 +23,6 @@ def stream_without_room(
     served: Served, channel: aio.Channel
 ) -> aio.UnaryStreamCall[pb.StreamGenerateRequest, pb.StreamGenerateResponse]:
     return InferenceServiceStub(channel).StreamGenerate(MANY)
-
-
-def channel_without_room(served: Served) -> aio.Channel:
-    return aio.insecure_channel(str(served.app.grpc_address), options=NO_ROOM)
 
 
 async def test_place_is_free_while_the_message_waits_and_the_client_is_told_later() -> None:

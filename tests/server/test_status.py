@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from grpc import aio
 from server_fixture import INFERENCE, Failure, Served, handled_total, to_failure
 
 from fusionserve import errors
-from fusionserve.server.status import CODES, to_status
+from fusionserve.server.status import CODES, to_ended_code, to_status
 from fusionserve.v1 import inference_pb2 as pb
 
 TABLE = [
@@ -107,6 +108,32 @@ async def test_bug_shows_the_request_id_only(
 async def test_server_goes_on_after_a_bug(served: Served) -> None:
     await fail(served, ValueError("x"))
     assert (await served.inference.Generate(pb.GenerateRequest(text="a"))).candidates
+
+
+class Calling:
+    """The context of a call, as far as its end needs it."""
+
+    def __init__(self, remaining_s: float | None) -> None:
+        self._remaining_s = remaining_s
+
+    def time_remaining(self) -> float | None:
+        return self._remaining_s
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize(
+    ("remaining_s", "code"),
+    [(None, "CANCELLED"), (0.5, "CANCELLED"), (0.05, "DEADLINE_EXCEEDED"), (-1.0, "DEADLINE_EXCEEDED")],
+)
+def test_call_ended_from_outside_was_cancelled_or_late(
+    error: BaseException, remaining_s: float | None, code: str
+) -> None:
+    assert to_ended_code(error, Calling(remaining_s)).name == code
+
+
+def test_call_ended_by_an_error_has_its_code() -> None:
+    assert to_ended_code(errors.DeadlineError("m"), Calling(None)).name == "DEADLINE_EXCEEDED"
+    assert to_ended_code(ValueError("m"), Calling(0.0)).name == "INTERNAL"
 
 
 def test_status_fits_into_trailers_whatever_the_text() -> None:

@@ -68,6 +68,7 @@ class FakeEngine:
         self.error_midway: BaseException | None = None
         self.load_error: BaseException | None = None
         self.gate: asyncio.Event | None = None
+        self.num_chunks = 0  # asked for so far
         self.num_open = 0
         self.num_closed = 0
         self.started = False
@@ -231,6 +232,7 @@ class FakeEngine:
             if number and self.error_midway is not None:
                 raise self.error_midway
             await self._wait_for_gate()
+            self.num_chunks += 1
             yield GenerationChunk(
                 candidate_index=0,
                 text=word,

@@ -75,6 +75,13 @@ async def serving_server(**config: object) -> AsyncIterator[Served]:
         yield served
 
 
+def channel_without_room(served: Served) -> aio.Channel:
+    """Another channel, whose streams take no message before they are read."""
+    # The window of each stream is the client's to choose.
+    options = (("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0))
+    return aio.insecure_channel(str(served.app.grpc_address), options=options)
+
+
 @dataclass(frozen=True)
 class Failure:
     """What a client learns from a failed call."""
