@@ -9,6 +9,7 @@ from fake_runner import EOS, EngineHarness, expected_tokens, next_token
 from schedules import LetterDecoder, assert_idle, make_adapter, make_generation
 
 from fusionserve import metrics
+from fusionserve.engine.leased_adaptation import LeasedAdaptation
 from fusionserve.engine.request import Generation, Request
 from fusionserve.errors import AbortedError, ArtifactError, DeadlineError, InternalError
 from fusionserve.generation import (
@@ -267,6 +268,38 @@ def test_output_that_is_not_finite_ends_that_request_alone(caplog: pytest.LogCap
     assert caplog.records == [], "the other candidate's result is no error"
     assert harness.tokens(good) == expected_tokens(good)
     assert harness.released == [broken]
+    assert_idle(harness.engine.scheduler)
+
+
+def test_nothing_of_a_request_that_is_not_finite_is_found_again() -> None:
+    def choose(request: Request) -> int | None:
+        return None if request.index == 1 and request.num_generated == 8 else next_token(request)
+
+    harness = EngineHarness(choose)
+    bad = make_generation(num_candidates=2, max_new_tokens=20)
+    (good_ids, _) = expected_tokens(bad)
+    harness.add(bad)
+    harness.run()
+    assert isinstance(harness.last(bad), ArtifactError)
+    prompt = bad.prompt_token_ids
+    assert run_one(harness, prompt=prompt, max_new_tokens=1).usage.cached_tokens == 0
+    again = run_one(harness, prompt=[*prompt, *good_ids])
+    assert again.usage.cached_tokens == 8, "the prompt's full blocks, computed anew, and none of a candidate"
+
+
+def test_leases_that_cannot_be_given_back_end_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = EngineHarness()
+    bad, good = make_generation(max_new_tokens=2), make_generation()
+
+    def release(adaptation: LeasedAdaptation) -> None:
+        if adaptation is bad_adaptation:
+            raise KeyError("a registry's own bug")
+
+    bad_adaptation = bad.adaptation
+    monkeypatch.setattr(harness.engine, "_release_leases", release)
+    harness.add(bad, good)
+    harness.run()
+    assert harness.tokens(good) == expected_tokens(good)
     assert_idle(harness.engine.scheduler)
 
 
