@@ -25,7 +25,7 @@ from fusionserve.errors import ArtifactError, CapacityError
 from fusionserve.fusion import loader
 from fusionserve.fusion.config import FusionConfig, Scope, ValueKind
 from fusionserve.fusion.folded import FoldedFusion, count_bytes, fold_fusion, plan_rows
-from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over
+from fusionserve.fusion.loader import FusionPolicy, ReadFusion, fold_over, in_call_order
 from fusionserve.fusion.params import FusionParams, layer_of
 from fusionserve.kernels.rank_panels import Packing
 
@@ -279,13 +279,30 @@ def test_size_is_known_before_anything_is_folded(
             fold_over(read, members, base, FusionPolicy(**{**limits, name: limits[name] - 1}))
 
 
+EMBEDDING = "model.embed_tokens"
+
+
+def with_embedding(layers: BaseModules) -> BaseModules:
+    """The same modules behind an input embedding."""
+    embedding = BaseModule(path=EMBEDDING, kind=ModuleKind.EMBEDDING, d_in=11, d_out=HIDDEN, has_bias=False)
+    return replace(layers, by_path={embedding.path: embedding, **layers.by_path})
+
+
+@pytest.mark.parametrize(
+    ("path", "why"), [(EMBEDDING, "cannot weigh changes of the input"), ("model.nothing", "no such module")]
+)
+def test_fusion_of_a_module_that_none_can_act_on_is_refused(path: str, why: str) -> None:
+    base = make_base()
+    config = make_config(base, [make_member(base, 0, MEMBER_RANKS[0])])
+    with pytest.raises(ArtifactError, match=why) as caught:
+        in_call_order(replace(config, modules=(path, *config.modules)), with_embedding(base))
+    assert caught.value.reason == "UNKNOWN_MODULE"
+
+
 def test_member_that_changes_the_embedding_is_refused() -> None:
     """Its rows there have no place in a fusion, which would be served without them."""
-    embedding = BaseModule(
-        path="model.embed_tokens", kind=ModuleKind.EMBEDDING, d_in=11, d_out=HIDDEN, has_bias=False
-    )
     layers = make_base()
-    base = replace(layers, by_path={embedding.path: embedding, **layers.by_path})
+    base = with_embedding(layers)
     members = [make_member(base, 0, (0, 2, 2, 2, 2)), make_member(base, 1, (2, 2, 2, 2, 2))]
     config = make_config(layers, members)
     read = ReadFusion(config, make_trained(config, base, seed=1), "0" * 64)
