@@ -106,7 +106,6 @@ class TextOutput:
             met = _first_stop(candidate, self._stop, len(self._held))
             if met is not None:
                 position, self.stop_string = met
-                self._held = ""
                 return self._show(
                     candidate[: position + (len(self.stop_string) if self._include_stop else 0)]
                 )

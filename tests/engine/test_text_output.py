@@ -348,6 +348,11 @@ def test_include_stop_keeps_the_string_and_nothing_after_it() -> None:
     assert stopped(["ab E", "ND cd"], ["END"], include_stop=True)[1:] == ("ab END", "END")
 
 
+def test_character_begun_behind_a_stop_string_is_never_told() -> None:
+    output = TextOutput(PieceDecoder([b"abEND\xe2"]), (), ["END"])
+    assert (output.push(0), output.flush(), output.text) == ("ab", "", "ab")
+
+
 def test_only_what_may_be_a_stop_string_is_held() -> None:
     told, _, _ = stopped(["ab", "E", "N", "x", "E"], ["END"])
     assert told == ["ab", "", "", "ENx", "", "E"]
