@@ -228,6 +228,17 @@ def test_deadline_ends_a_request_with_an_error(monkeypatch: pytest.MonkeyPatch) 
     assert_idle(harness.engine.scheduler)
 
 
+def test_timings_are_of_the_first_chunk_the_first_token_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = EngineHarness(max_batch_tokens=16)
+    generation = make_generation(arrival_s=100.0, prompt=range(20), max_new_tokens=2)
+    harness.add(generation)
+    for now_s in (101.0, 103.0, 106.0):
+        at(monkeypatch, now_s)
+        harness.step()
+    timings = harness.last(generation).timings
+    assert (timings.queue_s, timings.time_to_first_token_s, timings.total_s) == (1.0, 3.0, 6.0)
+
+
 def test_time_limit_ends_a_request_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = EngineHarness(script(*[8] * 50), max_batch_requests=1)
     stopping = StoppingCriteria(time_limit_s=2.0, stop=("iiix",))
