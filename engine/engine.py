@@ -266,8 +266,10 @@ class Engine:
             self._finish(generation, _finished(generation, now_s))
 
     def _finish(self, generation: Generation, last: GenerationFinished | FusionServeError | None) -> None:
-        """The one door out: frees blocks and pool rows, gives back the leases, says the last word if anyone listens."""
+        """The one door out: says the last word if anyone listens, frees blocks and pool rows, gives back the leases."""
         self._generations.remove(generation)
+        if last is not None:
+            self._outputs.append(Output(generation, last))
         for request in generation.requests:
             if not request.is_finished:
                 self.scheduler.remove(request)
@@ -275,8 +277,6 @@ class Engine:
         generation.let_go()
         metrics.REQUEST_SECONDS.observe(time.monotonic() - generation.arrival_s)
         self._measure_holdings()
-        if last is not None:
-            self._outputs.append(Output(generation, last))
 
     def _end_failed(self, step: StepResults) -> None:
         """Ends whatever cannot go on, with those who hold or await an adapter that cannot be copied."""

@@ -310,6 +310,7 @@ def test_leases_that_cannot_be_given_back_end_that_request_alone(monkeypatch: py
     monkeypatch.setattr(harness.engine, "_release_leases", release)
     harness.add(bad, good)
     harness.run()
+    assert isinstance(harness.last(bad), GenerationFinished), "its client waits for no word that never comes"
     assert harness.tokens(good) == expected_tokens(good)
     assert_idle(harness.engine.scheduler)
 
