@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from lora_files import make_config, write_adapter
+from peft import LoraConfig as PeftConfig
 
 from fusionserve.adapters.artifact_directory import open_directory
 from fusionserve.adapters.lora_config import (
     MAX_CONFIG_BYTES,
+    MAX_RANK,
     LoRAConfig,
     check_base_model,
     parse_lora_config,
@@ -57,6 +59,16 @@ def test_rank_and_scaling_of_a_module(changes: dict[str, object], rank: int, sca
     assert math.isclose(config.scalings([PATH])[PATH], scaling)
 
 
+def test_values_that_are_left_out_are_those_of_peft() -> None:
+    config, peft = parse_lora_config(b'{"peft_type": "LORA"}'), PeftConfig()
+    assert (config.rank, config.alpha) == (peft.r, peft.lora_alpha)
+
+
+def test_largest_rank_and_longest_file_are_read() -> None:
+    data = json.dumps(make_config(r=MAX_RANK)).encode()
+    assert parse_lora_config(data.ljust(MAX_CONFIG_BYTES)).rank == MAX_RANK
+
+
 HARMLESS = {
     "auto_mapping": {"base_model_class": "X", "parent_library": "os"},
     "corda_config": {"corda_method": "ipm"},
@@ -75,6 +87,7 @@ HARMLESS = {
     "revision": "main",
     "runtime_config": {"ephemeral_gpu_offload": True},
     "target_modules": "all-linear",
+    "task_type": "",
     "unsloth_fixed": True,
     "from_next_year": None,
     "also_from_next_year": False,
@@ -169,6 +182,9 @@ MALFORMED = {
             "rank_pattern": [[], "x", {"a": 0}, {"a": True}, {"a": 1.5}],
             "alpha_pattern": [{"a": None}, {"a": "1"}],
             "modules_to_save": ["lm_head", [1], [""]],
+            "target_modules": [5, ["q_proj", None]],
+            "exclude_modules": [{}, [1]],
+            "layers_to_transform": ["1", [True], 1.5],
             "base_model_name_or_path": [1, ["x"]],
         }.items()
         for index, value in enumerate(values)
