@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusionserve.adapters.row_plan import AdaptedTokens, RowRange, Span, plan_spans, span_cost, suits_segment
+from fusionserve.adapters.row_plan import (
+    AdaptedTokens,
+    RowPlan,
+    RowRange,
+    Span,
+    plan_segments,
+    plan_spans,
+    span_cost,
+    suits_segment,
+)
 from fusionserve.kernels.low_rank import expand_, reference_delta, shrink, weigh_
 from fusionserve.kernels.segments import can_add
 
@@ -87,9 +96,30 @@ def test_member_named_twice_adds_up() -> None:
     assert span.coefficients.tolist() == [[1.25, 1.25]]
 
 
+@pytest.mark.skipif(not can_add(torch.zeros(0)), reason="segments are the native kernel's")
+def test_segment_of_neighbours_on_the_same_rows_has_the_coefficient_of_each() -> None:
+    adapted = [tokens(0, 2, (0, 2, 0.5)), tokens(2, 3, (0, 2, 2.0)), tokens(3, 5, (4, 5, 1.0))]
+    planned = plan_segments(adapted, [], torch.zeros(0))
+    assert planned is not None
+    told = [(s.token_start, s.token_end, s.row_start, s.coefficients.tolist()) for s in planned.adapted]
+    assert told == [(0, 3, 0, [[0.5, 0.5], [0.5, 0.5], [2.0, 2.0]]), (3, 5, 4, [[1.0]])]
+
+
 def test_coefficients_have_the_dtype_that_computes() -> None:
     (span,) = plan_spans([tokens(0, 1, (0, 1, 1.0))], dtype=torch.bfloat16, device=CPU)
     assert span.coefficients.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("field", "is_segments_only"),
+    [("segments", True), ("spans", False), ("fused", False), ("items", False), ("whole_modules", False)],
+)
+def test_plan_is_left_to_native_kernels_alone_if_it_has_nothing_but_segments(
+    field: str, is_segments_only: bool
+) -> None:
+    assert RowPlan(1).is_segments_only and RowPlan(1).is_empty
+    plan = RowPlan(1, **{field: (object(),)})
+    assert (plan.is_segments_only, plan.is_empty) == (is_segments_only, False)
 
 
 def test_cost_grows_with_both_sides() -> None:
