@@ -75,11 +75,17 @@ def _tunes_temperature(config: PreTrainedConfig, num_tokens: int) -> bool:
 
 
 def _longrope_limits(config: PreTrainedConfig) -> Iterator[int]:
-    """The length up to which each longrope of the model uses its short factors."""
+    """The length up to which each longrope of the model uses its short factors.
+
+    A length beside the rope's parameters is moved among them only when the model is made; until then theirs may be
+    the whole context.
+    """
+    beside = getattr(config, "original_max_position_embeddings", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     for rope in (parameters, *parameters.values()):
         if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
-            yield rope["original_max_position_embeddings"]
+            inside = rope["original_max_position_embeddings"]
+            yield inside if beside is None else min(beside, inside)
 
 
 def _unsupported(config: PreTrainedConfig, why: str) -> StartupError:

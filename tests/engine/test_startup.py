@@ -283,16 +283,19 @@ def test_context_longer_than_the_models_is_refused(llama: Path) -> None:
     assert error.message == f"a context of {CONTEXT + 1} tokens is more than the model's {CONTEXT}"
 
 
-def test_longrope_is_served_up_to_its_original_length(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_longrope_is_served_up_to_its_original_length(place: str, tmp_path: Path) -> None:
     """Beyond, its frequencies depend on the longest request in the batch."""
-    rope = {
+    original = {"original_max_position_embeddings": 32}
+    rope: dict[str, object] = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4,
-        "original_max_position_embeddings": 32,
     }
-    make_tiny_model(LlamaConfig(**_SIZES, rope_parameters=rope)).save_pretrained(tmp_path)
+    make_tiny_model(LlamaConfig(**_SIZES, rope_parameters={**rope, **original})).save_pretrained(tmp_path)
+    if place == "beside":
+        change_config(tmp_path, rope_parameters=rope, **original)
     error = refusal(make_config(tmp_path))
     assert error.reason == "CONTEXT_TOO_LONG"
     assert "limit the context to 32" in error.message
