@@ -1,14 +1,15 @@
 """Reads a base's checkpoint for serving and for training, and refuses what is not the base that it seems to be.
 
-transformers loads without a word a model with an adapter beside it, one whose weights are quantized already, and one
-that lacks weights, which it makes up. An adapter would change every token of every request, and what stands on the
-weights (DoRA's lengths, copies that are compared, the fingerprint) would not be of the weights that are computed with.
+transformers loads without a word a model with an adapter beside it, one whose weights are quantized already, one that
+lacks weights, which it makes up, and one that has more than the model uses. An adapter would change every token of
+every request, and what stands on the weights (DoRA's lengths, copies that are compared, the fingerprint) would not be
+of the weights that are computed with.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from fusionserve.adapters.nf4 import misshapen_weights
+from fusionserve.adapters.stored_weights import StoredWeights
 from fusionserve.artifact_folders import ADAPTER_CONFIG
 
 _ADAPTER_BESIDE = (
     f"it holds an adapter ({ADAPTER_CONFIG}) beside the model, which would become part of the base: "
     "move the adapter to a folder of its own, as --adapter and --adapter-dir take it"
 )
+_QUANTIZED = (
+    "this checkpoint is quantized already: take the original one, which --quantize can bring to fewer bits"
+)
+_FULL_DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_REASON_LENGTH = 240
 
 
@@ -36,6 +42,7 @@ def read_checkpoint(
     if not any(directory.glob("*.safetensors")):
         raise ValueError("the directory has no .safetensors files (pickles are not read)")
     check_no_adapter_beside(directory)
+    _check_no_codes(StoredWeights(directory).dtypes())
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
@@ -50,6 +57,7 @@ def read_checkpoint(
     model, report = loaded
     check_no_adapter_in(model)
     _check_complete(report, misshapen_weights(model))
+    _check_all_used(model, report["unexpected_keys"])
     return model
 
 
@@ -73,9 +81,14 @@ def check_no_adapter_in(model: PreTrainedModel) -> None:
 def check_not_quantized(config: PreTrainedConfig) -> None:
     """Raises ValueError for a checkpoint whose weights are quantized, by whatever method."""
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "this checkpoint is quantized already: take the original one, which --quantize can bring to fewer bits"
-        )
+        raise ValueError(_QUANTIZED)
+
+
+def _check_no_codes(dtypes: Mapping[str, str]) -> None:
+    """Raises ValueError if weights are of a type that says nothing without scales, whatever config.json says."""
+    for name, dtype in sorted(dtypes.items()):
+        if name.endswith(".weight") and dtype not in _FULL_DTYPES:
+            raise ValueError(f"{name} is of the type {dtype}: {_QUANTIZED}")
 
 
 def _check_complete(report: Mapping[str, Collection[Any]], misshapen: Collection[str]) -> None:
@@ -87,5 +100,38 @@ def _check_complete(report: Mapping[str, Collection[Any]], misshapen: Collection
         (mismatched, "have another shape than config.json says for"),
     ):
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"its weight files {what} {names[0]}{more}")
+            raise ValueError(f"its weight files {what} {_first_of(names)}")
+
+
+def _check_all_used(model: PreTrainedModel, unexpected: Collection[str]) -> None:
+    """Raises ValueError if the files have more for a module that computes with parameters, such as a bias or scales.
+
+    Modules that the model does not have (layers that draft tokens) and buffers of modules without parameters (masks,
+    frequencies) change nothing of what the model computes.
+    """
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    computing = {name.rpartition(".")[0] for name in names}
+    unused = [
+        name
+        for name in sorted(unexpected)
+        # Files of a base model without a head lack the prefix.
+        for full in (name, f"{model.base_model_prefix}.{name}")
+        if _innermost(full, modules) in computing
+    ]
+    if unused:
+        raise ValueError(
+            f"its weight files have {_first_of(unused)}, which the model of config.json does not use"
+        )
+
+
+def _innermost(name: str, modules: Collection[str]) -> str:
+    """The path of the module to which a tensor of this name belongs, or would if it had more modules in it."""
+    path = name.rpartition(".")[0]
+    while path not in modules:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -24,6 +24,10 @@ class StoredWeights:
             file: Any = safe_open(path, "pt")
             self._files |= dict.fromkeys(file.keys(), file)
 
+    def dtypes(self) -> dict[str, str]:
+        """What the files' headers call the type of each of their tensors, such as `BF16`."""
+        return {name: file.get_slice(name).get_dtype() for name, file in self._files.items()}
+
     def first_rows(self, name: str, shape: tuple[int, ...], num_rows: int) -> Tensor | None:
         """The first rows of the tensor that is `name` in the model; None if the files have none of that shape."""
         for key in (name, name.removeprefix(self._prefix)):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from lora_files import Q_PROJ, make_config, make_pair, write_adapter
 from safetensors.torch import load_file, save_file
-from tiny_models import CONFIGS, make_tiny_model
+from tiny_models import CONFIGS, CONTEXT, make_tiny_model
 from tiny_training import LETTERS, write_base, write_texts
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from fusionserve.config import EngineConfig
@@ -84,7 +84,26 @@ def test_quantized_checkpoint_is_refused(method: str, quantize: str, tmp_path: P
 def leave_out_a_tensor(base: Path) -> None:
     tensors = load_file(base / WEIGHTS)
     del tensors["model.norm.weight"]
-    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    write_weights(base, tensors)
+
+
+def add_a_bias(base: Path) -> None:
+    add(base, {f"{Q_PROJ}.bias": torch.ones(32)})
+
+
+def add_scales(base: Path) -> None:
+    """As beside weights that some tools quantize and hold in bfloat16."""
+    add(base, {f"{Q_PROJ}.{scale}": torch.ones(()) for scale in ("input_scale", "weight_scale")})
+
+
+def bring_to_float8(base: Path) -> None:
+    """As tools do that write down in a file of their own how they did it."""
+    scaled = load_file(base / WEIGHTS)[f"{Q_PROJ}.weight"].to(torch.float8_e4m3fn)
+    add(base, {f"{Q_PROJ}.weight": scaled, f"{Q_PROJ}.weight_scale": torch.ones(())})
+
+
+def round_to_integers(base: Path) -> None:
+    add(base, {f"{Q_PROJ}.weight": torch.ones(32, 32, dtype=torch.int8)})
 
 
 def widen(base: Path) -> None:
@@ -106,6 +125,10 @@ def pickle(base: Path) -> None:
     [
         (leave_out_a_tensor, "its weight files do not have model.norm.weight"),
         (widen, "another shape than config.json says for model.layers.0.mlp.down_proj.weight and 5 more"),
+        (add_a_bias, f"its weight files have {Q_PROJ}.bias, which the model of config.json does not use"),
+        (add_scales, f"its weight files have {Q_PROJ}.input_scale and 1 more, which the model"),
+        (bring_to_float8, f"{Q_PROJ}.weight is of the type F8_E4M3: this checkpoint is quantized already"),
+        (round_to_integers, f"{Q_PROJ}.weight is of the type I8: this checkpoint is quantized already"),
         (cut_off, ""),
         (pickle, "pickles are not read"),
     ],
@@ -123,6 +146,54 @@ def test_damaged_weights_are_refused_alike_by_server_and_training(
     said = served.value.message.removeprefix(f"cannot load model {base}: ")
     assert reason in said
     assert trained.value.message == f"the base model base cannot be loaded: {said}"
+
+
+def test_scales_of_fused_experts_are_refused(tmp_path: Path) -> None:
+    """In the model these experts are no modules of their own."""
+    make_tiny_model(CONFIGS["mixtral"]()).save_pretrained(tmp_path)
+    scale = "model.layers.0.block_sparse_moe.experts.0.w1.weight_scale"
+    add(tmp_path, {scale: torch.ones(())})
+    with pytest.raises(StartupError, match=r"experts\.0\.w1\.weight_scale, which the model"):
+        load_base_model(config_of(tmp_path))
+
+
+def test_scales_of_a_base_without_a_head_are_refused(tmp_path: Path) -> None:
+    """Its names lack the first part."""
+    config = CONFIGS["gpt2"]()
+    config.tie_word_embeddings = True
+    make_tiny_model(config).transformer.save_pretrained(tmp_path)
+    assert load_base_model(config_of(tmp_path)).modules.is_tied
+    add(tmp_path, {"h.0.attn.c_attn.weight_scale": torch.ones(())})
+    with pytest.raises(StartupError, match=r"have h\.0\.attn\.c_attn\.weight_scale, which the model"):
+        load_base_model(config_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("deepseek_v3", "model.layers.2.self_attn.q_a_proj.weight"),  # drafts tokens
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+        ("gpt_neox", "gpt_neox.layers.0.attention.bias"),
+        ("gpt_oss", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "model.layers.0.self_attn.k_scale"),  # of a cache in fewer bits
+        ("llama", "model.rotary_emb.cos_cached"),
+        ("opt", "model.decoder.version"),
+        ("qwen3_moe", "mtp.layers.0.input_layernorm.weight"),
+    ],
+)
+def test_tensor_that_changes_nothing_is_left_alone(architecture: str, name: str, tmp_path: Path) -> None:
+    """Files of published models have such."""
+    make_tiny_model(CONFIGS[architecture]()).save_pretrained(tmp_path)
+    add(tmp_path, {name: torch.ones(2)})
+    assert load_base_model(config_of(tmp_path)).max_context_tokens == CONTEXT
+
+
+def test_mask_that_is_no_number_is_left_alone(tmp_path: Path) -> None:
+    make_tiny_model(CONFIGS["gpt2"]()).save_pretrained(tmp_path)
+    add(tmp_path, {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)})
+    assert load_base_model(config_of(tmp_path)).max_context_tokens == CONTEXT
 
 
 def test_four_bit_weights_of_another_shape_are_not_trained_on(tmp_path: Path) -> None:
@@ -144,7 +215,7 @@ def test_base_named_by_a_hub_id_has_the_fingerprint_of_its_files(
     (model / "refs" / "main").write_text("a" * 40)
     tensors = load_file(base / WEIGHTS)
     tensors["model.norm.weight"].fill_(1e-9)  # 0 in float16
-    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    write_weights(base, tensors)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     served = load_base_model(EngineConfig(model="someone/tiny", model_name="tiny", num_threads=1))
@@ -186,3 +257,11 @@ def base_of_codes(dtype: torch.dtype) -> BaseModel:
     codes.weight = nn.Parameter(codes.weight.detach().to(dtype), requires_grad=False)
     base.model.get_submodule(Q_PROJ).base = codes
     return base
+
+
+def add(base: Path, tensors: dict[str, Tensor]) -> None:
+    write_weights(base, load_file(base / WEIGHTS) | tensors)
+
+
+def write_weights(base: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
