@@ -27,6 +27,11 @@ def router_paths(model: nn.Module) -> set[str]:
     }
 
 
+def has_experts(model: nn.Module) -> bool:
+    """True for a mixture, whose routers choose which experts a token meets."""
+    return any(_sizes(module) for module in model.modules())
+
+
 def _sizes(mixture: nn.Module) -> list[int]:
     """Among how many experts a module's router chooses, for each kind; LongCat's total has some without weights."""
     experts: list[Any] = [child for child in mixture.children() if type(child).__name__.endswith("Experts")]
