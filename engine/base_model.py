@@ -32,6 +32,7 @@ from fusionserve.engine.decoder_check import make_decoder
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
+from fusionserve.engine.generation_settings import end_tokens, read_generation_settings
 from fusionserve.engine.loading_memory import little_garbage
 from fusionserve.engine.panels import bring_into_panels
 from fusionserve.engine.quantized_base import BITS, check_panels, load_options, settle
@@ -148,6 +149,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens, config.max_batch_tokens)
+    read_generation_settings(directory)
     model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize, device)
     return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)), directory)
 
@@ -187,7 +189,7 @@ def adapt_model(
         token_rows=token_rows,
         logit_rows=logit_rows,
         cache_shapes=fit.cache_shapes,
-        eos_token_ids=_eos_token_ids(model),
+        eos_token_ids=end_tokens(model),
         max_context_tokens=max_context_tokens,
         vocab_size=model.config.get_text_config().vocab_size,
         dtype=base_dtype,
@@ -276,17 +278,6 @@ def _install_adapted_layers(
             cell = logit_rows if module.kind is ModuleKind.LM_HEAD else token_rows
             layer = AdaptedLinear(base, path, pool.rows(path), cell)
         setattr(parent, name, layer)
-
-
-def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None)
-    if eos is None:
-        eos = model.config.get_text_config().eos_token_id
-    if eos is None:
-        return frozenset()
-    vocab = range(model.config.get_text_config().vocab_size)  # an id of no logit is never drawn
-    return frozenset([eos] if isinstance(eos, int) else eos).intersection(vocab)
 
 
 def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:

@@ -127,14 +127,6 @@ def test_decoder_of_an_encoder_decoder_is_refused(family: type[PreTrainedConfig]
     assert refusal(make_config(tmp_path)).reason == "ARCHITECTURE_UNSUPPORTED"
 
 
-def test_end_tokens_beyond_the_vocabulary_are_no_end_tokens(tmp_path: Path) -> None:
-    save_tiny_model("llama", tmp_path)
-    file = tmp_path / "generation_config.json"
-    vocab = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
-    file.write_text(json.dumps({"eos_token_id": [1, vocab - 1, vocab, -1]}))
-    assert load_base_model(make_config(tmp_path)).eos_token_ids == {1, vocab - 1}
-
-
 @pytest.mark.parametrize(("floor_scale", "is_served"), [(CONTEXT, False), (8192, True)])
 def test_temperature_that_depends_on_the_place_in_a_batch_is_refused(
     floor_scale: int, is_served: bool, tmp_path: Path
