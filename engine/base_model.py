@@ -32,7 +32,7 @@ from fusionserve.engine.decoder_check import make_decoder
 from fusionserve.engine.decoder_model import DecoderModel
 from fusionserve.engine.device import find_device
 from fusionserve.engine.fit_check import CacheShape, check_fit
-from fusionserve.engine.generation_settings import end_tokens, read_generation_settings
+from fusionserve.engine.generation_settings import end_tokens, read_generation_settings, tell_of_unapplied
 from fusionserve.engine.loading_memory import little_garbage
 from fusionserve.engine.panels import bring_into_panels
 from fusionserve.engine.quantized_base import BITS, check_panels, load_options, settle
@@ -149,7 +149,7 @@ def load_base_model(config: EngineConfig) -> BaseModel:
     model_config = _read_config(directory)
     max_context_tokens = _max_context(model_config, config.max_context_tokens)
     check_config(model_config, max_context_tokens, config.max_batch_tokens)
-    read_generation_settings(directory)
+    tell_of_unapplied(read_generation_settings(directory))
     model = _read_weights(directory, model_config, _DTYPES[config.dtype], config.quantize, device)
     return adapt_model(model, config, Tokenizer(_read_tokenizer(directory)), directory)
 

@@ -1,16 +1,51 @@
-"""What a model's `generation_config.json` says: which tokens end an answer."""
+"""What a model's `generation_config.json` says: which tokens end an answer, and what requests say themselves."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers import PreTrainedModel
 
 from fusionserve.errors import StartupError
 
 _FILE = "generation_config.json"
+# What generates as a request does that says nothing; null always does.
+_NEUTRAL: Mapping[str, object] = MappingProxyType(
+    {
+        "bad_words_ids": [],
+        "begin_suppress_tokens": [],
+        "do_sample": True,
+        "encoder_repetition_penalty": 1,
+        "epsilon_cutoff": 0,
+        "eta_cutoff": 0,
+        "exponential_decay_length_penalty": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "guidance_scale": 1,
+        "max_new_tokens": None,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "min_p": 0,
+        "no_repeat_ngram_size": 0,
+        "num_beams": 1,
+        "penalty_alpha": 0,
+        "repetition_penalty": 1,
+        "sequence_bias": [],
+        "stop_strings": [],
+        "suppress_tokens": [],
+        "temperature": 1,
+        "top_h": None,
+        "top_k": 0,
+        "top_p": 1,
+        "typical_p": 1,
+    }
+)
+
+logger = logging.getLogger(__name__)
 
 
 def read_generation_settings(directory: Path) -> Mapping[str, object]:
@@ -28,6 +63,17 @@ def read_generation_settings(directory: Path) -> Mapping[str, object]:
     if not isinstance(settings, dict):
         raise _unusable(f"cannot load model {directory}: its {_FILE} is not a JSON object")
     return settings
+
+
+def tell_of_unapplied(settings: Mapping[str, object]) -> None:
+    """Logs which settings would change what is generated: requests have the API's defaults, not a model's."""
+    unapplied = [
+        f"{name} {value}" if isinstance(value, int | float) else name
+        for name, value in sorted(settings.items())
+        if name in _NEUTRAL and value is not None and value != _NEUTRAL[name]
+    ]
+    if unapplied:
+        logger.info("%s: not applied, requests may say so themselves: %s", _FILE, ", ".join(unapplied))
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

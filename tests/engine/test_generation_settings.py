@@ -1,8 +1,9 @@
-"""Of a model's generation_config.json the end tokens are heeded."""
+"""Of a model's generation_config.json the end tokens are heeded, and what else it says is told of."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,19 @@ def test_file_that_is_no_object_is_refused(text: str, llama: Path) -> None:
     with pytest.raises(StartupError, match=r"its generation_config\.json is not ") as caught:
         load_as_it_is(llama)
     assert caught.value.reason == "MODEL_UNUSABLE"
+
+
+def test_settings_that_are_not_applied_are_told_of_in_one_line(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="fusionserve")
+    neutral = {"do_sample": True, "repetition_penalty": 1.0, "min_p": None, "bos_token_id": 0}
+    load(llama, {**neutral, "top_p": 0.9, "temperature": 0.6, "suppress_tokens": [3, 4]})
+    (line,) = [record.getMessage() for record in caplog.records if FILE in record.getMessage()]
+    assert line.endswith("themselves: suppress_tokens, temperature 0.6, top_p 0.9")
+
+
+def test_settings_that_change_nothing_are_not_told_of(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="fusionserve")
+    load(llama, {"do_sample": True, "temperature": 1.0, "top_k": 0, "eos_token_id": 1})
+    assert FILE not in caplog.text
