@@ -27,6 +27,7 @@ from fusionserve.adapters.row_plan import EMPTY_PLAN, PlanCell, RowPlan
 from fusionserve.adapters.weight_bytes import weight_bytes
 from fusionserve.config import MEBIBYTE, EngineConfig
 from fusionserve.engine.attention import AttentionBatch, attending_to
+from fusionserve.engine.cache_need import cache_bytes_per_token, check_context_fits, largest_budget
 from fusionserve.engine.config_check import check_config
 from fusionserve.engine.decoder_check import make_decoder
 from fusionserve.engine.decoder_model import DecoderModel
@@ -169,9 +170,14 @@ def adapt_model(
     max_context_tokens = _max_context(model.config, config.max_context_tokens)
     modules = describe_base_modules(model, model_name=config.model_name, directory=directory)
     fit = check_fit(model, modules, max_context_tokens)
-    base_dtype: torch.dtype = (
-        model.dtype
-    )  # asked before scales, with a type of their own, are among its parameters
+    # Asked before scales, with a type of their own, are among its parameters.
+    base_dtype: torch.dtype = model.dtype
+    check_context_fits(
+        max_context_tokens,
+        cache_bytes_per_token(fit.cache_shapes, base_dtype),
+        block_size=config.block_size,
+        budget_bytes=largest_budget(config, device),
+    )
     pool = AdapterPool(fit.modules, config.adapter_pool_ranks, dtype=base_dtype, device=device)
     token_rows, logit_rows = PlanCell(), PlanCell()
     num_panels = bring_into_panels(model, fit.modules, bits, device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fusionserve.config import MEBIBYTE, EngineConfig
+from fusionserve.config import EngineConfig
 from fusionserve.engine.base_model import BaseModel
+from fusionserve.engine.cache_need import largest_budget
 
-_HOST_BYTES = 512 * MEBIBYTE
 _PART_OF_FREE = 0.9  # the rest is for graphs, libraries and what lies in holes
 _WIDE_ROWS = 8  # that a token has in a layer, as wide as the widest module, some of them in float32
 _DRAW_BYTES = 40  # of a logit while a token is drawn: in the model's type, float32 and float64
@@ -16,14 +16,11 @@ _ITEM_BYTES = 32 << 10  # of a token's items, if it is a fusion's
 
 def cache_budget(config: EngineConfig, base: BaseModel) -> int:
     """The bytes of the configuration; by default 512 MiB of the host, or most of what a GPU has free by now."""
-    if config.kv_cache_bytes is not None:
-        return config.kv_cache_bytes
-    if base.device.type != "cuda":
-        return _HOST_BYTES
-    torch.cuda.empty_cache()  # loading leaves some
-    free, _ = torch.cuda.mem_get_info(base.device)
+    largest = largest_budget(config, base.device)
+    if config.kv_cache_bytes is not None or base.device.type != "cuda":
+        return largest
     taken = pool_bytes(base, config.adapter_pool_ranks) + step_bytes(config, base)
-    return max(0, int(free * _PART_OF_FREE) - taken)
+    return max(0, int(largest * _PART_OF_FREE) - taken)
 
 
 def pool_bytes(base: BaseModel, num_ranks: int) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusionserve import metrics
 from fusionserve.adapters.pool_ledger import WriteRows
@@ -15,8 +15,8 @@ from fusionserve.adapters.row_plan import RowPlan
 from fusionserve.engine.attention import AttentionBatch
 from fusionserve.engine.base_model import BaseModel
 from fusionserve.engine.cache_memory import CacheMemory
+from fusionserve.engine.cache_need import cache_bytes_per_token, check_context_fits
 from fusionserve.engine.chunk_result import ChunkResult
-from fusionserve.engine.fit_check import CacheShape
 from fusionserve.engine.fused_chunks import (
     ChunkRange,
     FusedChunks,
@@ -29,7 +29,6 @@ from fusionserve.engine.logit_rows import LogitRows, plan_logit_rows, sampler_ro
 from fusionserve.engine.row_planner import RowPlanner, adapted_tokens, whole_modules
 from fusionserve.engine.sampler import choose
 from fusionserve.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
-from fusionserve.errors import StartupError
 from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.huge_pages import HugePages
 from fusionserve.kernels.index_tensor import index_tensor
@@ -189,25 +188,15 @@ class ModelRunner:
         return index_tensor(values, self._like.device)
 
 
-def cache_bytes_per_token(shapes: Mapping[nn.Module, CacheShape], dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes in all layers."""
-    return sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes.values()) * dtype.itemsize
-
-
 def num_cache_blocks(base: BaseModel, *, block_size: int, budget_bytes: int, max_requests: int) -> int:
     """Blocks that fit the budget, and no more than `max_requests` full contexts could use.
 
     Raises StartupError if not even one full context fits.
     """
-    block_bytes = cache_bytes_per_token(base.cache_shapes, base.dtype) * block_size
-    per_context = -(-base.max_context_tokens // block_size)
-    if budget_bytes < block_bytes * per_context:
-        raise StartupError(
-            f"the KV cache needs {block_bytes * per_context >> 20} MiB for one context of {base.max_context_tokens} "
-            "tokens: give it more, or limit the context",
-            reason="KV_CACHE_TOO_SMALL",
-        )
-    return min(budget_bytes // block_bytes, per_context * max_requests)
+    per_token, max_tokens = cache_bytes_per_token(base.cache_shapes, base.dtype), base.max_context_tokens
+    check_context_fits(max_tokens, per_token, block_size=block_size, budget_bytes=budget_bytes)
+    per_context = -(-max_tokens // block_size)
+    return min(budget_bytes // (per_token * block_size), per_context * max_requests)
 
 
 def _batch_order(chunk: ScheduledChunk) -> tuple[int, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import BaseModel, load_base_model
-from fusionserve.engine.model_runner import cache_bytes_per_token
+from fusionserve.engine.cache_need import cache_bytes_per_token
 from fusionserve.generation import (
     GenerateParams,
     GenerationFinished,

@@ -82,6 +82,21 @@ def test_angles_are_those_that_the_model_computes(name: str, tmp_path: Path) -> 
             assert torch.equal(mine, halves[0].float())
 
 
+def test_angles_of_a_long_context_are_computed_piece_by_piece(tmp_path: Path) -> None:
+    """What the model computes in between is several times the table."""
+    config = AutoConfig.from_pretrained(save_tiny_model("llama", tmp_path))
+    embedding = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).base_model.rotary_emb
+    pieces: list[int] = []
+    embedding.register_forward_hook(lambda _, __, output: pieces.append(output[0].shape[1]))
+    form = RotaryForm(layer_type="", by_neighbours=False, has_neighbours=False)
+    table = RotaryTable(embedding, 9000, torch.bfloat16, form, torch.device("cpu"))
+    assert max(pieces) <= 4096
+    positions = torch.tensor([0, 4095, 4096, 8191, 8192, 8999])
+    expected = embedding(torch.empty(0, dtype=torch.bfloat16), position_ids=positions[None])
+    for mine, theirs in zip(table.angles(positions)[:2], expected, strict=True):
+        assert torch.equal(mine, theirs[0].float())
+
+
 @needs_packing
 @pytest.mark.parametrize("is_native", [True, False])
 async def test_layers_that_one_call_has_computed_are_not_called(

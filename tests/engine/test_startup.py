@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 from tiny_models import CONFIGS, CONTEXT, make_tiny_model, save_tiny_model
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -36,6 +38,7 @@ from fusionserve.config import EngineConfig
 from fusionserve.engine.async_engine import AsyncEngine
 from fusionserve.engine.base_model import load_base_model
 from fusionserve.engine.device import find_device
+from fusionserve.engine.rotary_table import RotaryTable
 from fusionserve.errors import PreconditionError, StartupError
 from fusionserve.generation import (
     GenerateParams,
@@ -299,6 +302,28 @@ def test_cache_smaller_than_a_context_is_refused(llama: Path) -> None:
     with pytest.raises(StartupError, match="one context of 96 tokens") as caught:
         AsyncEngine.load(config, AdapterLabels(8))
     assert caught.value.reason == "KV_CACHE_TOO_SMALL"
+
+
+def test_context_without_room_is_refused_before_its_angles_are_computed(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number in config.json would take the host's memory."""
+    lengths: list[int] = []
+    make = RotaryTable.__init__
+
+    def note(table: RotaryTable, embedding: nn.Module, max_positions: int, *rest: Any) -> None:
+        lengths.append(max_positions)
+        make(table, embedding, min(max_positions, CONTEXT), *rest)
+
+    monkeypatch.setattr(RotaryTable, "__init__", note)
+    load_base_model(make_config(llama))
+    assert lengths == [CONTEXT]
+    change_config(llama, max_position_embeddings=10**9)
+    for num_bytes in (None, 1 << 20):
+        error = refusal(replace(make_config(llama), kv_cache_bytes=num_bytes))
+        assert error.reason == "KV_CACHE_TOO_SMALL"
+        assert "for one context of 1000000000 tokens" in error.message
+    assert lengths == [CONTEXT]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is one")
