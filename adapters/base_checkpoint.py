@@ -43,6 +43,7 @@ def read_checkpoint(
         raise ValueError("the directory has no .safetensors files (pickles are not read)")
     check_no_adapter_beside(directory)
     _check_no_codes(StoredWeights(directory).dtypes())
+    config.return_dict = True  # whatever the file says: outputs are read by their names
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,

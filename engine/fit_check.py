@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fusionserve.adapters.base_checkpoint import one_line
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.module_calls import ModuleCalls
 from fusionserve.adapters.routers import has_experts
@@ -183,11 +184,11 @@ def _run_packed(model: PreTrainedModel, prompts: list[Tensor], batch: _Recording
 
 
 def _run(model: PreTrainedModel, why_not: str, **inputs: object) -> Tensor:
-    """Logits [tokens, vocab] of one row; `why_not` is the reason given if the model's code fails."""
+    """Logits [tokens, vocab] of one row; `why_not` is the reason given, with its own, if the model's code fails."""
     try:
         logits: Tensor = model(**inputs, use_cache=False).logits
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
-        raise _unsupported(model, why_not) from error
+        raise _unsupported(model, f"{why_not}: {one_line(error)}") from error
     return logits[0]
 
 

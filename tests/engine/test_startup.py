@@ -167,7 +167,13 @@ def test_model_that_fails_by_itself_is_refused(tmp_path: Path) -> None:
     config = Qwen2MoeConfig(**_SIZES, num_experts=2, num_experts_per_tok=4)
     make_tiny_model(config).save_pretrained(tmp_path)
     error = refusal(make_config(tmp_path))
-    assert error.message.endswith("Qwen2MoeForCausalLM cannot be served: it fails on a short prompt")
+    why = "Qwen2MoeForCausalLM cannot be served: it fails on a short prompt: selected index k out of range"
+    assert error.message.endswith(why)
+
+
+def test_model_that_would_return_tuples_is_served(llama: Path) -> None:
+    change_config(llama, return_dict=False)
+    assert load_base_model(make_config(llama)).max_context_tokens == CONTEXT
 
 
 def test_encoder_decoder_is_refused(tmp_path: Path) -> None:
