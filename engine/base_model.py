@@ -52,6 +52,7 @@ _DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
 }
 _DEFAULT_CONTEXT = 2048  # for a checkpoint that states no limit
+_MIN_CONTEXT = 2  # a token of a prompt, and one generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +288,14 @@ def _install_adapted_layers(
 
 
 def _max_context(model_config: PreTrainedConfig, wanted: int | None) -> int:
-    own = getattr(model_config.get_text_config(), "max_position_embeddings", None) or _DEFAULT_CONTEXT
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if own is None:
+        own = _DEFAULT_CONTEXT
+    if own < _MIN_CONTEXT:
+        raise StartupError(
+            f"its max_position_embeddings is {own}, and a request has {_MIN_CONTEXT} tokens at least",
+            reason="MODEL_UNUSABLE",
+        )
     if wanted is not None and wanted > own:
         raise StartupError(
             f"a context of {wanted} tokens is more than the model's {own}", reason="CONTEXT_TOO_LONG"

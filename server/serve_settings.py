@@ -75,7 +75,7 @@ ENGINE_SETTINGS: Mapping[str, Setting] = {
     **_engine(
         "max_context_tokens",
         "max-context-tokens",
-        integer(1),
+        integer(2),
         "most tokens of prompt and output",
         "the model's",
     ),

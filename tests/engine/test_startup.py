@@ -228,6 +228,14 @@ def test_unusable_config_is_refused_by_name(changes: dict[str, object], reason: 
     assert reason in error.message
 
 
+@pytest.mark.parametrize("num_positions", [-1, 0, 1])
+def test_context_without_room_for_an_answer_is_refused(num_positions: int, llama: Path) -> None:
+    change_config(llama, max_position_embeddings=num_positions)
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert f"max_position_embeddings is {num_positions}" in error.message
+
+
 def test_config_that_is_not_json_is_refused(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     assert "not a valid JSON file" in refusal(make_config(llama)).message
