@@ -9,6 +9,7 @@
 
 #include "attention.h"
 
+#include "attention_pieces.h"
 #include "attention_registers.h"
 #include "attention_stretch.h"
 #include "attention_tiles.h"
@@ -19,8 +20,6 @@
 #include <algorithm>
 #include <type_traits>
 #include <vector>
-
-constexpr Index TOKENS_TOGETHER = 16;
 
 static inline Index tiles_per_block(const Attention& a) { return (a.block_size + TILE - 1) / TILE; }
 
@@ -42,10 +41,6 @@ static inline Stretch make_stretch(const Attention& a, Index token, Index first,
     }
     stretch.is_whole = stretch.num_tiles == STRETCH_TILES && a.block_size % TILE == 0;
     return stretch;
-}
-
-static inline Index first_position(const Attention& a, Index token) {
-    return a.window > 0 ? std::max<Index>(0, a.lengths[token] - a.window) : 0;
 }
 
 // How a cache lies, and what multiplies what it holds.
@@ -95,11 +90,6 @@ static inline void attend_stretch(const Attention& a, const Stretch& stretch, co
     for (int q = 0; q < QUERIES; ++q) shrinks[q] = weigh(a, stretch, queries[q], scores[q]);
     values.template add<QUERIES>(scores, shrinks, stretch.num_tiles, sums);
 }
-
-// Tokens [first, first + count) of one request, and the key-value heads [first_head, last_head).
-struct Item {
-    Index first, count, first_head, last_head;
-};
 
 // Sets the queries of a key-value head that attend to something in the stretch; returns how many there are.
 template <typename Number>
@@ -233,30 +223,15 @@ static void attend_item(const Attention& a, const Item& item, const Item* follow
     write_outputs<typename Cache::Number>(a, item, space.heads);
 }
 
-// Neighbouring tokens of a request are one piece of work for each key-value head; a token alone is one for all of them,
-// unless there are too few of those for the threads. A piece ends where a tile of its newest token does: its tokens meet
-// each other's values, by weights of nought if need be, and what is not finite may not reach an earlier block so.
 template <typename Cache>
 static void attend_in(const Attention& a) {
-    thread_local std::vector<Item> kept;
-    std::vector<Item>& items = kept;
-    items.clear();
-    const bool is_whole = a.are_single && a.num_tokens >= 4 * num_threads();
-    for (Index first = 0, count; first < a.num_tokens; first += count) {
-        count = 1;
-        while (count < TOKENS_TOGETHER && first + count < a.num_tokens &&
-               a.block_starts[first + count] == a.block_starts[first] &&
-               a.lengths[first + count - 1] % a.block_size % TILE != 0)
-            ++count;
-        if (is_whole)
-            items.push_back({first, count, 0, a.num_kv_heads});
-        else
-            for (Index head = 0; head < a.num_kv_heads; ++head) items.push_back({first, count, head, head + 1});
-    }
-    const Index count = items.size(), in_a_row = is_whole ? std::max<Index>(count / (4 * num_threads()), 1) : 1;
-    parallel((count + in_a_row - 1) / in_a_row, [&](Index row) {
-        const Index end = std::min(count, (row + 1) * in_a_row);
-        for (Index item = row * in_a_row; item < end; ++item)
+    thread_local Pieces kept;
+    Pieces& pieces = kept;
+    share_out(a, pieces);
+    const std::vector<Item>& items = pieces.items;
+    parallel(pieces.count(), [&](Index piece) {
+        const Index end = pieces.end(piece), count = items.size();
+        for (Index item = pieces.starts[piece]; item < end; ++item)
             attend_item<Cache>(a, items[item], item + 1 < count ? &items[item + 1] : nullptr);
     });
 }
@@ -283,4 +258,20 @@ extern "C" {
 void attend_f32(const Attention* attention) { attend<float>(*attention); }
 void attend_bf16(const Attention* attention) { attend<BFloat16>(*attention); }
 void attend_f16(const Attention* attention) { attend<Float16>(*attention); }
+
+// The most positions, of a key-value head each, that one piece of work attends to from single tokens of their requests.
+Index longest_attention_piece(const Attention* attention) {
+    Pieces pieces;
+    share_out(*attention, pieces);
+    Index longest = 0;
+    for (Index piece = 0; piece < pieces.count(); ++piece) {
+        Index positions = 0;
+        for (Index i = pieces.starts[piece]; i < pieces.end(piece); ++i) {
+            const Item& item = pieces.items[i];
+            positions += num_positions(*attention, item.first) * (item.last_head - item.first_head);
+        }
+        longest = std::max(longest, positions);
+    }
+    return longest;
+}
 }
