@@ -1,8 +1,8 @@
 // How the work of attention is shared out among the threads. What a token gets does not depend on it.
 //
-// The only token of a request is one item for all key-value heads, so that the cache is read as it lies, and neighbouring
-// requests are one piece of work, up to about a share: a quarter of what a thread has to read. A request longer than a share
-// would be waited for, so it is a piece for each key-value head, and these come first.
+// The only token of a request is one item for all key-value heads, so that the cache is read as it lies, and
+// neighbouring requests are one piece of work, up to about a share: a quarter of what a thread has to read. A request
+// longer than a share would be waited for, so it is a piece for each key-value head, and these come first.
 #pragma once
 
 #include "attention.h"
@@ -42,10 +42,12 @@ static inline Index first_position(const Attention& a, Index token) {
     return a.window > 0 ? std::max<Index>(0, a.lengths[token] - a.window) : 0;
 }
 
-static inline Index num_positions(const Attention& a, Index token) { return a.lengths[token] - first_position(a, token); }
+static inline Index num_positions(const Attention& a, Index token) {
+    return a.lengths[token] - first_position(a, token);
+}
 
-// Tokens that are alone in their requests. A piece of several reads two shares at most: the middles of all that are in it lie
-// in the same one.
+// Tokens that are alone in their requests. A piece of several reads two shares at most: the middles of all that are in
+// it lie in the same one.
 static void share_requests(const Attention& a, Pieces& pieces) {
     Index total = 0;
     for (Index token = 0; token < a.num_tokens; ++token) total += num_positions(a, token);
@@ -64,8 +66,9 @@ static void share_requests(const Attention& a, Pieces& pieces) {
     }
 }
 
-// Neighbouring tokens of a request are a piece for each key-value head. It ends where a tile of its newest token does: its
-// tokens meet each other's values, by weights of nought if need be, and what is not finite may not reach an earlier block so.
+// Neighbouring tokens of a request are a piece for each key-value head. It ends where a tile of its newest token does:
+// its tokens meet each other's values, by weights of nought if need be, and what is not finite may not reach an earlier
+// block so.
 static void share_chunks(const Attention& a, Pieces& pieces) {
     for (Index first = 0, count; first < a.num_tokens; first += count) {
         count = 1;
