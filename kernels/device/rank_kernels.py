@@ -74,7 +74,8 @@ def shrink_kernel(
             bias = pick(place, bias_0, bias_1, bias_2) + row_start + lanes
             sums += tl.load(bias, mask=rows_here, other=0.0).to(tl.float32)[None, :]
         block = u + ((place * SPLITS + split) * num_items + item) * 256
-        tl.store(block + lanes[:, None] * 16 + lanes[None, :], sums)
+        mask = here[:, None] & rows_here[None, :]  # nobody reads the rest
+        tl.store(block + lanes[:, None] * 16 + lanes[None, :], sums, mask=mask)
 
 
 @triton.jit
@@ -89,9 +90,10 @@ def shrink_ids_kernel(
     here, rows_here = lanes < num_tokens, lanes < num_rows
     columns = tl.load(ids + token_start + lanes, mask=here, other=0)
     addresses = rows + (row_start + lanes).to(tl.int64)[None, :] * vocab + columns[:, None]
-    found = tl.load(addresses, mask=here[:, None] & rows_here[None, :], other=0.0).to(tl.float32)
+    mask = here[:, None] & rows_here[None, :]
+    found = tl.load(addresses, mask=mask, other=0.0).to(tl.float32)
     found += tl.load(bias + row_start + lanes, mask=rows_here, other=0.0).to(tl.float32)[None, :]
-    tl.store(u + item * 256 + lanes[:, None] * 16 + lanes[None, :], found)
+    tl.store(u + item * 256 + lanes[:, None] * 16 + lanes[None, :], found, mask=mask)
 
 
 @triton.jit
@@ -102,22 +104,24 @@ def _weighted(
     attended: tl.tensor,
     item: tl.tensor,
     place: tl.tensor,
+    here: tl.tensor,
+    rows_here: tl.tensor,
     scale: tl.tensor,
     num_items: tl.tensor,
     SPLITS: tl.constexpr,
 ) -> tl.tensor:
-    """c u of an item, [16, 16]: exactly zero where the coefficient is, whatever u is."""
+    """c u of an item, [16, 16]: exactly zero where the coefficient is, whatever u is, and where no token or row is."""
     lanes = tl.arange(0, 16)
     cells = item * 256 + lanes[:, None] * 16 + lanes[None, :]
+    # Of the 16 tokens a decoding step has one or two, and behind them and the last row lies what an earlier step left.
+    inside = here[:, None] & rows_here[None, :]
     shrunk = tl.zeros((16, 16), tl.float32)
     for split in range(SPLITS):
-        shrunk += tl.load(u + (place * SPLITS + split) * num_items * 256 + cells)
+        shrunk += tl.load(u + (place * SPLITS + split) * num_items * 256 + cells, mask=inside, other=0.0)
     if tl.load(items + item * 6 + 4) >= 0:
-        # Behind the last row lies what an earlier step left, which 0 u does not make 0 if it is not finite.
-        inside = (lanes[None, :] < tl.load(items + item * 6 + 3)) & (lanes[:, None] >= 0)
         coefficients = tl.load(attended + place * num_items * 256 + cells, mask=inside, other=0.0)
     else:
-        coefficients = tl.load(given + cells)
+        coefficients = tl.load(given + cells, mask=inside, other=0.0)
     return tl.where(coefficients != 0, shrunk * coefficients * scale, 0.0)
 
 
@@ -152,6 +156,7 @@ def expand_kernel(
     d_out = pick(place, d_out_0, d_out_1, d_out_2)
     if (num_tokens > 0) & (tl.program_id(1) * BLOCK_N < d_out):
         lanes = tl.arange(0, 16)
+        here = lanes < num_tokens
         outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (outputs < d_out)[None, :]
         b_rows = pick(place, rows_0, rows_1, rows_2) + outputs[None, :]
@@ -159,13 +164,16 @@ def expand_kernel(
         for item in range(tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)):
             row_start, num_rows = tl.load(items + item * 6 + 2), tl.load(items + item * 6 + 3)
             addresses = b_rows + (row_start + lanes).to(tl.int64)[:, None] * d_out
-            rows = tl.load(addresses, mask=(lanes < num_rows)[:, None] & inside, other=0.0)
+            rows_here = lanes < num_rows
+            rows = tl.load(addresses, mask=rows_here[:, None] & inside, other=0.0)
             if WIDE_DOT:
                 rows = rows.to(tl.float32)
-            weighted = _weighted(u, items, given, attended, item, place, scale, num_items, SPLITS)
+            weighted = _weighted(
+                u, items, given, attended, item, place, here, rows_here, scale, num_items, SPLITS
+            )
             sums = tl.dot(weighted.to(rows.dtype), rows, sums, input_precision="ieee")
         y = pick(place, y_0, y_1, y_2)
         y += (token_start + lanes).to(tl.int64)[:, None] * d_out + outputs[None, :]
-        here = (lanes < num_tokens)[:, None] & inside
-        before = tl.load(y, mask=here, other=0.0)
-        tl.store(y, (before.to(tl.float32) + sums).to(before.dtype), mask=here)
+        mask = here[:, None] & inside
+        before = tl.load(y, mask=mask, other=0.0)
+        tl.store(y, (before.to(tl.float32) + sums).to(before.dtype), mask=mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fusionserve.adapters.fusion_rows import FusionModule, FusionRows
 from fusionserve.adapters.rank_tables import make_tables
 from fusionserve.adapters.row_plan import AdaptedTokens, RowRange
 from fusionserve.kernels.device.group_parts import GroupParts
-from fusionserve.kernels.device.rank_items import RankItems, RankTables
+from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables, num_splits
 from fusionserve.kernels.low_rank import reference_delta
 from fusionserve.kernels.segments import PartRows
 
@@ -131,6 +131,31 @@ def test_zero_coefficient_means_zero_whatever_the_input() -> None:
     rank_items(make_tables(adapted, [], {"a": 0, "b": 1, "c": 2}), x).add_(x, GroupParts([part], [0]), [y])
     assert not y[0].any()
     assert not y[1].isfinite().any()
+
+
+def test_cells_of_no_token_or_row_are_neither_written_nor_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step has one or two tokens in an item for sixteen: the rest would be most of what is read."""
+    part = make_part(1100, 40, torch.float32, bias=True)
+    x = make((NUM_TOKENS, 1100), torch.float32, 0)
+    tables = make_tables(adapted_tokens(), [], {"a": 0, "b": 1, "c": 2})
+    cells = used_cells(tables)
+    scratches, results = [], []
+    for rest in (0.0, float("nan")):
+        items = rank_items(replace(tables, given=tables.given.masked_fill(~cells, rest)), x)
+        scratch = torch.full_like(items._scratch(num_splits(1100)), rest)
+        monkeypatch.setattr(items, "_scratch", lambda num_sums, scratch=scratch: scratch)
+        y = torch.zeros(NUM_TOKENS, 40, device=DEVICE)
+        items.add_(x, GroupParts([part], [0]), [y])
+        scratches.append(scratch)
+        results.append(y)
+    assert results[0].any() and torch.equal(*results)
+    assert torch.equal(scratches[1].isnan().cpu(), (~cells).expand(scratches[1].shape))
+
+
+def used_cells(tables: RankTables) -> Tensor:
+    """Where an item has both a token and a rank row, [num_items, 16, 16]."""
+    tokens, rows = (tables.items[:, column, None] > torch.arange(BLOCK) for column in (1, 3))
+    return tokens[:, :, None] & rows[:, None, :]
 
 
 def test_embedded_tokens_equal_the_definition() -> None:
