@@ -79,9 +79,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self, max_requests: int) -> None:
-        """Records the steps of up to so many requests without adapters, on a GPU."""
+        """Records the steps of up to so many requests without adapters, on a GPU, and compiles adapters' kernels."""
         if self._graphs is not None and self._base.device.type == "cuda":
             self._graphs.record_base(max_requests)
+            self._compile_adapter_kernels()
+
+    def _compile_adapter_kernels(self) -> None:
+        from fusionserve.engine.kernel_warm_up import launch_adapter_kernels
+
+        assert self._device_planner is not None
+        launch_adapter_kernels(self._base, self._device_planner)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[ChunkResult]:
