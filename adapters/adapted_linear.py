@@ -20,6 +20,7 @@ from fusionserve.adapters.fused_tokens import FusedSegment
 from fusionserve.adapters.pool import ModuleRows
 from fusionserve.adapters.row_plan import PlanCell, RowPlan, SegmentPlan
 from fusionserve.kernels.device.group_parts import GroupParts
+from fusionserve.kernels.device.triton_use import uses_triton
 from fusionserve.kernels.linear_product import LinearProduct
 from fusionserve.kernels.low_rank import weigh_
 from fusionserve.kernels.projections import project
@@ -86,17 +87,25 @@ class Projections:
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + y for a group of one, x [num_tokens, d_in]; residual [num_tokens, d_out] may be written to."""
         plan = self.cell.plan
-        if self.product is None:
+        if self.product is None and not self._is_plain_on_device(x):
             return residual + self(x)[0]
         # What scales or replaces an output must have it apart, rounded; other tokens' bits do not depend on them.
         whole = [tokens for tokens in plan.whole_modules if tokens.changes(self.modules[0].path)]
         apart = residual + self(x)[0] if whole else residual
-        self._multiply(self.product, x, [residual], plan, add=True)
+        if self.product is None:
+            residual.addmm_(x, self.modules[0].weight.t())
+        else:
+            self._multiply(self.product, x, [residual], plan, add=True)
         if not plan.is_empty:
             self._adapt_(x, [residual], plan)
         for tokens in whole:
             residual[tokens.start : tokens.end] = apart[tokens.start : tokens.end]
         return residual
+
+    def _is_plain_on_device(self, x: Tensor) -> bool:
+        """True if a GPU's library adds the product to a residual in one launch, rounding once for twice."""
+        base = self.modules[0].base
+        return type(base) is nn.Linear and base.bias is None and uses_triton(x.device)
 
     def _multiply(
         self, product: LinearProduct, x: Tensor, outputs: Sequence[Tensor], plan: RowPlan, *, add: bool

@@ -2,7 +2,8 @@
 
 Where native kernels do all of it, all layers are one call (`layer_stack.py`). Else queries, keys and values are one
 product, gate and up another, and a residual is added by the product before it. That is also how adapters are served
-that say more than rank rows in segments.
+that say more than rank rows in segments. On a GPU one product is for weights of 8 or 4 bits; others have one for each
+module.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -97,10 +97,17 @@ class DeviceBatch:
 
     queries: DeviceQueries
     new_slots: Tensor
+    _outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def attend(self, query: Tensor, cache: LayerCache, options: AttentionOptions) -> Tensor:
-        """query [num_tokens, heads, dim] over one layer's cache -> [num_tokens, heads, value_dim]."""
-        output = query.new_zeros(query.shape[0], query.shape[1], cache.values.shape[-1])
+        """query [num_tokens, heads, dim] over one layer's cache -> [num_tokens, heads, value_dim], zeros for nobody.
+
+        In memory that the next layer overwrites, so that the pass clears the rows of nobody once.
+        """
+        heads = query.shape[1], cache.values.shape[-1]
+        if heads not in self._outputs:
+            self._outputs[heads] = query.new_zeros(len(query), *heads)
+        output = self._outputs[heads]
         self.queries.attend_(query, cache.keys, cache.values, options, output)
         return output
 

@@ -10,7 +10,15 @@ from device_kernels import DEVICE
 from paged_sequences import make_sequences, with_sinks
 from torch import Tensor
 
-from fusionserve.kernels.device.paged_launch import attend_, chunk_tokens, make_query_tables
+from fusionserve.kernels.device.paged_launch import (
+    DeviceBatch,
+    DeviceQueries,
+    QueryTables,
+    attend_,
+    chunk_tokens,
+    make_query_tables,
+)
+from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_attention import AttentionOptions, reference_attention
 from fusionserve.kernels.paged_batch import slots_of_blocks
 from fusionserve.kernels.paged_sequence import PackedSequence
@@ -137,3 +145,17 @@ def test_tokens_in_no_tile_are_left_as_they_are() -> None:
     output = torch.full((1, 4, 16), 7.0, device=DEVICE)
     attend_(query, keys, values, tables.to(DEVICE), 16, OPTIONS["plain"], output)
     assert (output == 7.0).all()
+
+
+def test_rows_of_nobody_are_cleared_once_for_all_layers() -> None:
+    sequences = make_sequences(((5, 1),), 16)
+    query, *layer = attended(sequences, (4, 2, 16, 16), torch.float32, 16)
+    singles = make_query_tables(sequences, 1, 4).to(DEVICE)
+    nothing = QueryTables(singles.tiles[:0], singles.blocks[:0], 1)
+    batch = DeviceBatch(DeviceQueries(singles, nothing, 16), torch.zeros(2, dtype=torch.long, device=DEVICE))
+    query = query.expand(2, -1, -1).contiguous()
+    first = batch.attend(query, LayerCache(*layer), OPTIONS["plain"]).clone()
+    second = batch.attend(query, LayerCache(*(-each for each in layer)), OPTIONS["plain"])
+    again = batch.attend(query, LayerCache(*layer), OPTIONS["plain"])
+    assert second.data_ptr() == again.data_ptr()
+    assert torch.equal(again, first) and again[0].any() and not again[1].any()
