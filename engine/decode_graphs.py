@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from fusionserve.adapters.fused_tokens import FusedRange
@@ -24,6 +25,7 @@ from fusionserve.engine.device_plan import DevicePlanner
 from fusionserve.engine.graph_recorder import GraphRecorder, RecordError
 from fusionserve.kernels.device.paged_launch import DeviceBatch, DeviceQueries, QueryTables, make_query_tables
 from fusionserve.kernels.device.rank_items import RankItems, RankTables
+from fusionserve.kernels.device.table_image import TableImage
 from fusionserve.kernels.device.triton_use import num_lanes
 from fusionserve.kernels.layer_cache import LayerCache
 from fusionserve.kernels.paged_sequence import PackedSequence
@@ -87,7 +89,7 @@ class DecodeGraphs:
         trash_block: int,
     ) -> None:
         self._base, self._caches, self._planner = base, caches, planner
-        self._block_size, self._trash_block = block_size, trash_block
+        self._block_size, self.trash_slot = block_size, trash_block * block_size
         self._recorder = GraphRecorder() if can_be_recorded(base) else None
         self._graphs: dict[GraphSize, _Graph] = {}
         self._layout = base.pool.layout
@@ -132,24 +134,26 @@ class DecodeGraphs:
         device = self._base.device
         width = -(-self._base.max_context_tokens // self._block_size)
         numbers = torch.zeros(3, num_tokens, dtype=torch.long, device=device)
-        numbers[2] = self._trash_block * self._block_size
+        numbers[2] = self.trash_slot
         tiles = torch.zeros(num_tokens, 4, dtype=torch.int32, device=device)
         blocks = torch.zeros(num_tokens, width, dtype=torch.int32, device=device)
         nothing = QueryTables(tiles[:0], blocks[:0], 1)
         return numbers, DeviceQueries(QueryTables(tiles, blocks, 1), nothing, self._block_size)
 
-    def make_items(self, size: GraphSize) -> RankItems | None:
-        """Tables of adapted tokens that hold nothing, and their scratch."""
+    def make_tables(self, size: GraphSize) -> TableImage | None:
+        """Tables of adapted tokens that hold nothing."""
         if not size.num_items:
             return None
-        return self._planner.empty_items(
-            num_tiles=size.num_items,
+        return self._planner.empty_tables(
             num_items=size.num_items,
             num_groups=size.num_groups,
             num_fused=size.num_fused,
             num_member_rows=size.num_member_rows,
-            fusion_width=size.fusion_width,
         )
+
+    def make_items(self, image: TableImage, size: GraphSize) -> RankItems:
+        """Those of the tables, and their scratch."""
+        return self._planner.items_of(image.tables, size.fusion_width)
 
     def forward(self, numbers: Tensor, queries: DeviceQueries, items: RankItems | None) -> Tensor:
         """Logits [num_tokens, vocab] of all buffers' tokens."""
@@ -187,8 +191,9 @@ class _Graph:
 
     def __init__(self, graphs: DecodeGraphs, size: GraphSize) -> None:
         self._numbers, self._queries = graphs.make_buffers(size.num_tokens)
-        self._nobody = self._numbers.clone()
-        self.items = graphs.make_items(size)
+        self._nobody = (0, 0, graphs.trash_slot)  # in `numbers`
+        self._image = graphs.make_tables(size)
+        self.items = None if self._image is None else graphs.make_items(self._image, size)
         self.logits = self._numbers.new_empty(0)
 
         def compute() -> None:
@@ -199,29 +204,21 @@ class _Graph:
     def fill(self, step: DecodeStep, tables: RankTables | None) -> None:
         """Copies a step into the buffers; what it does not fill is nobody's."""
         num_tokens, block_size = len(step.token_ids), self._queries.block_size
+        num_spare = self._numbers.shape[1] - num_tokens
         slots = [slot for sequence in step.sequences for slot in sequence.new_slots(block_size)]
         positions = [sequence.position for sequence in step.sequences]
-        self._numbers.copy_(self._nobody)
-        _copy(torch.tensor([list(step.token_ids), positions, slots]), self._numbers[:, :num_tokens])
+        rows = zip((step.token_ids, positions, slots), self._nobody, strict=True)
+        _copy(torch.tensor([[*row, *[nobody] * num_spare] for row, nobody in rows]), self._numbers)
         if step.late_ids is not None:
             self._numbers[0, :num_tokens].copy_(step.late_ids)
         singles = self._queries.singles
         width = max(len(sequence.blocks) for sequence in step.sequences)  # nobody reads behind a last block
         queries = make_query_tables(step.sequences, 1, width)
-        singles.tiles.zero_()
-        _copy(queries.tiles, singles.tiles[:num_tokens])
+        _copy(functional.pad(queries.tiles, (0, 0, 0, num_spare)), singles.tiles)
         _copy(queries.blocks, singles.blocks[:num_tokens, :width])
-        if self.items is not None and tables is not None:
-            _fill_tables(self.items.tables, tables)
+        if self._image is not None and self.items is not None and tables is not None:
+            self._image.fill(tables)
             self.items.begin_step()
-
-
-def _fill_tables(buffers: RankTables, tables: RankTables) -> None:
-    for each in fields(RankTables):
-        buffer, table = getattr(buffers, each.name), getattr(tables, each.name)
-        buffer.zero_()
-        _copy(table, buffer[: len(table)])
-    buffers.fused[len(tables.fused) :, 0] = -1
 
 
 def _copy(source: Tensor, buffer: Tensor) -> None:

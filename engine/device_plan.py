@@ -12,6 +12,7 @@ from fusionserve.adapters.fused_tokens import FusedRange
 from fusionserve.adapters.rank_tables import collect_weights, make_tables
 from fusionserve.adapters.row_plan import AdaptedTokens
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
+from fusionserve.kernels.device.table_image import TableImage
 from fusionserve.kernels.device.triton_use import num_lanes
 from fusionserve.kernels.host_copy import sent
 
@@ -28,26 +29,21 @@ class DevicePlanner:
         """The items of adapted tokens, in ascending order, and of fused ones; None if there are neither."""
         tables = self.tables(adapted, fused)
         most_members = max((tokens.rows.num_members for tokens in fused), default=0)
-        return None if tables is None else self._items(tables, num_lanes(most_members) if fused else 0)
+        if tables is None:
+            return None
+        return self.items_of(self._to_device(tables), num_lanes(most_members) if fused else 0)
 
     def tables(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankTables | None:
         """The tables of the items, on the host."""
         return make_tables(adapted, fused, self._module_ids) if adapted or fused else None
 
-    def empty_items(
-        self,
-        *,
-        num_tiles: int,
-        num_items: int,
-        num_groups: int,
-        num_fused: int,
-        num_member_rows: int,
-        fusion_width: int,
-    ) -> RankItems:
-        """Items with tables of these sizes that hold nothing."""
+    def empty_tables(
+        self, *, num_items: int, num_groups: int, num_fused: int, num_member_rows: int
+    ) -> TableImage:
+        """Tables of these sizes on the device that hold nothing; as many tiles as items."""
         num_modules = len(self._module_ids)
         tables = RankTables(
-            tiles=torch.zeros(num_tiles, 4, dtype=torch.int32),
+            tiles=torch.zeros(num_items, 4, dtype=torch.int32),
             items=torch.zeros(num_items, 6, dtype=torch.int32),
             given=torch.zeros(num_items, BLOCK, BLOCK),
             groups=torch.zeros(num_groups, 5, dtype=torch.int32),
@@ -56,15 +52,13 @@ class DevicePlanner:
             attends=torch.zeros(num_groups, num_modules, dtype=torch.int32),
             present=torch.zeros(num_groups, num_modules, dtype=torch.int64),
         )
-        return self._items(tables, fusion_width)
+        image = TableImage.zeros(tables, self._like.device)
+        image.fill(tables)
+        return image
 
-    def _items(self, tables: RankTables, fusion_width: int) -> RankItems:
-        return RankItems(
-            self._to_device(tables),
-            self._like,
-            module_ids=self._module_ids,
-            fusion_width=fusion_width,
-        )
+    def items_of(self, tables: RankTables, fusion_width: int) -> RankItems:
+        """The items of tables on the device."""
+        return RankItems(tables, self._like, module_ids=self._module_ids, fusion_width=fusion_width)
 
     def collect_weights(self, fused: Sequence[FusedRange], items: RankItems) -> None:
         """Gives the fused tokens that the items were made of their fusion weights."""

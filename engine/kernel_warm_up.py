@@ -24,11 +24,10 @@ _FUSION_WIDTHS = (0, 1, 2, 4, 8)  # without fusions, and with up to 8 members: f
 def launch_adapter_kernels(base: BaseModel, planner: DevicePlanner) -> None:
     """Compiles what adapters and usual fusions of the base are computed by, with a progress bar on a terminal."""
     like, embedding = torch.empty(0, dtype=base.dtype, device=base.device), base.modules.embedding
+    image = planner.empty_tables(num_items=1, num_groups=1, num_fused=1, num_member_rows=1)
     groups = _groups(base)
     for width in tqdm(_FUSION_WIDTHS, desc="compiling kernels", disable=None, leave=False):
-        items = planner.empty_items(
-            num_tiles=1, num_items=1, num_groups=1, num_fused=1, num_member_rows=1, fusion_width=width
-        )
+        items = planner.items_of(image.tables, width)
         for modules in groups:
             x, parts = like.new_zeros(1, modules[0].d_in), _make_parts(modules, like)
             items.add_(x, parts, [like.new_zeros(1, module.d_out) for module in modules])

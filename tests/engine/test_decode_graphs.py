@@ -52,7 +52,9 @@ def base(cuda: FakeCuda) -> Base:
 
 @pytest.fixture
 def graphs(base: Base) -> DecodeGraphs:
-    planner = SimpleNamespace(empty_items=lambda **sizes: object())
+    planner = SimpleNamespace(
+        empty_tables=lambda **sizes: SimpleNamespace(tables=None), items_of=lambda tables, width: object()
+    )
     graphs = DecodeGraphs(base, {}, planner, block_size=16, trash_block=3)
     graphs._recorder = GraphRecorder()
     return graphs
@@ -108,3 +110,14 @@ def test_block_tables_are_copied_as_far_as_they_are_used(graphs: DecodeGraphs) -
     graph.fill(DecodeStep([1, 2], sequences, (), ()), None)
     assert blocks.tolist() == [[7, 5, -1, -1], [6, 0, -1, -1], [-1] * 4, [-1] * 4]
     assert graph._queries.singles.tiles.tolist() == [[0, 1, 20, 0], [1, 1, 3, 1], [0] * 4, [0] * 4]
+
+
+def test_what_a_step_does_not_fill_is_nobodys(graphs: DecodeGraphs) -> None:
+    graph = graphs._graph(GraphSize(4))
+    nobody = graph._numbers.clone()
+    assert nobody.tolist() == [[0] * 4, [0] * 4, [48] * 4]
+    full = [PackedSequence(i, i + 1, 20 + i, (7, 5)) for i in range(4)]
+    graph.fill(DecodeStep([1, 2, 3, 4], full, (), ()), None)
+    graph.fill(DecodeStep([9], [PackedSequence(0, 1, 3, (6,))], (), ()), None)
+    assert graph._numbers[:, 0].tolist() == [9, 3, 99] and torch.equal(graph._numbers[:, 1:], nobody[:, 1:])
+    assert graph._queries.singles.tiles.tolist() == [[0, 1, 3, 0], [0] * 4, [0] * 4, [0] * 4]
