@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,11 +57,12 @@ class FusedTokens:
         self._left_out = None if allowed is None else ~allowed.index_select(-1, member_of_row)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class FusedRange:
     """The same for the kernels of a GPU, where all fusions of a batch are in the same tables.
 
-    `weights` are by path of the attention, [tokens, members (+ 1)].
+    `weights` [attentions, tokens, width + 1] are those at `attentions`, as the kernels leave them: for as many members
+    as the widest fusion has, and the base member's last.
     """
 
     start: int
@@ -69,7 +70,8 @@ class FusedRange:
     row_start: int
     rows: FusionRows
     allowed: Tensor
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    attentions: tuple[str, ...] = ()
+    weights: Tensor | None = None
 
 
 class FusedSegment:

@@ -79,3 +79,11 @@ class FusionRows:
             totals = with_base_member(totals)
             allowed = None if allowed is None else functional.pad(allowed, (0, 1), value=True)
         return masked_softmax(totals, None if allowed is None else allowed.expand_as(totals))
+
+    def own_weights(self, weights: Tensor) -> Tensor:
+        """[..., members (+ 1)] of weights that have room for more members before the base member's, or do not."""
+        num_base = int(self.has_base_member)
+        if weights.shape[-1] == self.num_members + num_base:
+            return weights
+        base = weights[..., weights.shape[-1] - num_base :]
+        return torch.cat((weights[..., : self.num_members], base), dim=-1)

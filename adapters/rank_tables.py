@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusionserve.adapters.fused_tokens import FusedRange
 from fusionserve.adapters.row_plan import AdaptedTokens, alike
-from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
+from fusionserve.kernels.device.rank_items import BLOCK, RankTables
 
 
 @dataclass(slots=True)
@@ -65,24 +65,6 @@ def make_tables(
         attends=_joined(lists.attends, torch.int32).view(-1, len(module_ids)),
         present=_joined(lists.present, torch.int64).view(-1, len(module_ids)),
     )
-
-
-def collect_weights(fused: Sequence[FusedRange], items: RankItems, left_out: str | None) -> None:
-    """Gives each of the fusions that the tables were made of its weights, as the forward pass found them.
-
-    Those at the module `left_out` are not told: the LM head, which sees other tokens than the layers do, or none.
-    """
-    start = 0
-    for tokens in fused:
-        here = slice(start, start + tokens.end - tokens.start)
-        num_members, num_base = tokens.rows.num_members, int(tokens.rows.has_base_member)
-        for path, module in tokens.rows.modules.items():
-            if module.has_attention and path != left_out:
-                found = items.weights[items.module_ids[path], here]
-                # Not by a list of columns, for which a GPU would be waited for.
-                columns = found[:, :num_members], found[:, found.shape[1] - num_base :]
-                tokens.weights[path] = torch.cat(columns, dim=1)
-        start = here.stop
 
 
 def _add_adapted(lists: _Lists, neighbours: Sequence[AdaptedTokens]) -> None:

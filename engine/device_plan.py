@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fusionserve.adapters.base_modules import BaseModules
 from fusionserve.adapters.fused_tokens import FusedRange
-from fusionserve.adapters.rank_tables import collect_weights, make_tables
+from fusionserve.adapters.fusion_rows import FusionRows
+from fusionserve.adapters.rank_tables import make_tables
 from fusionserve.adapters.row_plan import AdaptedTokens
 from fusionserve.kernels.device.rank_items import BLOCK, RankItems, RankTables
 from fusionserve.kernels.device.table_image import TableImage
 from fusionserve.kernels.device.triton_use import num_lanes
-from fusionserve.kernels.host_copy import sent
+from fusionserve.kernels.host_copy import sent, to_device
 
 
 class DevicePlanner:
@@ -24,6 +26,9 @@ class DevicePlanner:
         self._like = like
         self._module_ids = {path: index for index, path in enumerate(modules.by_path)}
         self._head = None if modules.lm_head is None else modules.lm_head.path
+        self._attentions: WeakKeyDictionary[FusionRows, tuple[tuple[str, ...], torch.Tensor]] = (
+            WeakKeyDictionary()
+        )
 
     def items(self, adapted: Sequence[AdaptedTokens], fused: Sequence[FusedRange]) -> RankItems | None:
         """The items of adapted tokens, in ascending order, and of fused ones; None if there are neither."""
@@ -61,8 +66,23 @@ class DevicePlanner:
         return RankItems(tables, self._like, module_ids=self._module_ids, fusion_width=fusion_width)
 
     def collect_weights(self, fused: Sequence[FusedRange], items: RankItems) -> None:
-        """Gives the fused tokens that the items were made of their fusion weights."""
-        collect_weights(fused, items, self._head)
+        """Gives the fused tokens that the items were made of their fusion weights, as the forward pass found them."""
+        start = 0
+        for tokens in fused:
+            end = start + tokens.end - tokens.start
+            tokens.attentions, ids = self._attentions_of(tokens.rows)
+            if tokens.attentions:
+                tokens.weights = items.weights[:, start:end].index_select(0, ids)
+            start = end
+
+    def _attentions_of(self, rows: FusionRows) -> tuple[tuple[str, ...], torch.Tensor]:
+        """Paths and ids of a fusion's attentions, without the LM head's, which sees other tokens than the layers do."""
+        if rows not in self._attentions:
+            found = [path for path, module in rows.modules.items() if module.has_attention]
+            paths = tuple(path for path in found if path != self._head)
+            ids = to_device([self._module_ids[path] for path in paths], torch.long, self._like.device)
+            self._attentions[rows] = paths, ids
+        return self._attentions[rows]
 
     def _to_device(self, tables: RankTables) -> RankTables:
         device = self._like.device

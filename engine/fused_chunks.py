@@ -24,8 +24,17 @@ ChunkRange = tuple[ScheduledChunk, int, int]  # a chunk and its rows [start, end
 class FusedChunks:
     """Neighbouring chunks of one fusion, served together."""
 
+    rows: FusionRows
     tokens: FusedTokens | FusedSegment | FusedRange
     ranges: tuple[ChunkRange, ...]
+
+    def weights(self) -> tuple[tuple[str, ...], Tensor] | None:
+        """The attentions' paths and their weights, of which `rows.own_weights` are the fusion's; None without any."""
+        found = self.tokens.weights
+        if isinstance(found, dict):
+            return (tuple(found), torch.stack(list(found.values()))) if found else None
+        assert isinstance(self.tokens, FusedRange)
+        return None if found is None else (self.tokens.attentions, found)
 
 
 class FusedPlanner:
@@ -54,13 +63,13 @@ class FusedPlanner:
         rows = fusion.content.folded.rows
         kind = _kind(end - start, rows, self._like)
         if kind is not FusedSegment:
-            return FusedChunks(kind(start, end, row_start, rows, _allowed(ranges)), ranges)
+            return FusedChunks(rows, kind(start, end, row_start, rows, _allowed(ranges)), ranges)
         excluded = [(r[0].request.generation.adaptation.excluded, r[1]) for r in ranges]
         key = (start, end, row_start, rows, *excluded)
         segment = known.get(key) or FusedSegment(start, end, row_start, rows, _allowed(ranges))
         segment.begin_step()
         self._segments[key] = segment
-        return FusedChunks(segment, ranges)
+        return FusedChunks(rows, segment, ranges)
 
 
 def fused_ranges(groups: Sequence[FusedChunks]) -> list[FusedRange]:
@@ -72,19 +81,17 @@ class LateWeights:
     """The fusion weights of every fused chunk after the forward pass, on their way to the host."""
 
     def __init__(self, groups: Sequence[FusedChunks]) -> None:
-        self._late = [
-            (group.ranges, tuple(weights), HostCopy(torch.stack(list(weights.values()))))
-            for group in groups
-            if (weights := group.tokens.weights)
-        ]
+        found = [(group, weights) for group in groups if (weights := group.weights()) is not None]
+        self._late = [(group, modules, HostCopy(weights)) for group, (modules, weights) in found]
 
     def read(self) -> dict[ScheduledChunk, ChunkWeights]:
         """Waits until they are there."""
         found: dict[ScheduledChunk, ChunkWeights] = {}
-        for ranges, modules, late in self._late:
-            weights, first = FusedWeights.of(modules, late.read()), ranges[0][1]
+        for group, modules, late in self._late:
+            weights = FusedWeights.of(modules, group.rows.own_weights(late.read()))
+            first = group.ranges[0][1]
             found |= {
-                chunk: ChunkWeights(weights, start - first, end - first) for chunk, start, end in ranges
+                chunk: ChunkWeights(weights, start - first, end - first) for chunk, start, end in group.ranges
             }
         return found
 
