@@ -1,8 +1,8 @@
 """The kernels written in C++ (the folder `native`), compiled for the processor at hand when first needed, then kept.
 
-Compiling takes seconds and needs a C++ compiler; where there is none, everything is computed with torch's own
-operations. The library is kept in the user's cache folder under a name that follows from the sources, the compiler and
-the processor. It has threads of its own, as many as torch has.
+Compiling takes 80 seconds of a core, on up to four of those that the process has, and needs a C++ compiler; where there
+is none, everything is computed with torch's own operations. The library is kept in the user's cache folder under a name
+that follows from the sources, the compiler and the processor. It has threads of its own, as many as torch has.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -23,6 +24,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from fusionserve.kernels.cores import num_cores
 
 SWITCH = "FUSIONSERVE_NATIVE"  # "off" in the environment: torch's operations only
 _SOURCES = Path(__file__).parent / "native"
@@ -39,7 +42,8 @@ _FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 _BUILD_PREFIX = "build-"
-_COMPILE_TIMEOUT_S = 120
+_MAX_COMPILERS = 4  # at once: each takes up to 300 MB, and the largest unit as long as a quarter of the rest
+_BUILD_TIMEOUT_S = 600.0
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +99,18 @@ def _compiler() -> str:
 
 def _build(compiler: str, path: Path) -> None:
     """Compiles to a temporary folder and moves the result once it is on disk, so that nobody loads half a library."""
+    deadline_s = time.monotonic() + _BUILD_TIMEOUT_S
     _remove_abandoned(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=_BUILD_PREFIX) as folder:
-        objects = [f"{folder}/{source.stem}.o" for source in _units()]
+        units = sorted(_units(), key=_size_with_headers, reverse=True)
+        objects = [f"{folder}/{source.stem}.o" for source in units]
 
         def compile_unit(source: Path, target: str) -> None:
-            _run(compiler, *_FLAGS, "-c", str(source), "-o", target)
+            _run(deadline_s, compiler, *_FLAGS, "-c", str(source), "-o", target)
 
-        with ThreadPoolExecutor(os.cpu_count()) as workers:
-            list(workers.map(compile_unit, _units(), objects))
-        _run(compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
+        with ThreadPoolExecutor(min(_MAX_COMPILERS, num_cores())) as workers:
+            list(workers.map(compile_unit, units, objects))
+        _run(deadline_s, compiler, "-shared", "-pthread", *objects, "-o", f"{folder}/native.so")
         os.chmod(f"{folder}/native.so", 0o700)
         _flush(f"{folder}/native.so")
         os.replace(f"{folder}/native.so", path)
@@ -120,16 +126,23 @@ def _remove_abandoned(cache: Path) -> None:
     """Removes what compilers left that were killed; one at work is younger."""
     for folder in cache.glob(f"{_BUILD_PREFIX}*"):
         with suppress(FileNotFoundError):  # another process is done with its own
-            if time.time() - folder.stat().st_mtime > 2 * _COMPILE_TIMEOUT_S:
+            if time.time() - folder.stat().st_mtime > 2 * _BUILD_TIMEOUT_S:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+def _run(deadline_s: float, *command: str) -> None:
+    remaining_s = max(0.0, deadline_s - time.monotonic())
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=remaining_s)
 
 
 def _units() -> list[Path]:
     return sorted(_SOURCES.glob("*.cpp"))
+
+
+def _size_with_headers(source: Path) -> int:
+    """How much there is to compile: a unit of few lines may consist of what it includes."""
+    headers = re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE)
+    return sum(path.stat().st_size for path in (source, *(_SOURCES / header for header in headers)))
 
 
 def _key(compiler: str) -> str:
@@ -175,6 +188,8 @@ def _refuse_strangers(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return "the compiler took too long"
     lines = str(getattr(error, "stderr", None) or "").strip().splitlines()
     if isinstance(error, subprocess.CalledProcessError) and lines:
         return f"the compiler failed: {next((line for line in lines if 'error' in line), lines[0])}"

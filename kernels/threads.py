@@ -7,24 +7,19 @@ and give the core to nobody meanwhile, neither to the native kernels' helpers no
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from fusionserve.kernels.cores import num_cores
 from fusionserve.kernels.native_library import native_library
 
 _CORES_A_TURN = 4  # with so many, a second core is lent
 
 
-def _num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-_turns = threading.Semaphore(max(1, _num_cores() // _CORES_A_TURN))
+_turns = threading.Semaphore(max(1, num_cores() // _CORES_A_TURN))
 
 
 def compute_alone() -> None:

@@ -31,6 +31,8 @@ public:
 
     Number* data() { return reinterpret_cast<Number*>(lines_.data()); }
 
+    const Number* data() const { return reinterpret_cast<const Number*>(lines_.data()); }
+
 private:
     struct alignas(LINE_BYTES) Line {
         char bytes[LINE_BYTES];

@@ -11,10 +11,10 @@
 // of 8 tokens by a panel 8 and 8.
 
 #include "bytes.h"
+#include "lines.h"
 #include "panels.h"
+#include "threads.h"
 #include "tokens.h"
-
-#include <vector>
 
 #ifdef HAS_BYTE_PRODUCTS
 
@@ -22,9 +22,9 @@ constexpr float LEAST = 1e-30f;  // a group with nothing as large is zeros: 127 
 
 // The tokens in 8 bits.
 struct QuantizedTokens {
-    std::vector<int8_t> levels;  // [num_tokens, d_in]
-    std::vector<float> scales;   // [num_tokens, num_groups]
-    std::vector<int32_t> sums;   // [num_tokens, num_groups], of the levels
+    Lines<int8_t> levels;  // [num_tokens, d_in]
+    Lines<float> scales;   // [num_tokens, num_groups]
+    Lines<int32_t> sums;   // [num_tokens, num_groups], of the levels
 };
 
 // Numbers that are not finite make the group's scale not finite, and so every output of the token.
@@ -56,15 +56,14 @@ static inline void quantize_group(const Number* x, int8_t* levels, float* scale,
 template <typename Number>
 static void quantize(const Tokens& tokens, QuantizedTokens& result) {
     const Index num_groups = tokens.d_in / GROUP;
-    result.levels.resize(tokens.num_tokens * tokens.d_in);
-    result.scales.resize(tokens.num_tokens * num_groups);
-    result.sums.resize(tokens.num_tokens * num_groups);
+    int8_t* levels = result.levels.make_room(tokens.num_tokens * tokens.d_in);
+    float* scales = result.scales.make_room(tokens.num_tokens * num_groups);
+    int32_t* sums = result.sums.make_room(tokens.num_tokens * num_groups);
     parallel_ranges(tokens.num_tokens, tokens.num_tokens * tokens.d_in, [&](Index begin, Index end) {
         for (Index token = begin; token < end; ++token) {
             const Number* x = static_cast<const Number*>(tokens.x) + token * tokens.x_stride;
             for (Index group = 0, place = token * num_groups; group < num_groups; ++group, ++place)
-                quantize_group(x + group * GROUP, &result.levels[place * GROUP], &result.scales[place],
-                               &result.sums[place]);
+                quantize_group(x + group * GROUP, levels + place * GROUP, scales + place, sums + place);
         }
     });
 }
@@ -96,8 +95,8 @@ struct ByteProduct {
             for (int t = 0; t < TOKENS; ++t)
 #pragma GCC unroll 3
                 for (int p = 0; p < PANELS; ++p)
-                    sums[t][p] = first_sums<BITS>(tokens.sums[(token + t) * num_groups + group]);
-            const int8_t* inputs = &tokens.levels[token * d_in + group * GROUP];
+                    sums[t][p] = first_sums<BITS>(tokens.sums.data()[(token + t) * num_groups + group]);
+            const int8_t* inputs = tokens.levels.data() + token * d_in + group * GROUP;
 #pragma GCC unroll 8
             for (Index step = 0; step < STEPS; ++step) {
                 Levels levels[PANELS];
@@ -117,7 +116,7 @@ struct ByteProduct {
 #pragma GCC unroll 8
                 for (int t = 0; t < TOKENS; ++t)
                     totals[t][p] = add_scaled(totals[t][p], sums[t][p], scale,
-                                              tokens.scales[(token + t) * num_groups + group]);
+                                              tokens.scales.data()[(token + t) * num_groups + group]);
             }
         }
 #pragma GCC unroll 8

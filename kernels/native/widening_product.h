@@ -5,11 +5,12 @@
 // [RUN], a run being what the product of pairs takes in bfloat16, and one input in other types.
 #pragma once
 
+#include "lines.h"
 #include "panels.h"
+#include "threads.h"
 #include "tokens.h"
 
 #include <type_traits>
-#include <vector>
 
 #ifdef __AVX2__
 #define HAS_WIDENING_PRODUCT 1
@@ -127,14 +128,15 @@ private:
 
     // The tokens in float32 [num_tokens, d_in], until this thread's next product.
     static const float* widened(const Tokens& tokens) {
-        static thread_local std::vector<float> numbers;  // kept: a step has hundreds of products
-        numbers.resize(tokens.num_tokens * tokens.d_in);
+        static thread_local Lines<float> kept;  // a step has hundreds of products
+        float* wide = kept.make_room(tokens.num_tokens * tokens.d_in);
         const auto* x = static_cast<const Number*>(tokens.x);
-        float* wide = numbers.data();
-        for (Index token = 0; token < tokens.num_tokens; ++token)
+        parallel_ranges(tokens.num_tokens, tokens.num_tokens * tokens.d_in, [&](Index begin, Index end) {
+            for (Index token = begin; token < end; ++token)
 #pragma omp simd
-            for (Index i = 0; i < tokens.d_in; ++i)
-                wide[token * tokens.d_in + i] = to_float(x[token * tokens.x_stride + i]);
+                for (Index i = 0; i < tokens.d_in; ++i)
+                    wide[token * tokens.d_in + i] = to_float(x[token * tokens.x_stride + i]);
+        });
         return wide;
     }
 

@@ -119,6 +119,57 @@ def test_compiler_that_fails_without_a_word_is_named(
     assert "computing without native kernels" in caplog.text and "exit status 3" in caplog.text
 
 
+# Notes when another one is at work, and links nothing.
+SLOW_COMPILER = """#!/bin/sh
+case "$*" in
+*-shared* | --version) exit ;;
+esac
+mkdir "$0-at-work" || touch "$0-met-another"
+sleep 0.03
+rmdir "$0-at-work"
+"""
+
+
+@pytest.fixture
+def slow_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the process may run on one core of the machine's many."""
+    compiler = tmp_path / "slow-compiler"
+    compiler.write_text(SLOW_COMPILER)
+    compiler.chmod(0o700)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    return compiler
+
+
+def test_compilers_take_no_more_cores_than_the_process_has(
+    slow_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(tmp_path, monkeypatch, CXX=str(slow_compiler)) is None
+    assert not list(tmp_path.glob("*-met-another"))
+
+
+def test_build_has_one_deadline(
+    slow_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Less than all units take one after the other, and more than any one does."""
+    monkeypatch.setattr(native_library, "_BUILD_TIMEOUT_S", 0.3)
+    assert load(tmp_path, monkeypatch, CXX=str(slow_compiler)) is None
+    assert "the compiler took too long" in caplog.text
+
+
+def test_unit_that_includes_most_is_compiled_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.h").write_text("int x;\n" * 99)
+    (tmp_path / "few_lines.cpp").write_text('#include "large.h"\n')
+    (tmp_path / "more_lines.cpp").write_text("int y;\n" * 9)
+    monkeypatch.setattr(native_library, "_SOURCES", tmp_path)
+    compiled = []
+    monkeypatch.setattr(native_library, "num_cores", lambda: 1)
+    monkeypatch.setattr(native_library, "_run", lambda deadline_s, *command: compiled.append(command[-3]))
+    with pytest.raises(FileNotFoundError):  # there is no library to keep
+        native_library._build("g++", tmp_path / "native.so")
+    assert [Path(source).name for source in compiled[:2]] == ["few_lines.cpp", "more_lines.cpp"]
+
+
 def test_user_without_a_home_gets_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
