@@ -123,6 +123,20 @@ def launch_attention(shape: Shape, count: int) -> None:
 
 def launch_rank_items(shape: Shape, count: int) -> None:
     """Shrink, the attention of fusions, expand; and embeddings. So many items and fused tokens."""
+    for d_in, d_out, places in (
+        (shape.hidden, shape.hidden, 3),
+        (shape.inner, shape.hidden, 1),
+        (shape.hidden, shape.vocab, 1),
+    ):
+        for width in (0, 4):
+            launch_group(d_in, [d_out] * places, rank_items(count, width))
+    embedded = PartRows(number(256, shape.vocab), number(256), number(256, shape.hidden))
+    output = number(9, shape.hidden)
+    rank_items(count, 4).add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), output, 1.0)
+
+
+def rank_items(count: int, width: int) -> RankItems:
+    """So many items and fused tokens, of fusions of so many members."""
     sizes = {
         "tiles": (4, 4),
         "items": (count, 6),
@@ -136,20 +150,14 @@ def launch_rank_items(shape: Shape, count: int) -> None:
         fused=number(count, 4, dtype=torch.long),
         present=number(2, 3, dtype=torch.long),
     )
-    ids = {"q": 0, "k": 1, "v": 2}
-    for d_in, d_out, places in (
-        (shape.hidden, shape.hidden, 3),
-        (shape.inner, shape.hidden, 1),
-        (shape.hidden, shape.vocab, 1),
-    ):
-        parts = [PartRows(number(256, d_in), number(256), number(256, d_out)) for _ in range(places)]
-        for width in (0, 4):
-            items = RankItems(tables, number(0), module_ids=ids, fusion_width=width)
-            outputs = [number(9, d_out) for _ in range(places)]
-            items.add_(number(9, d_in), GroupParts(parts, range(places)), outputs)
-    embedded = PartRows(number(256, shape.vocab), number(256), number(256, shape.hidden))
-    output = number(9, shape.hidden)
-    items.add_embedded_(number(9, dtype=torch.long), GroupParts([embedded], [0]), output, 1.0)
+    return RankItems(tables, number(0), module_ids={"q": 0, "k": 1, "v": 2}, fusion_width=width)
+
+
+def launch_group(d_in: int, d_outs: list[int], items: RankItems) -> None:
+    """What items add to the outputs of modules that share an input."""
+    parts = [PartRows(number(256, d_in), number(256), number(256, d_out)) for d_out in d_outs]
+    outputs = [number(9, d_out) for d_out in d_outs]
+    items.add_(number(9, d_in), GroupParts(parts, range(len(parts))), outputs)
 
 
 def launch_layer(shape: Shape, count: int) -> None:
@@ -157,6 +165,17 @@ def launch_layer(shape: Shape, count: int) -> None:
     launch_pointwise(shape, count)
     launch_attention(shape, count)
     launch_rank_items(shape, count)
+
+
+def launch_odd_heads(dim: int, heads: int = 8) -> None:
+    """Attention and rotation of heads whose dims may be no power of two, without what options add."""
+    query, cache = number(3, heads, dim), number(640, heads, dim)
+    for tokens in (1, paged_launch.chunk_tokens(heads, heads)):
+        tiles, blocks = number(3, 4, dtype=torch.int32), number(3, 3, dtype=torch.int32)
+        tables = paged_launch.QueryTables(tiles, blocks, tokens)
+        paged_launch.attend_(query, cache, cache, tables, 16, AttentionOptions(0.1), torch.empty_like(query))
+    angles, slots = number(3, dim, dtype=torch.float32), number(3, dtype=torch.long)
+    pointwise_launch.rotate_and_store(query, query, query, cache, cache, angles, angles, slots)
 
 
 def launch_few_bits(shape: Shape, *counts: int) -> None:
@@ -191,6 +210,13 @@ if __name__ == "__main__":
         launch_layer(LLAMA_3_8B, 3)
         launch_attention(GEMMA_3_1B, 3)  # the widest heads
         launch_few_bits(LLAMA_3_8B, 1, 20, 64, 4096)
+        launch_odd_heads(80)
+        for width in (1, 64):  # the fewest and most members
+            launch_group(896, [896], rank_items(3, width))
+        torch.set_default_dtype(torch.float16)
+        launch_odd_heads(64)
+        launch_group(896, [896], rank_items(3, 4))
+        torch.set_default_dtype(torch.bfloat16)
         before = {name: len(variants) for name, variants in shared.items()}
         for count in (1, 16):  # the numbers that Triton has variants for
             launch_layer(LLAMA_3_8B, count)
