@@ -29,6 +29,7 @@ _QUANTIZED = (
 )
 _FULL_DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_REASON_LENGTH = 240
+_NAMED = (KeyError, TypeError, AttributeError)  # of a KeyError the text is a key
 
 
 def read_checkpoint(
@@ -63,8 +64,11 @@ def read_checkpoint(
 
 
 def one_line(error: Exception) -> str:
-    """The error's text without line breaks, and not the essay that some are."""
-    return textwrap.shorten(str(error) or type(error).__name__, _MAX_REASON_LENGTH, placeholder=" ...")
+    """The error's text without line breaks, and not the essay that some are; with its type where it needs that."""
+    text, name = str(error), type(error).__name__
+    if isinstance(error, _NAMED) or not text:
+        text = f"{name}: {text}" if text else name
+    return textwrap.shorten(text, _MAX_REASON_LENGTH, placeholder=" ...")
 
 
 def check_no_adapter_beside(directory: Path) -> None:

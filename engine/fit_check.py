@@ -99,6 +99,11 @@ def check_fit(model: PreTrainedModel, modules: BaseModules, max_context_tokens: 
     # The definition: what transformers 5.17 prefers leaves out Gemma 2's cap.
     model.set_attn_implementation("eager")
     apart = _run_apart(model, prompts)
+    if not apart.isfinite().all():
+        raise StartupError(
+            "a short prompt gets logits that are not finite: the weights are not, or are too large for their type",
+            reason="MODEL_UNUSABLE",
+        )
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     batch = _RecordingBatch()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import CONFIGS, CONTEXT, make_tiny_model, save_tiny_model
 from torch import Tensor
 
@@ -26,6 +27,16 @@ def test_token_that_meets_another_expert_for_a_last_digit_is_no_other_attention(
     config.num_experts_per_tok = 1
     make_tiny_model(config, seed=3).save_pretrained(tmp_path)
     assert load_base_model(config_of(tmp_path, "bfloat16")).max_context_tokens == CONTEXT
+
+
+def test_weights_that_are_not_finite_are_refused_for_that(tmp_path: Path) -> None:
+    model = make_tiny_model(CONFIGS["llama"]())
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StartupError, match="gets logits that are not finite") as caught:
+        load_base_model(config_of(tmp_path, "float32"))
+    assert caught.value.reason == "MODEL_UNUSABLE"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

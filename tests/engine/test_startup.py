@@ -257,6 +257,21 @@ def test_pickled_weights_are_refused(llama: Path) -> None:
     assert "pickles are not read" in error.message
 
 
+def test_error_that_is_a_mere_key_is_told_with_its_type(llama: Path) -> None:
+    change_config(llama, rope_parameters={"rope_type": "bogus", "rope_theta": 1e4})
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert error.message.endswith("KeyError: 'bogus'")
+
+
+def test_index_without_files_is_refused(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "model-00001-of-00001.safetensors")
+    (llama / "model.safetensors.index.json").write_text("{}")
+    error = refusal(make_config(llama))
+    assert error.reason == "MODEL_UNUSABLE"
+    assert error.message.endswith("KeyError: 'weight_map'")
+
+
 @pytest.mark.parametrize("num_bytes", [0, 4, 5000], ids="{} bytes".format)
 def test_truncated_weights_are_refused(num_bytes: int, llama: Path) -> None:
     weights = llama / "model.safetensors"
