@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from importlib import import_module
 from typing import Any
 
 import grpc
-from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+cygrpc: Any = import_module("grpc._cython.cygrpc")  # which has no types
 
 # Releases of which it is known that what follows fits; those after may be mended, or differ.
 _FROM, _BEFORE = (1, 82), (1, 87)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from typing import Any, cast
 
 import grpc
 from grpc import aio
-from grpc._cython import cygrpc
 from grpc.aio import _server
+
+cygrpc: Any = import_module("grpc._cython.cygrpc")  # which has no types
 
 # Releases of which it is known that what follows fits. Those before decode names in each call's own task.
 _FROM, _BEFORE = (1, 84), (1, 86)
